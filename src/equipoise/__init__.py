@@ -1,0 +1,34 @@
+"""Equilibrium models in PyTorch: solve, differentiate, train and certify fixed points."""
+
+from equipoise import nn
+from equipoise.fixed_point import fixed_point
+from equipoise.gradients import Gradient, Implicit, JacobianFree, Neumann, Phantom, Shine, Unrolled
+from equipoise.linalg import InverseEstimate
+from equipoise.map import Map, Point
+from equipoise.solution import ConvergenceError, ConvergenceWarning, Solution, Status
+from equipoise.solvers import Anderson, Broyden, Picard, Solver
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Anderson",
+    "Broyden",
+    "ConvergenceError",
+    "ConvergenceWarning",
+    "Gradient",
+    "Implicit",
+    "InverseEstimate",
+    "JacobianFree",
+    "Map",
+    "Neumann",
+    "Phantom",
+    "Picard",
+    "Point",
+    "Shine",
+    "Solution",
+    "Solver",
+    "Status",
+    "Unrolled",
+    "fixed_point",
+    "nn",
+]

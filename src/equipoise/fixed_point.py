@@ -1,0 +1,71 @@
+"""Joins map, solver and gradient: the one entry to the implicit core."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from equipoise.gradients import Gradient, Implicit
+from equipoise.map import Map
+from equipoise.solution import Solution
+from equipoise.solvers import Anderson, Solver
+
+S = TypeVar("S")
+
+
+def fixed_point(
+    f: Callable[..., S],
+    z0: S,
+    *inputs: Any,
+    solver: Solver = Anderson(),
+    gradient: Gradient = Implicit(),
+    params: Sequence[Tensor] | None = None,
+    trace: bool = False,
+) -> Solution[S]:
+    r"""Solve $z = f(z, \text{inputs})$ and make the answer differentiable.
+
+    Args:
+        f: a module or function; called as `f(z, *inputs)`, it returns a state like `z`.
+        z0: start: a tensor, tuple, list or dict of tensors `(B, ...)`.
+        inputs: tensors (or containers of tensors) whose first dimension is the batch. Rows of inputs leave the batch
+            together with the samples that converged, and receive gradients of any order.
+        solver: finds the equilibrium.
+        gradient: how the answer is differentiated.
+        params: tensors that `f` depends on besides its inputs, which are to receive gradients. None: the parameters of
+            a module; a function is then a closure: first derivatives only, and no sample leaves the batch early.
+        trace: record the residual of every evaluation.
+
+    Returns:
+        `Solution` whose `value` has the structure of `z0`.
+
+    Raises:
+        TypeError: something is of the wrong kind.
+        ValueError: shapes do not fit; the cell uses batch statistics; `Shine` after a solver that keeps no inverse.
+
+    Example:
+        >>> import torch, equipoise as eq
+        >>> cell = torch.nn.Linear(3, 3)
+        >>> solution = eq.fixed_point(lambda z, x: torch.tanh(cell(z) + x), torch.zeros(2, 3), torch.ones(2, 3))
+        >>> solution.converged.all().item()
+        True
+    """
+    return solve_map(Map(f, z0, inputs, params=params), z0, solver=solver, gradient=gradient, trace=trace)
+
+
+def solve_map(f: Map, z0: S, *, solver: Solver, gradient: Gradient, trace: bool = False) -> Solution[S]:
+    """`fixed_point` of a map that was already made, say one with blocks and a projection; see there."""
+    if not isinstance(solver, Solver):
+        raise TypeError(f"solver must be a solver such as Anderson(), got {solver!r}")
+    if not isinstance(gradient, Gradient):
+        raise TypeError(f"gradient must be a gradient such as Implicit(), got {gradient!r}")
+    if gradient.uses_inverse and not solver.keeps_inverse:
+        raise ValueError(
+            f"gradient {gradient!r} reads the forward solver's inverse, but {type(solver).__name__} keeps none; "
+            "use Broyden as solver, or Implicit() as gradient"
+        )
+    start = f.pack(z0)
+    solution = gradient.attach(f, start, solver.solve(f, start.detach(), trace=trace))
+    return dataclasses.replace(solution, value=f.unpack(solution.value), map=f)

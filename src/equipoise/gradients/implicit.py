@@ -1,0 +1,79 @@
+"""The implicit function theorem: solve the adjoint system."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from equipoise.gradients.base import AdjointMap, Gradient
+from equipoise.linalg import InverseEstimate
+from equipoise.solution import Solution
+from equipoise.solvers import Anderson, Solver
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Implicit(Gradient):
+    r"""Gradient by the implicit function theorem; exact, at any order, up to the tolerance of its solver.
+
+    $$ w = J^\top w + g, \qquad \frac{dL}{d\theta} = w^\top \frac{\partial f}{\partial \theta} $$
+
+    The right-hand side is scaled to norm one, so that the accuracy does not depend on the scale of the loss.
+
+    Args:
+        solver: of the adjoint equation, a fixed point like any other; its `max_steps` counts products $J^\top w$.
+        start: where to begin: None at `g`; another gradient at its estimate (`Shine()`: the adjoint is preconditioned
+            with the forward inverse, too, which is SHINE-refine); or a state of the caller's (a tensor `(B, ...)`).
+        observe: called in backward with the adjoint's `Solution`, whose `residual` is relative to the norm of `g`.
+
+    Raises:
+        TypeError: a field is of another kind.
+
+    Source: Bai, Kolter and Koltun (2019), theorem 1; refine: Ramzi et al. (2022), with the transposed inverse.
+    """
+
+    solver: Solver = Anderson(max_steps=50, rtol=1e-5)
+    start: Gradient | Tensor | None = None
+    observe: Callable[[Solution[Tensor]], None] | None = None
+
+    exact: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.solver, Solver):
+            raise TypeError(f"Implicit(solver={self.solver!r}): must be a solver such as Anderson()")
+        if self.solver.uses_vjp:
+            raise TypeError(f"Implicit(solver={type(self.solver).__name__}): needs products with J, not only with J^T")
+        if not (self.start is None or isinstance(self.start, (Gradient, Tensor))):
+            raise TypeError(f"Implicit(start={self.start!r}): must be None, a gradient such as Shine(), or a tensor")
+
+    @property
+    def uses_inverse(self) -> bool:  # type: ignore[override]
+        """Whether the start reads the forward solver's inverse."""
+        return isinstance(self.start, Gradient) and self.start.uses_inverse
+
+    def cotangent(self, adjoint: AdjointMap, g: Tensor, solution: Solution[Tensor]) -> Tensor:
+        norm = torch.linalg.vector_norm(g, dim=1, keepdim=True)
+        # A power of two scales without rounding.
+        scale = torch.where(norm > 0, torch.exp2(torch.ceil(torch.log2(norm))), 1.0)
+        unit = g / scale
+        adjoint = adjoint.scaled(unit)
+        w, preconditioner = self._start(adjoint, unit, scale, solution)
+        answer = self.solver.solve(adjoint, w, preconditioner=preconditioner)
+        if self.observe is not None:
+            self.observe(dataclasses.replace(answer, residual=answer.residual * (scale / norm)[:, 0]))
+        return answer.value * scale
+
+    def _start(
+        self, adjoint: AdjointMap, g: Tensor, scale: Tensor, solution: Solution[Tensor]
+    ) -> tuple[Tensor, InverseEstimate | None]:
+        if self.start is None:
+            return g, None
+        if isinstance(self.start, Tensor):
+            w = self.start.detach().reshape(g.shape[0], -1).to(g)
+            if w.shape != g.shape:
+                raise ValueError(f"Implicit(start=...) has shape {tuple(self.start.shape)}, the state {tuple(g.shape)}")
+            return w / scale, None
+        return self.start.start(adjoint, g, solution)

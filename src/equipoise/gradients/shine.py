@@ -1,0 +1,67 @@
+"""SHINE: share the forward quasi-Newton inverse with the backward pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from equipoise.gradients.base import AdjointMap, Gradient
+from equipoise.linalg import InverseEstimate
+from equipoise.solution import Solution
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shine(Gradient):
+    r"""Gradient with the inverse estimate that the forward solver already holds; no further product with $J$.
+
+    $$ w = M^\top g, \qquad M \approx (I - J)^{-1} $$
+
+    Where $\|w\| > c\,\|g\|$ or `w` is not finite, the sample falls back to $w = g$ (Jacobian-free).
+
+    Args:
+        fallback_ratio: $c$; infinity never falls back, 0 always does.
+        observe: called in backward with the `(B,)` mask of samples that fell back.
+
+    Raises:
+        ValueError: a negative ratio; or, when used, a forward solver that keeps no inverse.
+
+    Source: Ramzi et al. (2022), section 2.1; the fallback per sample, section 3.
+    """
+
+    fallback_ratio: float = 1.3
+    observe: Callable[[Tensor], None] | None = None
+
+    uses_inverse: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not self.fallback_ratio >= 0:
+            raise ValueError(f"Shine(fallback_ratio={self.fallback_ratio!r}): must be >= 0")
+
+    def cotangent(self, adjoint: AdjointMap, g: Tensor, solution: Solution[Tensor]) -> Tensor:
+        return self._estimate(g, solution)[0]
+
+    def start(
+        self, adjoint: AdjointMap, g: Tensor, solution: Solution[Tensor]
+    ) -> tuple[Tensor, InverseEstimate | None]:
+        w, fallen = self._estimate(g, solution)
+        assert solution.inverse is not None
+        transposed = solution.inverse.mT
+        core = torch.where(fallen[:, None, None], 0.0, transposed.core)
+        gamma = torch.where(fallen, 1.0, transposed.gamma)
+        return w, dataclasses.replace(transposed, core=core, gamma=gamma)
+
+    def _estimate(self, g: Tensor, solution: Solution[Tensor]) -> tuple[Tensor, Tensor]:
+        if solution.inverse is None:
+            raise ValueError("Shine needs the forward inverse, but the solve kept none; use Broyden as solver")
+        w = solution.inverse.rmv(g)
+        norms = torch.linalg.vector_norm(g, dim=1), torch.linalg.vector_norm(w, dim=1)
+        fallen = ~(norms[1] <= self.fallback_ratio * norms[0]) | ~norms[1].isfinite()
+        if self.observe is not None:
+            self.observe(fallen)
+        if g.device.type != "cpu" or bool(fallen.any()):
+            w = torch.where(fallen[:, None], g, w)
+        return w, fallen

@@ -1,0 +1,54 @@
+"""Backpropagation through applications of the map."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from equipoise.gradients.base import AdjointMap, Gradient
+from equipoise.map import Map
+from equipoise.solution import Solution
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unrolled(Gradient):
+    """Apply the map a fixed number of times after the solve and backpropagate through these applications.
+
+    With `Picard(max_steps=0)` as solver this is a network of fixed depth, the usual pre-training of equilibrium models.
+    The value is then differentiable in the start, too. The applications are made with and without gradient, so that
+    training and evaluation compute the same function; they count in `num_steps` and `num_evals`, and `residual` is
+    that of the last point at which the map was applied.
+
+    Args:
+        steps: number of applications.
+
+    Raises:
+        ValueError: fewer than one.
+    """
+
+    steps: int = 8
+
+    exact: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"Unrolled(steps={self.steps!r}): must be >= 1")
+
+    def cotangent(self, adjoint: AdjointMap, g: Tensor, solution: Solution[Tensor]) -> Tensor:
+        raise TypeError("Unrolled backpropagates through the map itself and cannot start an adjoint solve")
+
+    def attach(self, f: Map, z0: Tensor, solution: Solution[Tensor]) -> Solution[Tensor]:
+        z = solution.value if solution.num_evals else z0
+        with f.session():
+            for _ in range(self.steps):
+                before, z = z, f.call(z)
+        return dataclasses.replace(
+            solution,
+            value=z,
+            residual=torch.linalg.vector_norm((z - before).detach(), dim=1),
+            num_steps=solution.num_steps + self.steps,
+            num_evals=solution.num_evals + self.steps,
+        )

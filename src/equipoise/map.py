@@ -1,0 +1,240 @@
+"""The map `f` whose fixed point is sought: the only caller of user code, so it counts, checks and sets modes."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from equipoise.state import InputLayout, Layout
+
+
+class SeededLayer(nn.Module):
+    """Base of layers with noise inside a map: the noise is a function of `seeds`, which a solve holds fixed.
+
+    A map draws one seed per sample and solve. Rows that leave the batch take theirs along, and so does the backward
+    pass, so a sample meets one and the same map whenever it is evaluated.
+    """
+
+    seeds: Tensor | None = None  # (b,) int64 while a map evaluates, None otherwise
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Point:
+    """What one evaluation told; its tensors are never written again.
+
+    Attributes:
+        z: `(b, D)` where the map was evaluated.
+        fz: `(b, D)` what it returned.
+        r: `(b, D)` the residual `f(z) - z`.
+        rows: `(b,)` numbers of these rows in the original batch.
+        running: `(b,)` mask of rows that had not stopped before this point.
+        value: `(b,)` objective at `z` if the map is a descent map, else None.
+        pull: `v -> J^T v` on the kept graph, else None.
+    """
+
+    z: Tensor
+    fz: Tensor
+    r: Tensor
+    rows: Tensor
+    running: Tensor
+    value: Tensor | None = None
+    pull: Callable[[Tensor], Tensor] | None = None
+
+    def vjp(self, v: Tensor) -> Tensor:
+        """`J^T v` at this point, `(b, D) -> (b, D)`; only where the solver declares `uses_vjp`."""
+        if self.pull is None:
+            raise RuntimeError("this point kept no graph: a solver that calls vjp must set uses_vjp = True")
+        return self.pull(v)
+
+    def gradient(self, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Gradient `(b, D)` of `loss(z, rows) -> (b,)` at this point."""
+        with torch.enable_grad():
+            z = self.z.detach().requires_grad_()
+            return torch.autograd.grad(loss(z, self.rows).sum(), z)[0]
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Counts:
+    """Calls made so far, shared by a map and its selections."""
+
+    evals: int = 0
+    vjps: int = 0
+
+
+class Map:
+    r"""A map $f(z, \text{inputs})$ on packed states `(b, D)`.
+
+    Args:
+        f: `f(z, *inputs)` returns a state like `z`. A module, or a function.
+        z0: a state with the structure and batch that `f` takes.
+        inputs: tensors, or tuples, lists or dicts of tensors, whose first dimension is the batch.
+        params: tensors that `f` depends on and that are to receive gradients. None: those of the module, or, for a
+            function, unknown: it is then treated as a closure, from which no row can be dropped and which has first
+            derivatives only.
+        blocks: sizes of consecutive parts of the flat state that must converge separately; None: one block.
+        projection: maps a flat `(b, D)` state onto the feasible set; None: every state is feasible.
+
+    Raises:
+        TypeError, ValueError: see `Layout.of` and `InputLayout.flatten`; a cell in training mode with batch
+            statistics or ordinary dropout.
+    """
+
+    def __init__(
+        self,
+        f: Callable[..., Any],
+        z0: Any,
+        inputs: Sequence[Any] = (),
+        *,
+        params: Sequence[Tensor] | None = None,
+        blocks: Sequence[int] | None = None,
+        projection: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        if not callable(f):
+            raise TypeError(f"f must be a module or a function f(z, *inputs), got {type(f).__name__}")
+        self.layout = Layout.of(z0)
+        first = z0 if isinstance(z0, Tensor) else next(iter(z0.values() if isinstance(z0, dict) else z0))
+        self.f = f
+        self.batch: int = first.shape[0]
+        self.device = first.device
+        self.state_dtype = first.dtype
+        # A solver's sums need more digits than half precision has: only f sees such states.
+        self.dtype = torch.float32 if first.dtype in (torch.bfloat16, torch.float16) else first.dtype
+        self.tensors, self.input_layout = InputLayout.flatten(inputs, self.batch)
+        self.declared = isinstance(f, nn.Module) or params is not None
+        if params is None:
+            params = tuple(f.parameters()) if isinstance(f, nn.Module) else ()
+        self.params = tuple(p for p in params if p.requires_grad)
+        if blocks is not None and sum(blocks) != sum(self.layout.sizes):
+            raise ValueError(f"blocks {tuple(blocks)} must add up to the size of the state, {sum(self.layout.sizes)}")
+        self.blocks = tuple(blocks) if blocks is not None and len(blocks) > 1 else None
+        self.projection = projection
+        self.counts = Counts()
+        self.seeded = _check_modules(f) if isinstance(f, nn.Module) else []
+        self.seeds = torch.randint(2**31, (self.batch,), device=self.device) if self.seeded else None
+        kind = self.device.type
+        self.autocast = (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+
+    @property
+    def droppable(self) -> bool:
+        """Whether rows can leave: all that depends on the row is named, which a closure does not promise."""
+        return self.declared
+
+    def pack(self, state: Any, name: str = "z0") -> Tensor:
+        """Lay a state flat in the dtype in which the solver works."""
+        return self.layout.pack(state, name, self.dtype, cast=True)
+
+    def unpack(self, flat: Tensor) -> Any:
+        """Give a flat state the structure and dtype of the caller's."""
+        return self.layout.unpack(flat if flat.dtype == self.state_dtype else flat.to(self.state_dtype))
+
+    def select(self, index: Tensor) -> Map:
+        """The same map on some of its rows; it shares the counts."""
+        chosen = copy.copy(self)
+        chosen.tensors = [tensor[index] for tensor in self.tensors]
+        chosen.batch = int(index.shape[0])
+        if self.seeds is not None:
+            chosen.seeds = self.seeds[index]
+        return chosen
+
+    def on(self, tensors: Sequence[Tensor]) -> Map:
+        """The same map on other input tensors, say detached or tracked ones; it shares the counts."""
+        chosen = copy.copy(self)
+        chosen.tensors = list(tensors)
+        return chosen
+
+    def project(self, z: Tensor) -> Tensor:
+        """Onto the feasible set; the identity unless a projection was given."""
+        return z if self.projection is None else self.projection(z)
+
+    def call(self, z: Tensor) -> Tensor:
+        """`f(z)` for flat `z`, in the grad mode of the caller and the autocast state in which the map was made."""
+        self.counts.evals += 1
+        for number, layer in enumerate(self.seeded):
+            # Layers draw from different streams; the step is odd, so that no two seeds of a batch fall together.
+            layer.seeds = self.seeds + 0x9E3779B1 * (number + 1)  # type: ignore[operator]
+        try:
+            state = self.unpack(z)
+            if self.autocast is None:
+                out = self.f(state, *self.input_layout.unflatten(self.tensors))
+            else:
+                with torch.autocast(self.autocast[0], dtype=self.autocast[1]):
+                    out = self.f(state, *self.input_layout.unflatten(self.tensors))
+        finally:
+            for layer in self.seeded:
+                layer.seeds = None
+        cast = self.autocast is not None or self.dtype != self.state_dtype
+        flat = self.layout.pack(out, "the map's result", self.dtype, cast=cast)
+        if flat.shape != z.shape:
+            raise ValueError(
+                f"the map returned {flat.shape[0]} rows for a state of {z.shape[0]}; it must keep the batch dimension"
+            )
+        return flat
+
+    def evaluate(self, z: Tensor, rows: Tensor, running: Tensor, *, graph: bool = False) -> Point:
+        """Evaluate once, without tracking; with `graph` the point can pull cotangents back."""
+        if not graph:
+            fz = self.call(z)
+            return Point(z, fz, fz - z, rows, running)
+        with torch.enable_grad():
+            leaf = z.detach().requires_grad_()
+            tracked = self.on([t.detach() for t in self.tensors]).call(leaf)
+        fz = tracked.detach()
+        return Point(z, fz, fz - z, rows, running, pull=lambda v: self.pull(tracked, leaf, v))
+
+    def pull(self, fz: Tensor, z: Tensor, v: Tensor) -> Tensor:
+        """`J^T v` on a kept graph from `z` to `fz`, counted."""
+        self.counts.vjps += 1
+        return torch.autograd.grad(fz, z, v, retain_graph=True, materialize_grads=True)[0]
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        """Around all evaluations of one solve: weights computed once, solver arithmetic in full precision."""
+        if torch.compiler.is_compiling():
+            yield
+            return
+        kind = self.device.type
+        # What a parametrisation cached with tracking off must not serve evaluations that are tracked, nor the other
+        # way round; equilibria may be nested, so the caller's cache is put aside and not only extended.
+        outer = parametrize._cache
+        parametrize._cache = {}
+        # The same holds for autocast's cache of converted weights, which an enabled outer context keeps alive.
+        with contextlib.ExitStack() as stack:
+            if self.autocast is not None:
+                stack.callback(torch.clear_autocast_cache)
+                torch.clear_autocast_cache()
+                stack.enter_context(torch.autocast(kind, dtype=self.autocast[1]))
+            if self.autocast is not None or torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            try:
+                with parametrize.cached():
+                    yield
+            finally:
+                parametrize._cache = outer
+
+
+def _check_modules(f: nn.Module) -> list[SeededLayer]:
+    """Refuse layers that make a map depend on the batch or change between evaluations; list the seeded ones."""
+    seeded: list[SeededLayer] = []
+    for name, module in f.named_modules():
+        if isinstance(module, SeededLayer):
+            if module.training:
+                seeded.append(module)
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if module.training or module.running_mean is None:
+                raise ValueError(
+                    f"the cell's {name or 'module'} is {type(module).__name__} with batch statistics: a sample's "
+                    "equilibrium would depend on its batch mates; use GroupNorm inside the cell, or call .eval() on it"
+                )
+        elif isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+            raise ValueError(
+                f"the cell's {name or 'module'} is {type(module).__name__}(p={module.p}), which changes from one "
+                "evaluation to the next: use equipoise.nn.VariationalDropout, whose mask is fixed during a solve"
+            )
+    return seeded

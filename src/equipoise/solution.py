@@ -1,0 +1,91 @@
+"""What a solve tells: value, status, residual and counts, sample by sample."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor
+
+from equipoise.linalg import InverseEstimate
+
+S = TypeVar("S")
+
+
+class Status(enum.IntEnum):
+    """How the solve of one sample ended; the numbers are those in `Solution.status`."""
+
+    CONVERGED = 0
+    MAX_STEPS = 1
+    STALLED = 2
+    DIVERGED = 3
+    NONFINITE = 4
+
+
+REMEDIES = {
+    Status.MAX_STEPS: "raise max_steps, loosen rtol or atol, or take a faster solver (Anderson, Broyden)",
+    Status.STALLED: "loosen rtol or atol, raise patience, or solve in float64: the map's own noise may be the limit",
+    Status.DIVERGED: "the map does not contract: damp the solver, take Anderson or Broyden, or regularise the map",
+    Status.NONFINITE: "the map returned NaN or Inf: check its inputs and parameters, or lower the learning rate",
+}
+
+
+class ConvergenceError(RuntimeError):
+    """Raised by `Solution.raise_for_status` when a sample did not converge."""
+
+
+class ConvergenceWarning(UserWarning):
+    """Given where a solve that nobody inspects did not converge."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Solution(Generic[S]):
+    r"""The answer to `z = f(z)` and all that the solve told about it.
+
+    Attributes:
+        value: the best iterate of each sample, in the structure of `z0`; differentiable.
+        status: `(B,)` integers of `Status`.
+        residual: `(B,)` norm of `f(z) - z` at the returned `z`; Inf where no evaluation was finite.
+        num_steps: `(B,)` evaluations of `f` spent on each sample until its record was closed.
+        num_evals: calls of `f` during the solve (a call evaluates all rows still in the batch).
+        num_vjps: vector-Jacobian products during the solve.
+        inverse: estimate of `(I - J)^{-1}` that belongs to `value`, if the solver keeps one.
+        trace: `(T, B)` residual of each sample at each evaluation, on request; NaN once a sample left.
+        map: the map that was solved, for probes and penalties at `value`.
+    """
+
+    value: S
+    status: Tensor
+    residual: Tensor
+    num_steps: Tensor
+    num_evals: int
+    num_vjps: int
+    inverse: InverseEstimate | None = dataclasses.field(default=None, repr=False)
+    trace: Tensor | None = dataclasses.field(default=None, repr=False)
+    map: Any = dataclasses.field(default=None, repr=False)
+
+    @property
+    def converged(self) -> Tensor:
+        """`(B,)` booleans: samples that met the tolerance."""
+        return self.status == Status.CONVERGED
+
+    def raise_for_status(self) -> Solution[S]:
+        """Return the solution itself if every sample converged.
+
+        Raises:
+            ConvergenceError: names the samples that did not converge, their status and the remedy.
+        """
+        failures = []
+        for status, remedy in REMEDIES.items():
+            rows = (self.status == status).nonzero().flatten().tolist()
+            if rows:
+                shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+                worst = float(self.residual[rows].max())
+                failures.append(
+                    f"{status.name}: {len(rows)} of {len(self.status)} samples ({shown}), "
+                    f"largest residual {worst:.3g}; {remedy}"
+                )
+        if failures:
+            raise ConvergenceError("; ".join(failures))
+        return self

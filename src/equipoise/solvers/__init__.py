@@ -1,0 +1,8 @@
+"""Solvers of `z = f(z)`, one algorithm a file."""
+
+from equipoise.solvers.anderson import Anderson
+from equipoise.solvers.base import Solver
+from equipoise.solvers.broyden import Broyden
+from equipoise.solvers.picard import Picard
+
+__all__ = ["Anderson", "Broyden", "Picard", "Solver"]

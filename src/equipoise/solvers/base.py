@@ -1,0 +1,272 @@
+"""The solver protocol and the only loop: evaluate a point, judge it, ask the solver where to go next."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from equipoise.linalg import InverseEstimate
+from equipoise.map import Map, Point
+from equipoise.solution import Solution, Status
+
+DIVERGED_AT = 1e8  # times the first residual
+RUNNING = -1  # status of a record that is still open
+STEPS_PER_READ = 8  # on devices, where reading a flag makes the host wait
+
+
+def take_rows(memory: Any, index: Tensor) -> Any:
+    """A solver's memory for some of its rows: every tensor in it indexed, nested dataclasses and tuples followed."""
+    if isinstance(memory, Tensor):
+        return memory[index]
+    if isinstance(memory, (tuple, list)):
+        return type(memory)(take_rows(part, index) for part in memory)
+    if dataclasses.is_dataclass(memory) and not isinstance(memory, type):
+        taken = {
+            field.name: take_rows(getattr(memory, field.name), index)
+            for field in dataclasses.fields(memory)
+            if field.init
+        }
+        return dataclasses.replace(memory, **taken)
+    return memory
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Solver(abc.ABC):
+    r"""Finds $z = f(z)$, one evaluation at a time; a subclass says where to evaluate next.
+
+    A sample stops when $\|f(z) - z\| \le \text{atol} + \text{rtol}\,\|f(z)\|$, in every block of the map, and its
+    answer is the best iterate seen. What a sample gets does not depend on its batch mates.
+
+    Args:
+        max_steps: largest number of evaluations per sample; 0 returns the start.
+        rtol: tolerance relative to the norm of f(z).
+        atol: absolute tolerance.
+        patience: a sample is STALLED after so many evaluations without a better point; None: never.
+
+    Raises:
+        ValueError: a field is out of its range.
+    """
+
+    max_steps: int = 30
+    rtol: float = 1e-3
+    atol: float = 0.0
+    patience: int | None = None
+
+    uses_vjp: ClassVar[bool] = False  # points must be able to pull cotangents back
+    keeps_inverse: ClassVar[bool] = False  # `inverse` returns an estimate
+    supports_projection: ClassVar[bool] = True  # the next point may be moved onto a feasible set
+    retries: ClassVar[int] = 0  # non-finite points in a row that the solver can back away from
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if isinstance(self.max_steps, bool) or not isinstance(self.max_steps, int) or self.max_steps < 0:
+            raise ValueError(f"{name}(max_steps={self.max_steps!r}): must be an integer >= 0")
+        for field in ("rtol", "atol"):
+            value = getattr(self, field)
+            if not value >= 0:
+                raise ValueError(f"{name}({field}={value!r}): must be >= 0; with both at 0 all max_steps are used")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"{name}(patience={self.patience!r}): must be >= 1, or None to wait until max_steps")
+
+    @abc.abstractmethod
+    def init(self, point: Point) -> Any:
+        """Memory of a new solve, made at its first point: a dataclass whose tensors are all `(b, ...)`."""
+
+    @abc.abstractmethod
+    def propose(self, memory: Any, point: Point) -> Tensor:
+        """Absorb a point into the memory and name the next one to evaluate, `(b, D)`."""
+
+    def inverse(self, memory: Any, step: Tensor) -> InverseEstimate | None:
+        """Estimate of `(I - J)^{-1}` as it stood after each sample's evaluation number `step`, `(b,)`."""
+        return None
+
+    def tolerance(self, size: Tensor) -> Tensor:
+        """Largest residual norm at which a sample stops, from the norm of its `f(z)`: `(b,) -> (b,)`."""
+        return size * self.rtol + self.atol
+
+    @torch.no_grad()
+    def solve(
+        self, f: Map, z0: Tensor, *, preconditioner: InverseEstimate | None = None, trace: bool = False
+    ) -> Solution[Tensor]:
+        """Solve `z = f(z)` from the flat start `z0`.
+
+        Args:
+            f: the map on flat states.
+            z0: `(B, D)` start.
+            preconditioner: an estimate of `(I - J)^{-1}` known beforehand. The solver is shown the residual times this
+                estimate; samples are still judged by the residual itself.
+            trace: record the residual of every evaluation.
+
+        Returns:
+            The solution with a flat `(B, D)` value.
+        """
+        if f.projection is not None and not self.supports_projection:
+            raise ValueError(f"{type(self).__name__} cannot follow a projected map; use Anderson or Picard")
+        evals, vjps = f.counts.evals, f.counts.vjps
+        tracing = torch.compiler.is_compiling()  # an exported solve runs all its steps and reads no flag
+        on_host = z0.device.type == "cpu" and not tracing
+        record = _Record(self, f, z0, trace, on_host)
+        whole, z, memory, step = f, z0, None, 0
+        with f.session():
+            for step in range(1, self.max_steps + 1):
+                reads = on_host or (step % STEPS_PER_READ == 0 and not tracing)
+                point = f.evaluate(z, record.rows, record.running, graph=self.uses_vjp)
+                record.observe(point, step)
+                if step == self.max_steps or (reads and record.all_done()):
+                    break
+                seen = point if preconditioner is None else _preconditioned(point, preconditioner)
+                memory = self.init(seen) if memory is None else memory
+                z = f.project(self.propose(memory, seen))
+                if reads and f.droppable and record.half_done():
+                    keep = record.leave(memory)
+                    f, z, memory = f.select(keep), z[keep], take_rows(memory, keep)
+                    preconditioner = None if preconditioner is None else preconditioner.select(keep)
+            if self.keeps_inverse and step > 0 and preconditioner is None:
+                memory = self.init(point) if memory is None else memory
+                self.propose(memory, point)  # absorb the last point; where it would lead to is not needed
+        counts = whole.counts
+        return record.solution(memory, whole, counts.evals - evals, counts.vjps - vjps, step)
+
+
+def _preconditioned(point: Point, estimate: InverseEstimate) -> Point:
+    r = estimate.mv(point.r)
+    return dataclasses.replace(point, fz=point.z + r, r=r)
+
+
+class _Record:
+    """Statuses, best iterates and counts of the rows still in the batch, and of those that left."""
+
+    def __init__(self, solver: Solver, f: Map, z0: Tensor, trace: bool, on_host: bool) -> None:
+        b, device = z0.shape[0], z0.device
+        self.solver, self.blocks, self.batch, self.on_host = solver, f.blocks, b, on_host
+        self.rows = torch.arange(b, device=device)
+        self.running = torch.ones(b, dtype=torch.bool, device=device)
+        self.num_running = b  # kept up to date on the host only
+        self.status = torch.full((b,), RUNNING, dtype=torch.int8, device=device)
+        self.num_steps = torch.zeros(b, dtype=torch.int64, device=device)
+        self.best_z = z0
+        self.best_step = torch.zeros_like(self.num_steps)
+        self.best_size = torch.full((b,), torch.inf, dtype=z0.dtype, device=device)
+        self.best_error = torch.full_like(self.best_size, torch.inf)
+        self.limit = self.best_size
+        self.failures = torch.zeros_like(self.num_steps)  # non-finite points in a row
+        self.left: list[tuple[Tensor, tuple[Tensor, ...], InverseEstimate | None]] = []
+        self.trace: list[Tensor] | None = [] if trace else None
+
+    def observe(self, point: Point, step: int) -> None:
+        """Judge a point: error in units of the tolerance, best iterate, status; flags are read on the host only."""
+        size, error, met = self._measure(point)
+        if step == 1:
+            top = torch.finfo(size.dtype).max
+            self.limit = torch.where(size.isfinite(), (size * DIVERGED_AT).clamp_max(top), torch.nan)
+        sound = size <= self.limit  # False for NaN, too
+        converged = met & point.running
+        better = (error < self.best_error) & sound & point.running | converged
+        if step == 1:
+            better |= sound
+        self._keep(point, step, better, size, error)
+        if self.trace is not None:
+            line = torch.full((self.batch,), torch.nan, dtype=size.dtype, device=size.device)
+            self.trace.append(line.index_copy(0, point.rows, torch.where(point.running, size, torch.nan)))
+
+        stopped = converged
+        if not (self.on_host and bool(sound.all())):
+            stopped = stopped | self._fail(point, step, size, sound)
+        if self.solver.patience is not None:
+            stalled = point.running & ~stopped & (step - self.best_step >= self.solver.patience)
+            self.status = self.status.masked_fill(stalled, Status.STALLED)
+            stopped = stopped | stalled
+        if not (self.on_host and not bool(stopped.any())):
+            self.status = self.status.masked_fill(converged, Status.CONVERGED)
+            self.num_steps = self.num_steps.masked_fill(stopped, step)
+            self.running = point.running & ~stopped
+            if self.on_host:
+                self.num_running = int(self.running.sum())
+
+    def _measure(self, point: Point) -> tuple[Tensor, Tensor, Tensor]:
+        """Residual norm, error in units of the tolerance (the worst block's), and whether it is met, each `(b,)`."""
+        if self.blocks is None:
+            size = torch.linalg.vector_norm(point.r, dim=1)
+            allowed = self.solver.tolerance(torch.linalg.vector_norm(point.fz, dim=1))
+            return size, self._error(size, allowed), size <= allowed
+        sizes, images = (
+            torch.stack([torch.linalg.vector_norm(part, dim=1) for part in x.split(self.blocks, dim=1)])
+            for x in (point.r, point.fz)
+        )
+        allowed = self.solver.tolerance(images)
+        size = torch.linalg.vector_norm(sizes, dim=0)
+        return size, self._error(sizes, allowed).amax(dim=0), (sizes <= allowed).all(dim=0)
+
+    def _error(self, size: Tensor, allowed: Tensor) -> Tensor:
+        # The least residual need not be the least error: f(z), and so the tolerance, differs from point to point.
+        return size if self.solver.rtol == 0 and self.solver.atol == 0 else size / allowed
+
+    def _keep(self, point: Point, step: int, better: Tensor, size: Tensor, error: Tensor) -> None:
+        if self.on_host and bool(better.all()):
+            # Points are never written again: the best iterates can be the point itself instead of a copy.
+            self.best_z, self.best_size, self.best_error = point.z, size, error
+            self.best_step = torch.full_like(self.best_step, step)
+        elif not (self.on_host and not bool(better.any())):
+            self.best_z = torch.where(better[:, None], point.z, self.best_z)
+            self.best_size = torch.where(better, size, self.best_size)
+            self.best_error = torch.where(better, error, self.best_error)
+            self.best_step = self.best_step.masked_fill(better, step)
+
+    def _fail(self, point: Point, step: int, size: Tensor, sound: Tensor) -> Tensor:
+        """Close the rows that diverged, and those non-finite too often in a row for the solver to back away."""
+        finite = size.isfinite()
+        self.failures = torch.where(finite, 0, self.failures + 1)
+        retries = self.solver.retries if step > 1 else 0
+        nonfinite = point.running & (self.failures > retries)
+        diverged = point.running & finite & ~sound
+        self.status = self.status.masked_fill(nonfinite, Status.NONFINITE).masked_fill(diverged, Status.DIVERGED)
+        return nonfinite | diverged
+
+    def all_done(self) -> bool:
+        return self.num_running == 0 if self.on_host else not bool(self.running.any())
+
+    def half_done(self) -> bool:
+        if not self.on_host:
+            self.num_running = int(self.running.sum())
+        return 0 < 2 * self.num_running <= self.rows.shape[0]
+
+    def leave(self, memory: Any) -> Tensor:
+        """Store the rows that stopped, with their inverse, and return the numbers of the others within the batch."""
+        gone, keep = (~self.running).nonzero()[:, 0], self.running.nonzero()[:, 0]
+        inverse = self._inverse(memory)
+        results = tuple(x[gone] for x in (self.best_z, self.status, self.best_size, self.num_steps))
+        self.left.append((self.rows[gone], results, None if inverse is None else inverse.select(gone)))
+        for name in (
+            "rows", "running", "status", "num_steps", "best_z", "best_step", "best_size", "best_error", "limit",
+            "failures",
+        ):  # fmt: skip
+            setattr(self, name, getattr(self, name)[keep])
+        return keep
+
+    def _inverse(self, memory: Any) -> InverseEstimate | None:
+        if not self.solver.keeps_inverse or memory is None:
+            return None
+        return self.solver.inverse(memory, self.best_step)
+
+    def solution(self, memory: Any, f: Map, evals: int, vjps: int, steps: int) -> Solution[Tensor]:
+        """Join the rows in their original order."""
+        open_ = self.status == RUNNING
+        self.status = self.status.masked_fill(open_, Status.MAX_STEPS)
+        self.num_steps = self.num_steps.masked_fill(open_, steps)
+        results: tuple[Tensor, ...] = (self.best_z, self.status, self.best_size, self.num_steps)
+        inverse = self._inverse(memory)
+        if self.left:
+            parts = [*self.left, (self.rows, results, inverse)]
+            order = torch.argsort(torch.cat([rows for rows, _, _ in parts]))
+            results = tuple(torch.cat(column)[order] for column in zip(*(part[1] for part in parts), strict=True))
+            if inverse is not None:
+                inverse = InverseEstimate.join([(r, est) for r, _, est in parts if est is not None], self.batch)
+        value, status, residual, num_steps = results
+        trace = (
+            None if self.trace is None else torch.stack(self.trace) if self.trace else value.new_zeros(0, self.batch)
+        )
+        return Solution(value, status, residual, num_steps, evals, vjps, inverse, trace, f)

@@ -1,0 +1,172 @@
+"""States: a tensor, tuple, list or dict of tensors on the outside, one flat `(B, D)` tensor on the inside."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# A tensor, or a tuple, list or dict of tensors, each with a leading batch dimension.
+State = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a state with `B` rows lies in a flat `(B, D)` tensor.
+
+    Attributes:
+        kind: `Tensor`, `tuple`, `list` or `dict`: the container that the caller uses.
+        keys: names of the parts of a dict, in its order; empty otherwise.
+        shapes: shape of each part without the batch dimension.
+        sizes: number of elements of each part per row; they add up to `D`.
+    """
+
+    kind: type
+    keys: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, state: Any, name: str = "z0") -> Layout:
+        """Read the layout of a state.
+
+        Args:
+            state: tensor, tuple, list or dict of tensors `(B, ...)`.
+            name: what to call the state in error messages.
+
+        Raises:
+            TypeError: the state is no tensor, tuple, list or dict of floating-point tensors.
+            ValueError: it is empty, or its parts differ in batch size, dtype or device.
+        """
+        kind, keys, parts = _parts(state, name)
+        if not parts:
+            raise ValueError(f"{name} is an empty {kind.__name__}; pass at least one tensor of shape (B, ...)")
+        for part in parts:
+            if not isinstance(part, Tensor):
+                raise TypeError(
+                    f"{name} must be a tensor or a tuple, list or dict of tensors; it contains {type(part).__name__}"
+                )
+            if not part.is_floating_point():
+                raise TypeError(f"{name} must be floating point, got {part.dtype}; convert it with .float()")
+            if part.ndim == 0 or part.shape[0] == 0:
+                raise ValueError(
+                    f"{name} has shape {tuple(part.shape)}; the first dimension is the batch and must not be empty"
+                )
+            if (part.shape[0], part.dtype, part.device) != (parts[0].shape[0], parts[0].dtype, parts[0].device):
+                raise ValueError(
+                    f"the parts of {name} must agree in batch size, dtype and device; got "
+                    + ", ".join(f"{tuple(p.shape)} {p.dtype} {p.device}" for p in parts)
+                )
+        shapes = tuple(part.shape[1:] for part in parts)
+        return cls(kind, keys, shapes, tuple(shape.numel() for shape in shapes))
+
+    def pack(self, state: Any, name: str, dtype: torch.dtype, cast: bool = False) -> Tensor:
+        """Lay a state of this layout flat.
+
+        Args:
+            state: what a map returned.
+            name: what to call it in error messages.
+            dtype: the dtype that the flat tensor must have.
+            cast: convert other floating dtypes (under autocast) instead of raising.
+
+        Returns:
+            `(B, D)` tensor; a view where the state is one contiguous tensor.
+
+        Raises:
+            TypeError: another container or dtype.
+            ValueError: another shape.
+        """
+        if self.kind is Tensor and isinstance(state, Tensor):
+            parts: Sequence[Tensor] = (state,)
+        else:
+            kind, keys, parts = _parts(state, name)
+            listlike = (tuple, list)
+            if kind is not self.kind and not (kind in listlike and self.kind in listlike):
+                raise TypeError(f"{name} must be a {self.kind.__name__} like the state, got {kind.__name__}")
+            if self.kind is dict:
+                if set(keys) != set(self.keys):
+                    raise ValueError(f"{name} has keys {sorted(keys)}, the state has {sorted(self.keys)}")
+                parts = [state[key] for key in self.keys]
+            if len(parts) != len(self.shapes):
+                raise ValueError(f"{name} has {len(parts)} parts, the state has {len(self.shapes)}")
+        flat = []
+        for part, shape in zip(parts, self.shapes, strict=True):
+            if not isinstance(part, Tensor):
+                raise TypeError(f"{name} contains {type(part).__name__}; every part must be a tensor")
+            if part.shape[1:] != shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(part.shape)}, the state has (B, {', '.join(map(str, shape))}); "
+                    "a map must return the shape of its state"
+                )
+            if part.dtype != dtype:
+                if not cast:
+                    raise TypeError(f"{name} has dtype {part.dtype}, the state has {dtype}; convert one of them")
+                part = part.to(dtype)
+            flat.append(part.reshape(part.shape[0], -1))
+        return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
+
+    def unpack(self, flat: Tensor) -> Any:
+        """Give a flat `(B, D)` tensor its outer shape back, as views of it."""
+        if self.kind is Tensor:
+            return flat.view(flat.shape[0], *self.shapes[0])
+        parts = [
+            part.reshape(flat.shape[0], *shape)
+            for part, shape in zip(flat.split(self.sizes, dim=1), self.shapes, strict=True)
+        ]
+        return dict(zip(self.keys, parts, strict=True)) if self.kind is dict else self.kind(parts)
+
+
+def _parts(state: Any, name: str) -> tuple[type, tuple[str, ...], Sequence[Any]]:
+    if isinstance(state, Tensor):
+        return Tensor, (), (state,)
+    if isinstance(state, Mapping):
+        return dict, tuple(state), list(state.values())
+    if isinstance(state, (tuple, list)):
+        return (list if isinstance(state, list) else tuple), (), state
+    raise TypeError(f"{name} must be a tensor or a tuple, list or dict of tensors, got {type(state).__name__}")
+
+
+@dataclasses.dataclass(frozen=True)
+class InputLayout:
+    """How the inputs of a map, tensors or containers of tensors, become one list of tensors and back."""
+
+    forms: tuple[tuple[type, tuple[str, ...], int], ...]
+
+    @classmethod
+    def flatten(cls, inputs: Sequence[Any], batch: int) -> tuple[list[Tensor], InputLayout]:
+        """List the tensors of `inputs`, each of which must have the batch of the state as first dimension.
+
+        Raises:
+            TypeError: an input is no tensor, tuple, list or dict of tensors.
+            ValueError: an input has another batch size than the state.
+        """
+        forms, tensors = [], []
+        for number, value in enumerate(inputs):
+            kind, keys, parts = _parts(value, f"input {number}")
+            for part in parts:
+                if not isinstance(part, Tensor):
+                    raise TypeError(f"input {number} contains {type(part).__name__}; make it an attribute of the map")
+                if part.ndim == 0 or part.shape[0] != batch:
+                    raise ValueError(
+                        f"input {number} has shape {tuple(part.shape)}, the state has batch {batch}; inputs follow the "
+                        "rows of the state: what all rows share belongs in the map's parameters"
+                    )
+            forms.append((kind, keys, len(parts)))
+            tensors.extend(parts)
+        return tensors, cls(tuple(forms))
+
+    def unflatten(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """The inputs as the caller gave them, from their list of tensors."""
+        inputs: list[Any] = []
+        start = 0
+        for kind, keys, count in self.forms:
+            parts = tensors[start : start + count]
+            start += count
+            if kind is Tensor:
+                inputs.append(parts[0])
+            else:
+                inputs.append(dict(zip(keys, parts, strict=True)) if kind is dict else kind(parts))
+        return inputs
