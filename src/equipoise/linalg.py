@@ -19,78 +19,107 @@ def row_sums(weights: Tensor, rows: Tensor) -> Tensor:
     return torch.bmm(weights.to(rows.dtype)[:, None], rows)[:, 0]
 
 
-def solve_positive(matrix: Tensor, rhs: Tensor) -> Tensor:
-    """Solve small symmetric positive semi-definite systems: `(b, m, m), (b, m) -> (b, m)`.
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    r"""Matrices $M = \gamma I + S^\top K S$, one per sample.
 
-    A system whose Cholesky factor does not exist gives zeros: the caller's update then does nothing for that sample.
+    Attributes:
+        gamma: `(b,)` multiples of the identity.
+        basis: `(b, m, D)`; the rows of $S$ are vectors of the state space.
+        core: `(b, m, m)` float64.
     """
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    solution = torch.cholesky_solve(rhs[..., None], factor)[..., 0]
-    usable = (info == 0)[:, None] & solution.isfinite().all(dim=1, keepdim=True)
-    return torch.where(usable, solution, 0.0)
+
+    gamma: Tensor
+    basis: Tensor
+    core: Tensor
+
+    def mv(self, x: Tensor) -> Tensor:
+        """`M x` for each sample: `(b, D) -> (b, D)`."""
+        scaled = self.gamma.to(x.dtype)[:, None] * x
+        if self.basis.shape[1] == 0:
+            return scaled
+        products = row_dots(x, self.basis).to(self.core.dtype)
+        weights = torch.bmm(self.core, products[..., None])[..., 0]
+        return torch.baddbmm(scaled[:, None], weights.to(self.basis.dtype)[:, None], self.basis)[:, 0]
+
+    @property
+    def mT(self) -> LowRank:
+        return LowRank(self.gamma, self.basis, self.core.mT)
+
+    def select(self, index: Tensor) -> LowRank:
+        return LowRank(self.gamma[index], self.basis[index], self.core[index])
 
 
 @dataclasses.dataclass(frozen=True)
 class InverseEstimate:
-    r"""Estimate of `(I - J)^{-1}`, one per sample, of low rank beside a multiple of the identity.
+    r"""Estimate of $(I - J)^{-1}$ for each sample of a batch: $M = \gamma I + S^\top K S$.
 
-    $$ M = \gamma I + A^\top C B $$
+    Samples that left the batch together form a part, so that their vectors need not be moved again.
 
-    with $\gamma$ `(b,)`, $A$ and $B$ `(b, m, D)` (rows are vectors of the state space) and $C$ `(b, m, m)`.
+    Attributes:
+        parts: pairs of row numbers `(b_i,)` and the matrices of these rows; all rows are covered once.
+        batch: number of rows in all.
     """
 
-    gamma: Tensor
-    left: Tensor
-    core: Tensor
-    right: Tensor
+    parts: tuple[tuple[Tensor, LowRank], ...]
+    batch: int
+
+    @classmethod
+    def of(cls, gamma: Tensor, basis: Tensor, core: Tensor) -> InverseEstimate:
+        """An estimate in one part; arguments as in `LowRank`."""
+        rows = torch.arange(gamma.shape[0], device=gamma.device)
+        return cls(((rows, LowRank(gamma, basis, core)),), gamma.shape[0])
 
     def mv(self, x: Tensor) -> Tensor:
-        """`M x` for each sample: `(b, D) -> (b, D)`."""
-        return self._apply(x, self.left, self.core, self.right)
+        """`M x` for each sample: `(B, D) -> (B, D)`."""
+        if len(self.parts) == 1:
+            return self.parts[0][1].mv(x)
+        out = torch.empty_like(x)
+        for rows, part in self.parts:
+            out[rows] = part.mv(x[rows])
+        return out
 
     def rmv(self, x: Tensor) -> Tensor:
-        r"""$M^\top x$ for each sample: `(b, D) -> (b, D)`."""
-        return self._apply(x, self.right, self.core.mT, self.left)
+        r"""$M^\top x$ for each sample: `(B, D) -> (B, D)`."""
+        return self.mT.mv(x)
 
     @property
     def mT(self) -> InverseEstimate:
         """The transposed estimate: that of the adjoint system."""
-        return InverseEstimate(self.gamma, self.right, self.core.mT, self.left)
+        return InverseEstimate(tuple((rows, part.mT) for rows, part in self.parts), self.batch)
 
-    def select(self, index: Tensor) -> InverseEstimate:
-        """The estimates of some samples."""
-        return InverseEstimate(self.gamma[index], self.left[index], self.core[index], self.right[index])
+    @property
+    def rank(self) -> Tensor:
+        """`(B,)` number of updates in each sample's estimate."""
+        return self._gather([(part.core != 0).any(dim=2).sum(dim=1) for _, part in self.parts])
 
     def dense(self) -> Tensor:
-        """The matrices themselves, `(b, D, D)`, for small states."""
-        eye = torch.eye(self.left.shape[2], dtype=self.left.dtype, device=self.left.device)
-        return self.gamma.to(eye.dtype)[:, None, None] * eye + self.left.mT @ self.core.to(eye.dtype) @ self.right
+        """The matrices themselves, `(B, D, D)`, for small states."""
+        size = self.parts[0][1].basis.shape[2]
+        eye = torch.eye(size, dtype=self.parts[0][1].basis.dtype, device=self.parts[0][0].device)
+        return torch.stack([self.mv(column.expand(self.batch, size)) for column in eye], dim=2)
 
-    def _apply(self, x: Tensor, left: Tensor, core: Tensor, right: Tensor) -> Tensor:
-        scaled = self.gamma.to(x.dtype)[:, None] * x
-        if left.shape[1] == 0:
-            return scaled
-        weights = torch.bmm(core, row_dots(x, right).to(core.dtype)[..., None])[..., 0]
-        return torch.baddbmm(scaled[:, None], weights.to(left.dtype)[:, None], left)[:, 0]
+    def select(self, index: Tensor) -> InverseEstimate:
+        """The estimates of some samples, in the order of `index`."""
+        place = self._gather([torch.arange(len(rows), device=rows.device) for rows, _ in self.parts])[index]
+        owner = self._gather([torch.full_like(rows, number) for number, (rows, _) in enumerate(self.parts)])[index]
+        chosen = []
+        for number, (_, part) in enumerate(self.parts):
+            mine = (owner == number).nonzero()[:, 0]
+            if len(mine):
+                chosen.append((mine, part.select(place[mine])))
+        return InverseEstimate(tuple(chosen), int(index.shape[0]))
 
-    @staticmethod
-    def join(parts: list[tuple[Tensor, InverseEstimate]], batch: int) -> InverseEstimate:
-        """Put estimates of disjoint sets of samples together.
+    def reset(self, mask: Tensor) -> InverseEstimate:
+        """The same estimate, but the identity for the samples of a `(B,)` mask."""
+        parts = []
+        for rows, part in self.parts:
+            gamma = torch.where(mask[rows], 1.0, part.gamma)
+            parts.append((rows, LowRank(gamma, part.basis, torch.where(mask[rows][:, None, None], 0.0, part.core))))
+        return InverseEstimate(tuple(parts), self.batch)
 
-        Args:
-            parts: (row numbers `(b_i,)`, estimate of these rows) pairs that cover all rows once.
-            batch: number of rows in all.
-        """
-        first = parts[0][1]
-        rank = max(part.left.shape[1] for _, part in parts)
-        gamma = first.gamma.new_zeros(batch)
-        left = first.left.new_zeros(batch, rank, first.left.shape[2])
-        right = torch.zeros_like(left)
-        core = first.core.new_zeros(batch, rank, rank)
-        for rows, part in parts:
-            m = part.left.shape[1]
-            gamma[rows] = part.gamma
-            left[rows, :m] = part.left
-            right[rows, :m] = part.right
-            core[rows, :m, :m] = part.core
-        return InverseEstimate(gamma, left, core, right)
+    def _gather(self, values: list[Tensor]) -> Tensor:
+        out = values[0].new_empty(self.batch)
+        for (rows, _), value in zip(self.parts, values, strict=True):
+            out[rows] = value
+        return out

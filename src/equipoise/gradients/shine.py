@@ -49,10 +49,7 @@ class Shine(Gradient):
     ) -> tuple[Tensor, InverseEstimate | None]:
         w, fallen = self._estimate(g, solution)
         assert solution.inverse is not None
-        transposed = solution.inverse.mT
-        core = torch.where(fallen[:, None, None], 0.0, transposed.core)
-        gamma = torch.where(fallen, 1.0, transposed.gamma)
-        return w, dataclasses.replace(transposed, core=core, gamma=gamma)
+        return w, solution.inverse.mT.reset(fallen)
 
     def _estimate(self, g: Tensor, solution: Solution[Tensor]) -> tuple[Tensor, Tensor]:
         if solution.inverse is None:

@@ -7,9 +7,12 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from equipoise.linalg import row_dots, row_sums, solve_positive
+from equipoise.linalg import row_dots, row_sums
 from equipoise.map import Point
 from equipoise.solvers.base import Solver
+
+
+FORGOTTEN = 1e200  # squared norm of a column that the next steps must not use
 
 
 @dataclasses.dataclass(eq=False)
@@ -17,7 +20,6 @@ class _Memory:
     images: Tensor  # (b, m, D) f(z_i)
     residuals: Tensor  # (b, m, D) f(z_i) - z_i
     gram: Tensor  # (b, m, m) float64, products of residuals
-    valid: Tensor  # (b, m) columns that the next step may use
     count: int = 0  # points absorbed
 
 
@@ -34,19 +36,19 @@ class Anderson(Solver):
     Args:
         memory: number of points combined.
         mixing: $\beta$.
-        ridge: regularisation of the least-squares problem, relative to the scale of each of its columns, so that it
-            means the same at every residual.
+        ridge: regularisation of the least-squares problem beyond its rounding errors, relative to the squared norm of
+            each residual, so that it means the same at every tolerance.
         growth: how much a residual may grow before the sample restarts.
 
     Raises:
         ValueError: a field is out of its range.
 
-    Source: Walker and Ni (2011), problem (LS) in differences to the newest residual.
+    Source: Walker and Ni (2011); the normal equations of the constrained problem, one new row of products a step.
     """
 
     memory: int = 5
     mixing: float = 1.0
-    ridge: float = 1e-8
+    ridge: float = 0.0
     growth: float = 10.0
 
     def __post_init__(self) -> None:
@@ -67,7 +69,6 @@ class Anderson(Solver):
             images=point.z.new_empty(b, m, size),
             residuals=point.z.new_empty(b, m, size),
             gram=torch.zeros(b, m, m, dtype=torch.float64, device=point.z.device),
-            valid=torch.zeros(b, m, dtype=torch.bool, device=point.z.device),
         )
 
     def propose(self, memory: _Memory, point: Point) -> Tensor:
@@ -75,38 +76,30 @@ class Anderson(Solver):
         slot, used = memory.count % m, min(memory.count + 1, m)
         memory.images[:, slot] = point.fz
         memory.residuals[:, slot] = point.r
-        memory.valid[:, slot] = True
         memory.count += 1
-        products = row_dots(point.r, memory.residuals[:, :used]).to(memory.gram.dtype)
-        memory.gram[:, slot, :used] = products
-        memory.gram[:, :used, slot] = products
-        if used == 1:
+        if m == 1:
             return point.z.add(point.r, alpha=self.mixing)
-        weights = self._weights(memory, slot, used)
-        z = row_sums(weights, memory.images[:, :used])
-        return z if self.mixing == 1 else z.sub_(row_sums(weights * (1 - self.mixing), memory.residuals[:, :used]))
+        images, residuals, gram = memory.images[:, :used], memory.residuals[:, :used], memory.gram[:, :used, :used]
+        products = row_dots(point.r, residuals).to(gram.dtype)
+        gram[:, slot] = products
+        gram[:, :, slot] = products
+        weights = self._weights(gram, slot, torch.finfo(images.dtype).eps)
+        z = row_sums(weights, images)
+        return z if self.mixing == 1 else z.sub_(row_sums(weights * (1 - self.mixing), residuals))
 
-    def _weights(self, memory: _Memory, slot: int, used: int) -> Tensor:
-        """Weights `(b, used)` of the next step, restarted where the residual grew too much."""
-        gram, valid = memory.gram[:, :used, :used], memory.valid[:, :used]
+    def _weights(self, gram: Tensor, slot: int, eps: float) -> Tensor:
+        """Weights `(b, used)` of the next step; samples whose residual grew too much restart, in `gram` as well."""
         squares = gram.diagonal(dim1=1, dim2=2)
-        newest = squares[:, slot]
-        least, best = torch.where(valid, squares, torch.inf).min(dim=1)
-        onehot = torch.nn.functional.one_hot(best, used).bool()
-        grown = ~(newest <= self.growth**2 * least)
-        valid = torch.where(grown[:, None], onehot, valid)
-        memory.valid[:, :used] = valid
-
-        # Differences to the newest residual: A_ij = (r_n - r_i).(r_n - r_j), right-hand side r_n.(r_n - r_i).
-        cross = gram[:, slot]
-        others = valid.clone()
-        others[:, slot] = False
-        matrix = gram + (newest[:, None, None] - cross[:, :, None] - cross[:, None, :])
-        # The rounding of the products is all that is known of differences below it.
-        noise = torch.finfo(memory.images.dtype).eps * (newest[:, None] + squares)
-        diagonal = torch.where(others, self.ridge * matrix.diagonal(dim1=1, dim2=2) + noise, 1.0)
-        both = others[:, :, None] & others[:, None, :]
-        matrix = torch.where(both, matrix, 0.0) + torch.diag_embed(diagonal)
-        weights = solve_positive(matrix, torch.where(others, newest[:, None] - cross, 0.0))
-        weights[:, slot] = 1 - weights.sum(dim=1)
-        return torch.where(grown[:, None], onehot.to(weights.dtype), weights)
+        grown = ~(squares[:, slot] <= self.growth**2 * squares.amin(dim=1))
+        # Relative to each column, and no finer than the rounding of the products.
+        matrix = gram + torch.diag_embed((self.ridge + 4 * eps) * squares)
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        weights = torch.cholesky_solve(torch.ones_like(squares)[..., None], factor)[..., 0]
+        weights = weights / weights.sum(dim=1, keepdim=True)
+        grown = grown | (info != 0)
+        if gram.device.type != "cpu" or bool(grown.any()):
+            best = torch.nn.functional.one_hot(squares.argmin(dim=1), gram.shape[1]).to(gram.dtype)
+            alone = gram * best[:, :, None] * best[:, None, :] + torch.diag_embed((1 - best) * FORGOTTEN)
+            gram.copy_(torch.where(grown[:, None, None], alone, gram))
+            weights = torch.where(grown[:, None], best, weights)
+        return weights

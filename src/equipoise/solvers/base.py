@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from equipoise.linalg import InverseEstimate
+from equipoise.linalg import InverseEstimate, LowRank
 from equipoise.map import Map, Point
 from equipoise.solution import Solution, Status
 
@@ -18,20 +18,30 @@ RUNNING = -1  # status of a record that is still open
 STEPS_PER_READ = 8  # on devices, where reading a flag makes the host wait
 
 
-def take_rows(memory: Any, index: Tensor) -> Any:
-    """A solver's memory for some of its rows: every tensor in it indexed, nested dataclasses and tuples followed."""
+def split_rows(memory: Any, keep: Tensor, gone: Tensor) -> tuple[Any, Any]:
+    """A solver's memory for the rows that stay and for those that leave.
+
+    Every tensor in it is split along its first dimension; nested dataclasses and tuples are followed. Histories
+    `(b, m, ...)` are sorted in place and split into views, so that they are never held twice.
+    """
     if isinstance(memory, Tensor):
-        return memory[index]
+        if memory.ndim < 3:
+            return memory[keep], memory[gone]
+        order = torch.cat([keep, gone])
+        for column in memory.unbind(dim=1):
+            column.copy_(column[order])
+        return memory[: len(keep)], memory[len(keep) :]
     if isinstance(memory, (tuple, list)):
-        return type(memory)(take_rows(part, index) for part in memory)
+        pairs = [split_rows(part, keep, gone) for part in memory]
+        return type(memory)(stay for stay, _ in pairs), type(memory)(go for _, go in pairs)
     if dataclasses.is_dataclass(memory) and not isinstance(memory, type):
-        taken = {
-            field.name: take_rows(getattr(memory, field.name), index)
-            for field in dataclasses.fields(memory)
-            if field.init
-        }
-        return dataclasses.replace(memory, **taken)
-    return memory
+        names = [field.name for field in dataclasses.fields(memory)]
+        pairs = [split_rows(getattr(memory, name), keep, gone) for name in names]
+        return (
+            dataclasses.replace(memory, **{name: stay for name, (stay, _) in zip(names, pairs, strict=True)}),
+            dataclasses.replace(memory, **{name: go for name, (_, go) in zip(names, pairs, strict=True)}),
+        )
+    return memory, memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +90,7 @@ class Solver(abc.ABC):
     def propose(self, memory: Any, point: Point) -> Tensor:
         """Absorb a point into the memory and name the next one to evaluate, `(b, D)`."""
 
-    def inverse(self, memory: Any, step: Tensor) -> InverseEstimate | None:
+    def inverse(self, memory: Any, step: Tensor) -> LowRank | None:
         """Estimate of `(I - J)^{-1}` as it stood after each sample's evaluation number `step`, `(b,)`."""
         return None
 
@@ -122,9 +132,10 @@ class Solver(abc.ABC):
                 memory = self.init(seen) if memory is None else memory
                 z = f.project(self.propose(memory, seen))
                 if reads and f.droppable and record.half_done():
-                    keep = record.leave(memory)
-                    f, z, memory = f.select(keep), z[keep], take_rows(memory, keep)
+                    keep, memory = record.leave(memory)
+                    f, z = f.select(keep), z[keep]
                     preconditioner = None if preconditioner is None else preconditioner.select(keep)
+                del point, seen  # two states less while f is evaluated
             if self.keeps_inverse and step > 0 and preconditioner is None:
                 memory = self.init(point) if memory is None else memory
                 self.propose(memory, point)  # absorb the last point; where it would lead to is not needed
@@ -154,7 +165,7 @@ class _Record:
         self.best_error = torch.full_like(self.best_size, torch.inf)
         self.limit = self.best_size
         self.failures = torch.zeros_like(self.num_steps)  # non-finite points in a row
-        self.left: list[tuple[Tensor, tuple[Tensor, ...], InverseEstimate | None]] = []
+        self.left: list[tuple[Tensor, tuple[Tensor, ...], LowRank | None]] = []
         self.trace: list[Tensor] | None = [] if trace else None
 
     def observe(self, point: Point, step: int) -> None:
@@ -234,23 +245,21 @@ class _Record:
             self.num_running = int(self.running.sum())
         return 0 < 2 * self.num_running <= self.rows.shape[0]
 
-    def leave(self, memory: Any) -> Tensor:
-        """Store the rows that stopped, with their inverse, and return the numbers of the others within the batch."""
+    def leave(self, memory: Any) -> tuple[Tensor, Any]:
+        """Store the rows that stopped, with their inverse; the numbers of the others within the batch, their memory."""
         gone, keep = (~self.running).nonzero()[:, 0], self.running.nonzero()[:, 0]
-        inverse = self._inverse(memory)
+        memory, parted = split_rows(memory, keep, gone)
         results = tuple(x[gone] for x in (self.best_z, self.status, self.best_size, self.num_steps))
-        self.left.append((self.rows[gone], results, None if inverse is None else inverse.select(gone)))
+        self.left.append((self.rows[gone], results, self._inverse(parted, self.best_step[gone])))
         for name in (
             "rows", "running", "status", "num_steps", "best_z", "best_step", "best_size", "best_error", "limit",
             "failures",
         ):  # fmt: skip
             setattr(self, name, getattr(self, name)[keep])
-        return keep
+        return keep, memory
 
-    def _inverse(self, memory: Any) -> InverseEstimate | None:
-        if not self.solver.keeps_inverse or memory is None:
-            return None
-        return self.solver.inverse(memory, self.best_step)
+    def _inverse(self, memory: Any, step: Tensor) -> LowRank | None:
+        return self.solver.inverse(memory, step) if self.solver.keeps_inverse and memory is not None else None
 
     def solution(self, memory: Any, f: Map, evals: int, vjps: int, steps: int) -> Solution[Tensor]:
         """Join the rows in their original order."""
@@ -258,15 +267,14 @@ class _Record:
         self.status = self.status.masked_fill(open_, Status.MAX_STEPS)
         self.num_steps = self.num_steps.masked_fill(open_, steps)
         results: tuple[Tensor, ...] = (self.best_z, self.status, self.best_size, self.num_steps)
-        inverse = self._inverse(memory)
+        parts = [(self.rows, results, self._inverse(memory, self.best_step)), *self.left]
+        inverse = tuple((rows, estimate) for rows, _, estimate in parts if estimate is not None)
         if self.left:
-            parts = [*self.left, (self.rows, results, inverse)]
             order = torch.argsort(torch.cat([rows for rows, _, _ in parts]))
             results = tuple(torch.cat(column)[order] for column in zip(*(part[1] for part in parts), strict=True))
-            if inverse is not None:
-                inverse = InverseEstimate.join([(r, est) for r, _, est in parts if est is not None], self.batch)
         value, status, residual, num_steps = results
         trace = (
             None if self.trace is None else torch.stack(self.trace) if self.trace else value.new_zeros(0, self.batch)
         )
-        return Solution(value, status, residual, num_steps, evals, vjps, inverse, trace, f)
+        estimate = InverseEstimate(inverse, self.batch) if inverse else None
+        return Solution(value, status, residual, num_steps, evals, vjps, estimate, trace, f)

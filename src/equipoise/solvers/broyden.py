@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from equipoise.linalg import InverseEstimate, row_sums
+from equipoise.linalg import LowRank, row_sums
 from equipoise.map import Point
 from equipoise.solvers.base import Solver
 
@@ -104,13 +104,14 @@ class Broyden(Solver):
         memory.rank = n
         return point.z + s
 
-    def inverse(self, memory: _Memory, step: Tensor) -> InverseEstimate:
+    def inverse(self, memory: _Memory, step: Tensor) -> LowRank:
         k = memory.core.shape[1] if memory.restarted else max(memory.rank, 0)
         known = memory.learned[:, :k] <= step[:, None]
-        # Row i of the core is what update i added, so leaving out the younger rows gives the older estimate exactly.
+        # Row i is what update i added, s_{i+1} times a combination of s_0 .. s_i; without the younger rows the
+        # estimate is the older one exactly.
         core = torch.where(known[:, :, None], memory.core[:, :k, :k], 0.0)
         gamma = torch.ones(core.shape[0], dtype=memory.steps.dtype, device=core.device)
-        return InverseEstimate(gamma, memory.steps[:, 1 : k + 1], core, memory.steps[:, :k])
+        return LowRank(gamma, memory.steps[:, : k + 1], torch.nn.functional.pad(core, (0, 1, 1, 0)))
 
     @staticmethod
     def _store(memory: _Memory, slot: int, vector: Tensor, running: Tensor) -> None:
