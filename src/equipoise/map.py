@@ -155,20 +155,7 @@ class Map:
 
     def call(self, z: Tensor) -> Tensor:
         """`f(z)` for flat `z`, in the grad mode of the caller and the autocast state in which the map was made."""
-        self.counts.evals += 1
-        for number, layer in enumerate(self.seeded):
-            # Layers draw from different streams; the step is odd, so that no two seeds of a batch fall together.
-            layer.seeds = self.seeds + 0x9E3779B1 * (number + 1)  # type: ignore[operator]
-        try:
-            state = self.unpack(z)
-            if self.autocast is None:
-                out = self.f(state, *self.input_layout.unflatten(self.tensors))
-            else:
-                with torch.autocast(self.autocast[0], dtype=self.autocast[1]):
-                    out = self.f(state, *self.input_layout.unflatten(self.tensors))
-        finally:
-            for layer in self.seeded:
-                layer.seeds = None
+        out = self._apply(z)
         cast = self.autocast is not None or self.dtype != self.state_dtype
         flat = self.layout.pack(out, "the map's result", self.dtype, cast=cast)
         if flat.shape != z.shape:
@@ -176,6 +163,23 @@ class Map:
                 f"the map returned {flat.shape[0]} rows for a state of {z.shape[0]}; it must keep the batch dimension"
             )
         return flat
+
+    def _apply(self, z: Tensor) -> Any:
+        """What `f` returns at flat `z`: the one place where user code is called."""
+        self.counts.evals += 1
+        for number, layer in enumerate(self.seeded):
+            # Layers draw from different streams; the step is odd, so that no two seeds of a batch fall together.
+            layer.seeds = self.seeds + 0x9E3779B1 * (number + 1)  # type: ignore[operator]
+        try:
+            state = self.unpack(z)
+            if self.autocast is None:
+                return self.f(state, *self.input_layout.unflatten(self.tensors))
+            else:
+                with torch.autocast(self.autocast[0], dtype=self.autocast[1]):
+                    return self.f(state, *self.input_layout.unflatten(self.tensors))
+        finally:
+            for layer in self.seeded:
+                layer.seeds = None
 
     def evaluate(self, z: Tensor, rows: Tensor, running: Tensor, *, graph: bool = False) -> Point:
         """Evaluate once, without tracking; with `graph` the point can pull cotangents back."""
@@ -217,6 +221,43 @@ class Map:
                     yield
             finally:
                 parametrize._cache = outer
+
+
+class DescentMap(Map):
+    r"""The map $z \mapsto z - \nabla h(z)$ of an objective: its fixed points are the stationary points of $h$.
+
+    $I - J$ is the Hessian of $h$, so a solver's inverse estimate is one of the inverse Hessian. A call evaluates
+    objective and gradient together and counts as one evaluation.
+
+    Args:
+        objective: `h(z, *inputs) -> (B,)`, one number per sample.
+        z0: as in `Map`.
+        inputs: as in `Map`.
+        params: as in `Map`.
+
+    Raises:
+        ValueError: the objective does not return one number per sample.
+    """
+
+    def call(self, z: Tensor) -> Tensor:
+        return z - self._value_and_gradient(z)[1]
+
+    def evaluate(self, z: Tensor, rows: Tensor, running: Tensor, *, graph: bool = False) -> Point:
+        if graph:
+            return super().evaluate(z, rows, running, graph=True)
+        value, gradient = self._value_and_gradient(z)
+        return Point(z, z - gradient, -gradient, rows, running, value=value)
+
+    def _value_and_gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        higher = torch.is_grad_enabled()
+        with torch.enable_grad():
+            leaf = z if z.requires_grad else z.detach().requires_grad_()
+            value = self._apply(leaf)
+            if not isinstance(value, Tensor) or value.shape != z.shape[:1]:
+                shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"the objective must return one number per sample, ({z.shape[0]},), got {shape}")
+            gradient = torch.autograd.grad(value.sum(), leaf, create_graph=higher, materialize_grads=True)[0]
+        return (value, gradient) if higher else (value.detach().to(self.dtype), gradient)
 
 
 def _check_modules(f: nn.Module) -> list[SeededLayer]:
