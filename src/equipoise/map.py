@@ -37,6 +37,7 @@ class Point:
         running: `(b,)` mask of rows that had not stopped before this point.
         value: `(b,)` objective at `z` if the map is a descent map, else None.
         pull: `v -> J^T v` on the kept graph, else None.
+        blocks: sizes of the parts of the state that converge separately, None for one.
     """
 
     z: Tensor
@@ -46,6 +47,7 @@ class Point:
     running: Tensor
     value: Tensor | None = None
     pull: Callable[[Tensor], Tensor] | None = None
+    blocks: tuple[int, ...] | None = None
 
     def vjp(self, v: Tensor) -> Tensor:
         """`J^T v` at this point, `(b, D) -> (b, D)`; only where the solver declares `uses_vjp`."""
@@ -77,9 +79,10 @@ class Map:
         inputs: tensors, or tuples, lists or dicts of tensors, whose first dimension is the batch.
         params: tensors that `f` depends on and that are to receive gradients. None: those of the module, or, for a
             function, unknown: it is then treated as a closure, from which no row can be dropped and which has first
-            derivatives only.
+            derivatives only. Giving them, even as an empty tuple, promises that whatever follows the rows is in `inputs`.
         blocks: sizes of consecutive parts of the flat state that must converge separately; None: one block.
-        projection: maps a flat `(b, D)` state onto the feasible set; None: every state is feasible.
+        projection: maps a flat `(b, D)` state onto the feasible set, and so do the map, $P \\circ f$, and every iterate;
+            None: all states are feasible.
 
     Raises:
         TypeError, ValueError: see `Layout.of` and `InputLayout.flatten`; a cell in training mode with batch
@@ -154,7 +157,7 @@ class Map:
         return z if self.projection is None else self.projection(z)
 
     def call(self, z: Tensor) -> Tensor:
-        """`f(z)` for flat `z`, in the grad mode of the caller and the autocast state in which the map was made."""
+        """`P f(z)` for flat `z`, in the grad mode of the caller and the autocast state in which the map was made."""
         out = self._apply(z)
         cast = self.autocast is not None or self.dtype != self.state_dtype
         flat = self.layout.pack(out, "the map's result", self.dtype, cast=cast)
@@ -162,7 +165,7 @@ class Map:
             raise ValueError(
                 f"the map returned {flat.shape[0]} rows for a state of {z.shape[0]}; it must keep the batch dimension"
             )
-        return flat
+        return self.project(flat)
 
     def _apply(self, z: Tensor) -> Any:
         """What `f` returns at flat `z`: the one place where user code is called."""
@@ -185,12 +188,12 @@ class Map:
         """Evaluate once, without tracking; with `graph` the point can pull cotangents back."""
         if not graph:
             fz = self.call(z)
-            return Point(z, fz, fz - z, rows, running)
+            return Point(z, fz, fz - z, rows, running, blocks=self.blocks)
         with torch.enable_grad():
             leaf = z.detach().requires_grad_()
             tracked = self.on([t.detach() for t in self.tensors]).call(leaf)
         fz = tracked.detach()
-        return Point(z, fz, fz - z, rows, running, pull=lambda v: self.pull(tracked, leaf, v))
+        return Point(z, fz, fz - z, rows, running, pull=lambda v: self.pull(tracked, leaf, v), blocks=self.blocks)
 
     def pull(self, fz: Tensor, z: Tensor, v: Tensor) -> Tensor:
         """`J^T v` on a kept graph from `z` to `fz`, counted."""
@@ -246,7 +249,7 @@ class DescentMap(Map):
         if graph:
             return super().evaluate(z, rows, running, graph=True)
         value, gradient = self._value_and_gradient(z)
-        return Point(z, z - gradient, -gradient, rows, running, value=value)
+        return Point(z, z - gradient, -gradient, rows, running, value=value, blocks=self.blocks)
 
     def _value_and_gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
         higher = torch.is_grad_enabled()

@@ -19,7 +19,7 @@ FORGOTTEN = 1e200  # squared norm of a column that the next steps must not use
 class _Memory:
     images: Tensor  # (b, m, D) f(z_i)
     residuals: Tensor  # (b, m, D) f(z_i) - z_i
-    gram: Tensor  # (b, m, m) float64, products of residuals
+    gram: Tensor  # (b, k, m, m) float64, products of residuals in each of k blocks
     count: int = 0  # points absorbed
 
 
@@ -30,7 +30,7 @@ class Anderson(Solver):
     $$ z_{k+1} = \sum_i \alpha_i \bigl(z_i + \beta r_i\bigr), \qquad
        \alpha = \arg\min_{\sum_i \alpha_i = 1} \Bigl\|\sum_i \alpha_i r_i\Bigr\|^2, \qquad r_i = f(z_i) - z_i $$
 
-    Safeguard: a sample whose residual exceeds `growth` times the least in its memory goes back to the Picard step of
+    In a map with blocks of different scale each block counts relative to its size. Safeguard: a sample whose residual exceeds `growth` times the least in its memory goes back to the Picard step of
     that best point and forgets the others.
 
     Args:
@@ -68,38 +68,51 @@ class Anderson(Solver):
         return _Memory(
             images=point.z.new_empty(b, m, size),
             residuals=point.z.new_empty(b, m, size),
-            gram=torch.zeros(b, m, m, dtype=torch.float64, device=point.z.device),
+            gram=torch.zeros(b, len(point.blocks or (1,)), m, m, dtype=torch.float64, device=point.z.device),
         )
 
     def propose(self, memory: _Memory, point: Point) -> Tensor:
-        m = memory.gram.shape[1]
+        m = memory.gram.shape[-1]
         slot, used = memory.count % m, min(memory.count + 1, m)
         memory.images[:, slot] = point.fz
         memory.residuals[:, slot] = point.r
         memory.count += 1
         if m == 1:
             return point.z.add(point.r, alpha=self.mixing)
-        images, residuals, gram = memory.images[:, :used], memory.residuals[:, :used], memory.gram[:, :used, :used]
-        products = row_dots(point.r, residuals).to(gram.dtype)
-        gram[:, slot] = products
-        gram[:, :, slot] = products
+        images, residuals = memory.images[:, :used], memory.residuals[:, :used]
+        gram = memory.gram[..., :used, :used]
+        if point.blocks is None:
+            gram[:, 0, slot] = gram[:, 0, :, slot] = row_dots(point.r, residuals).to(gram.dtype)
+        else:
+            parts = zip(point.r.split(point.blocks, dim=1), residuals.split(point.blocks, dim=2), strict=True)
+            products = torch.stack([row_dots(r, block) for r, block in parts], dim=1)
+            gram[:, :, slot] = gram[..., slot] = products.to(gram.dtype)
         weights = self._weights(gram, slot, torch.finfo(images.dtype).eps)
         z = row_sums(weights, images)
         return z if self.mixing == 1 else z.sub_(row_sums(weights * (1 - self.mixing), residuals))
 
     def _weights(self, gram: Tensor, slot: int, eps: float) -> Tensor:
         """Weights `(b, used)` of the next step; samples whose residual grew too much restart, in `gram` as well."""
-        squares = gram.diagonal(dim1=1, dim2=2)
-        grown = ~(squares[:, slot] <= self.growth**2 * squares.amin(dim=1))
+        matrix = gram[:, 0] if gram.shape[1] == 1 else _balanced(gram)
+        squares = matrix.diagonal(dim1=1, dim2=2)
+        restart = ~(squares[:, slot] <= self.growth**2 * squares.amin(dim=1))
         # Relative to each column, and no finer than the rounding of the products.
-        matrix = gram + torch.diag_embed((self.ridge + 4 * eps) * squares)
-        factor, info = torch.linalg.cholesky_ex(matrix)
+        ridge = torch.diag_embed((self.ridge + 4 * eps) * squares)
+        factor, info = torch.linalg.cholesky_ex(matrix + ridge)
         weights = torch.cholesky_solve(torch.ones_like(squares)[..., None], factor)[..., 0]
         weights = weights / weights.sum(dim=1, keepdim=True)
-        grown = grown | (info != 0)
-        if gram.device.type != "cpu" or bool(grown.any()):
-            best = torch.nn.functional.one_hot(squares.argmin(dim=1), gram.shape[1]).to(gram.dtype)
-            alone = gram * best[:, :, None] * best[:, None, :] + torch.diag_embed((1 - best) * FORGOTTEN)
-            gram.copy_(torch.where(grown[:, None, None], alone, gram))
-            weights = torch.where(grown[:, None], best, weights)
+        restart = restart | (info != 0)
+        if gram.device.type != "cpu" or bool(restart.any()):
+            best = torch.nn.functional.one_hot(squares.argmin(dim=1), squares.shape[1]).to(gram.dtype)
+            weights = torch.where(restart[:, None], best, weights)
+            best = best[:, None]
+            alone = gram * best[..., :, None] * best[..., None, :] + torch.diag_embed((1 - best) * FORGOTTEN)
+            gram.copy_(torch.where(restart[:, None, None, None], alone, gram))
         return weights
+
+
+def _balanced(gram: Tensor) -> Tensor:
+    """Sum `(b, m, m)` of the blocks' products, each relative to its mean square: no block outweighs another."""
+    squares = gram.diagonal(dim1=2, dim2=3)
+    scale = torch.where(squares < FORGOTTEN, squares, 0.0).sum(dim=2)
+    return (gram / scale.clamp_min(torch.finfo(gram.dtype).tiny)[..., None, None]).sum(dim=1)

@@ -119,9 +119,10 @@ class Solver(abc.ABC):
         evals, vjps = f.counts.evals, f.counts.vjps
         tracing = torch.compiler.is_compiling()  # an exported solve runs all its steps and reads no flag
         on_host = z0.device.type == "cpu" and not tracing
-        record = _Record(self, f, z0, trace, on_host)
-        whole, z, memory, step = f, z0, None, 0
         with f.session():
+            z0 = f.project(z0)
+            record = _Record(self, z0, trace, on_host)
+            whole, z, memory, step = f, z0, None, 0
             for step in range(1, self.max_steps + 1):
                 reads = on_host or (step % STEPS_PER_READ == 0 and not tracing)
                 point = f.evaluate(z, record.rows, record.running, graph=self.uses_vjp)
@@ -151,9 +152,9 @@ def _preconditioned(point: Point, estimate: InverseEstimate) -> Point:
 class _Record:
     """Statuses, best iterates and counts of the rows still in the batch, and of those that left."""
 
-    def __init__(self, solver: Solver, f: Map, z0: Tensor, trace: bool, on_host: bool) -> None:
+    def __init__(self, solver: Solver, z0: Tensor, trace: bool, on_host: bool) -> None:
         b, device = z0.shape[0], z0.device
-        self.solver, self.blocks, self.batch, self.on_host = solver, f.blocks, b, on_host
+        self.solver, self.batch, self.on_host = solver, b, on_host
         self.rows = torch.arange(b, device=device)
         self.running = torch.ones(b, dtype=torch.bool, device=device)
         self.num_running = b  # kept up to date on the host only
@@ -200,12 +201,12 @@ class _Record:
 
     def _measure(self, point: Point) -> tuple[Tensor, Tensor, Tensor]:
         """Residual norm, error in units of the tolerance (the worst block's), and whether it is met, each `(b,)`."""
-        if self.blocks is None:
+        if point.blocks is None:
             size = torch.linalg.vector_norm(point.r, dim=1)
             allowed = self.solver.tolerance(torch.linalg.vector_norm(point.fz, dim=1))
             return size, self._error(size, allowed), size <= allowed
         sizes, images = (
-            torch.stack([torch.linalg.vector_norm(part, dim=1) for part in x.split(self.blocks, dim=1)])
+            torch.stack([torch.linalg.vector_norm(part, dim=1) for part in x.split(point.blocks, dim=1)])
             for x in (point.r, point.fz)
         )
         allowed = self.solver.tolerance(images)
