@@ -67,5 +67,5 @@ def solve_map(f: Map, z0: S, *, solver: Solver, gradient: Gradient, trace: bool 
             "use Broyden as solver, or Implicit() as gradient"
         )
     start = f.pack(z0)
-    solution = gradient.attach(f, start, solver.solve(f, start.detach(), trace=trace))
+    solution: Solution[Any] = gradient.attach(f, start, solver.solve(f, start.detach(), trace=trace))
     return dataclasses.replace(solution, value=f.unpack(solution.value), map=f)

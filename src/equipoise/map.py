@@ -171,8 +171,9 @@ class Map:
         """What `f` returns at flat `z`: the one place where user code is called."""
         self.counts.evals += 1
         for number, layer in enumerate(self.seeded):
-            # Layers draw from different streams; the step is odd, so that no two seeds of a batch fall together.
-            layer.seeds = self.seeds + 0x9E3779B1 * (number + 1)  # type: ignore[operator]
+            # Layers draw from different streams of each sample's seed.
+            assert self.seeds is not None
+            layer.seeds = self.seeds + 0x9E3779B1 * (number + 1)
         try:
             state = self.unpack(z)
             if self.autocast is None:

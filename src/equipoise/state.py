@@ -143,7 +143,8 @@ class InputLayout:
             TypeError: an input is no tensor, tuple, list or dict of tensors.
             ValueError: an input has another batch size than the state.
         """
-        forms, tensors = [], []
+        forms: list[tuple[type, tuple[str, ...], int]] = []
+        tensors: list[Tensor] = []
         for number, value in enumerate(inputs):
             kind, keys, parts = _parts(value, f"input {number}")
             for part in parts:

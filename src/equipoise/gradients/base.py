@@ -30,7 +30,7 @@ class Gradient(abc.ABC):
     def cotangent(self, adjoint: AdjointMap, g: Tensor, solution: Solution[Tensor]) -> Tensor:
         r"""`w`, `(B, D)`, from the adjoint map $w \mapsto J^\top w + g$, `g` `(B, D)` and the forward solution."""
 
-    def start(
+    def warm_start(
         self, adjoint: AdjointMap, g: Tensor, solution: Solution[Tensor]
     ) -> tuple[Tensor, InverseEstimate | None]:
         """What this estimator offers another one as a start: a vector, and an estimate of the adjoint's inverse."""

@@ -76,4 +76,4 @@ class Implicit(Gradient):
             if w.shape != g.shape:
                 raise ValueError(f"Implicit(start=...) has shape {tuple(self.start.shape)}, the state {tuple(g.shape)}")
             return w / scale, None
-        return self.start.start(adjoint, g, solution)
+        return self.start.warm_start(adjoint, g, solution)

@@ -44,7 +44,7 @@ class Shine(Gradient):
     def cotangent(self, adjoint: AdjointMap, g: Tensor, solution: Solution[Tensor]) -> Tensor:
         return self._estimate(g, solution)[0]
 
-    def start(
+    def warm_start(
         self, adjoint: AdjointMap, g: Tensor, solution: Solution[Tensor]
     ) -> tuple[Tensor, InverseEstimate | None]:
         w, fallen = self._estimate(g, solution)
