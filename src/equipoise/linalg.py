@@ -1,4 +1,4 @@
-"""Plain batched linear algebra: inverse estimates, row dots and sums, small solves."""
+"""Plain batched linear algebra: row dots and sums, inverse estimates."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import dataclasses
 
 import torch
 from torch import Tensor
+
+
+def readable(x: Tensor) -> bool:
+    """Whether the host may branch on the values of `x` at no cost: on the CPU, and not while a graph is exported."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def row_dots(x: Tensor, rows: Tensor) -> Tensor:

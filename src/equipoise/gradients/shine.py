@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from equipoise.gradients.base import AdjointMap, Gradient
-from equipoise.linalg import InverseEstimate
+from equipoise.linalg import InverseEstimate, readable
 from equipoise.solution import Solution
 
 
@@ -59,6 +59,6 @@ class Shine(Gradient):
         fallen = ~(norms[1] <= self.fallback_ratio * norms[0]) | ~norms[1].isfinite()
         if self.observe is not None:
             self.observe(fallen)
-        if g.device.type != "cpu" or bool(fallen.any()):
+        if not readable(g) or bool(fallen.any()):
             w = torch.where(fallen[:, None], g, w)
         return w, fallen

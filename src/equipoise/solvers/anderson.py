@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from equipoise.linalg import row_dots, row_sums
+from equipoise.linalg import readable, row_dots, row_sums
 from equipoise.map import Point
 from equipoise.solvers.base import Solver
 
@@ -102,7 +102,7 @@ class Anderson(Solver):
         weights = torch.cholesky_solve(torch.ones_like(squares)[..., None], factor)[..., 0]
         weights = weights / weights.sum(dim=1, keepdim=True)
         restart = restart | (info != 0)
-        if gram.device.type != "cpu" or bool(restart.any()):
+        if not readable(gram) or bool(restart.any()):
             best = torch.nn.functional.one_hot(squares.argmin(dim=1), squares.shape[1]).to(gram.dtype)
             weights = torch.where(restart[:, None], best, weights)
             best = best[:, None]

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from equipoise.linalg import InverseEstimate, LowRank
+from equipoise.linalg import InverseEstimate, LowRank, readable
 from equipoise.map import Map, Point
 from equipoise.solution import Solution, Status
 
@@ -117,8 +117,8 @@ class Solver(abc.ABC):
         if f.projection is not None and not self.supports_projection:
             raise ValueError(f"{type(self).__name__} cannot follow a projected map; use Anderson or Picard")
         evals, vjps = f.counts.evals, f.counts.vjps
+        on_host = readable(z0)
         tracing = torch.compiler.is_compiling()  # an exported solve runs all its steps and reads no flag
-        on_host = z0.device.type == "cpu" and not tracing
         with f.session():
             z0 = f.project(z0)
             record = _Record(self, z0, trace, on_host)
