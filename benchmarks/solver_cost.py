@@ -68,7 +68,8 @@ class Problem:
     z0: Any
 
     def f(self, z: Any) -> Any:
-        return self.cell(z, self.u)
+        with torch.no_grad():
+            return self.cell(z, self.u)
 
 
 def leaves(tree: Any) -> list[Tensor]:
@@ -83,7 +84,7 @@ def problem(name: str, device: str, dtype: torch.dtype = torch.float32) -> Probl
     cell, x, z0 = CELLS[name]()
     cell, x, z0 = cell.to(device, dtype), x.to(device, dtype), like(z0, lambda t: t.to(device, dtype))
     with torch.no_grad():
-        u = cell.inject(x)
+        u = cell.inject(x)  # type: ignore[operator]
     return Problem(cell, u, z0)
 
 
@@ -212,7 +213,7 @@ def backward_figures(
     p, wanted = tracked(p)
     reports: list[eq.Solution] = []
     implicit = isinstance(gradient, eq.Implicit)
-    if implicit:
+    if isinstance(gradient, eq.Implicit):
         gradient = dataclasses.replace(gradient, observe=reports.append)
     loss = loss_of(eq.fixed_point(p.cell, p.z0, p.u, solver=SOLVERS["broyden"], gradient=gradient).value, targets)
 
@@ -256,14 +257,14 @@ def rival_figures(
             out = cell(z[0] if len(z) == 1 else z, u)
             return out if isinstance(out, Tensor) else list(out)
 
-        def solve(cell: Callable[..., Any] = p.cell, u: Any = p.u, grad: bool = False) -> Any:
+        def solve(cell: Callable[..., Any] = p.cell, u: Any = p.u, grad: bool = False, deq: nn.Module = deq) -> Any:
             z0 = p.z0 if isinstance(p.z0, Tensor) else list(p.z0)
             deq.train(grad)
-            out, info = deq(lambda *z: f(*z, cell=cell, u=u), z0, solver_kwargs=dict(options))  # noqa: B023
-            return out[-1], info
+            out, _ = deq(lambda *z: f(*z, cell=cell, u=u), z0, solver_kwargs=dict(options))  # noqa: B023
+            return out[-1]
 
         with torch.no_grad():
-            value, info = solve()
+            value = solve()
             residual = max_residual(p, value)
             if residual > 1.01 * RTOL:
                 continue
@@ -276,7 +277,7 @@ def rival_figures(
         best |= {"forward_ratio": ratio, "evals": evals, "seconds": time_}
         best["peak_states"] = peak_states(p, solve)
         tp, wanted = tracked(p)
-        value, _ = solve(tp.cell, tp.u, grad=True)
+        value = solve(tp.cell, tp.u, grad=True)
         loss = loss_of(value, targets)
         grads = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
         best["cosine"] = cosine(list(grads), list(exact))
@@ -350,8 +351,8 @@ def main() -> None:
             rows = forward_figures(p, solver, repeats, args.device)
             figures |= {f"{name}/{solver_name}/{key}": value for key, value in rows.items()}
         for gradient_name, gradient in GRADIENTS.items():
-            rows = backward_figures(copy.copy(p), gradient, exact, targets, repeats, args.device)
-            figures |= {f"{name}/{gradient_name}/{key}": value for key, value in rows.items()}
+            costs = backward_figures(copy.copy(p), gradient, exact, targets, repeats, args.device)
+            figures |= {f"{name}/{gradient_name}/{key}": value for key, value in costs.items()}
         for rival in RIVALS:
             rows = rival_figures(rival, p, exact, targets, repeats, args.device)
             figures |= {f"{name}/{rival}/{key}": value for key, value in rows.items()}

@@ -6,11 +6,12 @@ from equipoise.gradients import Gradient, Implicit, JacobianFree, Neumann, Phant
 from equipoise.linalg import InverseEstimate
 from equipoise.map import Map, Point
 from equipoise.solution import ConvergenceError, ConvergenceWarning, Solution, Status
-from equipoise.solvers import Anderson, Broyden, Picard, Solver
+from equipoise.solvers import LBFGS, Anderson, Broyden, Picard, Solver
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LBFGS",
     "Anderson",
     "Broyden",
     "ConvergenceError",

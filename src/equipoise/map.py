@@ -79,10 +79,11 @@ class Map:
         inputs: tensors, or tuples, lists or dicts of tensors, whose first dimension is the batch.
         params: tensors that `f` depends on and that are to receive gradients. None: those of the module, or, for a
             function, unknown: it is then treated as a closure, from which no row can be dropped and which has first
-            derivatives only. Giving them, even as an empty tuple, promises that whatever follows the rows is in `inputs`.
+            derivatives only. Giving them, even as an empty tuple, promises that all that follows the rows is in
+            `inputs`.
         blocks: sizes of consecutive parts of the flat state that must converge separately; None: one block.
-        projection: maps a flat `(b, D)` state onto the feasible set, and so do the map, $P \\circ f$, and every iterate;
-            None: all states are feasible.
+        projection: $P$ of a flat `(b, D)` state onto the feasible set. The map is then $P \circ f$ and every iterate
+            is projected; None: all states are feasible.
 
     Raises:
         TypeError, ValueError: see `Layout.of` and `InputLayout.flatten`; a cell in training mode with batch

@@ -11,7 +11,6 @@ from equipoise.linalg import readable, row_dots, row_sums
 from equipoise.map import Point
 from equipoise.solvers.base import Solver
 
-
 FORGOTTEN = 1e200  # squared norm of a column that the next steps must not use
 
 
@@ -30,7 +29,9 @@ class Anderson(Solver):
     $$ z_{k+1} = \sum_i \alpha_i \bigl(z_i + \beta r_i\bigr), \qquad
        \alpha = \arg\min_{\sum_i \alpha_i = 1} \Bigl\|\sum_i \alpha_i r_i\Bigr\|^2, \qquad r_i = f(z_i) - z_i $$
 
-    In a map with blocks of different scale each block counts relative to its size. Safeguard: a sample whose residual exceeds `growth` times the least in its memory goes back to the Picard step of
+    In a map with blocks of different scale each block counts relative to its size.
+
+    Safeguard: a sample whose residual exceeds `growth` times the least in its memory goes back to the Picard step of
     that best point and forgets the others.
 
     Args:

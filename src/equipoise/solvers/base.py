@@ -123,6 +123,7 @@ class Solver(abc.ABC):
             z0 = f.project(z0)
             record = _Record(self, z0, trace, on_host)
             whole, z, memory, step = f, z0, None, 0
+            point: Point | None = None
             for step in range(1, self.max_steps + 1):
                 reads = on_host or (step % STEPS_PER_READ == 0 and not tracing)
                 point = f.evaluate(z, record.rows, record.running, graph=self.uses_vjp)
@@ -136,8 +137,9 @@ class Solver(abc.ABC):
                     keep, memory = record.leave(memory)
                     f, z = f.select(keep), z[keep]
                     preconditioner = None if preconditioner is None else preconditioner.select(keep)
-                del point, seen  # two states less while f is evaluated
-            if self.keeps_inverse and step > 0 and preconditioner is None:
+                del seen
+                point = None  # two states less while f is evaluated
+            if self.keeps_inverse and point is not None and preconditioner is None:
                 memory = self.init(point) if memory is None else memory
                 self.propose(memory, point)  # absorb the last point; where it would lead to is not needed
         counts = whole.counts

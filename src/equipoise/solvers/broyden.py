@@ -29,8 +29,8 @@ class _Memory:
 class Broyden(Solver):
     r"""Broyden's good method with unit steps, from the inverse estimate $M_0 = I$ of $(I - J)^{-1}$.
 
-    $$ s_k = M_k r_k, \quad z_{k+1} = z_k + s_k, \quad M_{k+1} = M_k + \frac{(s_k - M_k y_k)\, s_k^\top M_k}{s_k^\top M_k y_k},
-       \quad y_k = r_k - r_{k+1} $$
+    $$ s_k = M_k r_k, \quad z_{k+1} = z_k + s_k, \quad y_k = r_k - r_{k+1}, \quad
+       M_{k+1} = M_k + \frac{(s_k - M_k y_k)\, s_k^\top M_k}{s_k^\top M_k y_k} $$
 
     With unit steps $M_{k+1} = (I + s_{k+1} s_k^\top / \|s_k\|^2)\, M_k$, so the steps alone are stored, and one
     iteration passes over them twice (Kelley, Iterative Methods for Linear and Nonlinear Equations, section 7.3).
