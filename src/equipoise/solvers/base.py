@@ -133,12 +133,12 @@ class Solver(abc.ABC):
                 seen = point if preconditioner is None else _preconditioned(point, preconditioner)
                 memory = self.init(seen) if memory is None else memory
                 z = f.project(self.propose(memory, seen))
+                point = None  # its states are not needed while rows leave and f is evaluated
+                del seen
                 if reads and f.droppable and record.half_done():
                     keep, memory = record.leave(memory)
                     f, z = f.select(keep), z[keep]
                     preconditioner = None if preconditioner is None else preconditioner.select(keep)
-                del seen
-                point = None  # two states less while f is evaluated
             if self.keeps_inverse and point is not None and preconditioner is None:
                 memory = self.init(point) if memory is None else memory
                 self.propose(memory, point)  # absorb the last point; where it would lead to is not needed
