@@ -1,0 +1,54 @@
+"""Every code block of README and docs runs; so do the examples in docstrings."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pathlib
+import pkgutil
+import re
+import sys
+import types
+
+import pytest
+import torch
+
+import equipoise
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+LANGUAGES = {"python", "console", "text", "yaml", "toml", "json"}
+
+
+@pytest.fixture(autouse=True)
+def _user_defaults(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_code_blocks_run(page: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Python blocks of a page run in order, in one namespace."""
+    module = types.ModuleType("__docs__")  # dataclasses look their module up
+    monkeypatch.setitem(sys.modules, "__docs__", module)
+    text = page.read_text()
+    for match in BLOCK.finditer(text):
+        language, rest, code = match.groups()
+        assert language in LANGUAGES, f"{page.name}: a code block must name its language, got {language!r}"
+        assert not rest.strip(), f"{page.name}: no attributes on code blocks, got {rest!r}"
+        if language == "python":
+            line = text[: match.start()].count("\n") + 1
+            exec(compile("\n" * line + code, str(page), "exec"), vars(module))
+
+
+def modules() -> list[str]:
+    edges = ("equipoise.cli", "equipoise.__main__")
+    found = [m.name for m in pkgutil.walk_packages(equipoise.__path__, "equipoise.")]
+    return [name for name in found if not name.startswith(edges)]
+
+
+@pytest.mark.parametrize("name", modules())
+def test_docstring_examples(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.failed == 0
