@@ -120,7 +120,7 @@ class Map:
         self.blocks = tuple(blocks) if blocks is not None and len(blocks) > 1 else None
         self.projection = projection
         self.counts = Counts()
-        self.seeded = _check_modules(f) if isinstance(f, nn.Module) else []
+        self.seeded, self.learning = _check_modules(f) if isinstance(f, nn.Module) else ([], [])
         self.seeds = torch.randint(2**31, (self.batch,), device=self.device) if self.seeded else None
         kind = self.device.type
         self.autocast = (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
@@ -203,8 +203,13 @@ class Map:
         return torch.autograd.grad(fz, z, v, retain_graph=True, materialize_grads=True)[0]
 
     @contextlib.contextmanager
-    def session(self) -> Iterator[None]:
-        """Around all evaluations of one solve: weights computed once, solver arithmetic in full precision."""
+    def session(self, *, backward: bool = False) -> Iterator[None]:
+        """Around all evaluations of one solve: weights computed once, solver arithmetic in full precision.
+
+        Args:
+            backward: the map must be that of the forward pass: parametrisations, such as the power iteration of
+                spectral normalisation, learn nothing meanwhile.
+        """
         if torch.compiler.is_compiling():
             yield
             return
@@ -221,11 +226,15 @@ class Map:
                 stack.enter_context(torch.autocast(kind, dtype=self.autocast[1]))
             if self.autocast is not None or torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
+            for module in self.learning if backward else ():
+                module.training = False
             try:
                 with parametrize.cached():
                     yield
             finally:
                 parametrize._cache = outer
+                for module in self.learning if backward else ():
+                    module.training = True
 
 
 class DescentMap(Map):
@@ -265,13 +274,20 @@ class DescentMap(Map):
         return (value, gradient) if higher else (value.detach().to(self.dtype), gradient)
 
 
-def _check_modules(f: nn.Module) -> list[SeededLayer]:
-    """Refuse layers that make a map depend on the batch or change between evaluations; list the seeded ones."""
+def _check_modules(f: nn.Module) -> tuple[list[SeededLayer], list[nn.Module]]:
+    """Refuse layers that make a map depend on the batch or change between evaluations.
+
+    Returns:
+        The seeded layers and the parametrisations, as far as they are in training mode.
+    """
     seeded: list[SeededLayer] = []
+    learning: list[nn.Module] = []
     for name, module in f.named_modules():
         if isinstance(module, SeededLayer):
             if module.training:
                 seeded.append(module)
+        elif isinstance(module, parametrize.ParametrizationList):
+            learning += [part for part in module.modules() if part.training]
         elif isinstance(module, nn.modules.batchnorm._BatchNorm):
             if module.training or module.running_mean is None:
                 raise ValueError(
@@ -283,4 +299,4 @@ def _check_modules(f: nn.Module) -> list[SeededLayer]:
                 f"the cell's {name or 'module'} is {type(module).__name__}(p={module.p}), which changes from one "
                 "evaluation to the next: use equipoise.nn.VariationalDropout, whose mask is fixed during a solve"
             )
-    return seeded
+    return seeded, learning

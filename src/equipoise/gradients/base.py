@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -83,6 +84,11 @@ class AdjointMap(Map):
         """The same map with another right-hand side."""
         return AdjointMap(self.forward_map, self.z, self.fz, g)
 
+    @contextlib.contextmanager
+    def session(self, *, backward: bool = False) -> Iterator[None]:
+        """Nothing to set up: an adjoint solve runs inside the session of its backward pass."""
+        yield
+
     def call(self, w: Tensor) -> Tensor:
         return self.forward_map.pull(self.fz, self.z, w).add_(self.g)
 
@@ -144,7 +150,7 @@ class _Equilibrium(torch.autograd.Function):
                 "Implicit() or Unrolled() where second derivatives are needed"
             )
         pull = _pull_tracked if higher else _pull
-        with record.map.session():
+        with record.map.session(backward=True):
             grads = iter(pull(record, z, g, inputs, wanted))
         return (None, None, *(next(grads) if want else None for want in wanted))
 
@@ -234,7 +240,7 @@ class _ClosureEquilibrium(torch.autograd.Function):
                 "its row-aligned tensors as inputs and the others as params, fixed_point(f, z0, *inputs, params=[...])"
             )
         assert record.leaf is not None
-        with record.map.session():
+        with record.map.session(backward=True):
             adjoint = AdjointMap(record.map, record.leaf, ctx.fz, g)
             return record.gradient.cotangent(adjoint, g, record.solution), None
 

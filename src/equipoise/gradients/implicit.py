@@ -63,7 +63,8 @@ class Implicit(Gradient):
         w, preconditioner = self._start(adjoint, unit, scale, solution)
         answer = self.solver.solve(adjoint, w, preconditioner=preconditioner)
         if self.observe is not None:
-            self.observe(dataclasses.replace(answer, residual=answer.residual * (scale / norm)[:, 0]))
+            relative = torch.where(norm > 0, scale / norm, 0.0)[:, 0]
+            self.observe(dataclasses.replace(answer, residual=answer.residual * relative))
         return answer.value * scale
 
     def _start(
