@@ -1,0 +1,440 @@
+r"""The multiscale deep equilibrium model (MDEQ): its configuration, its map and the stem that feeds it.
+
+The state is a tuple of feature maps $z = (z_0, \dots, z_{n-1})$, finest first, `z_i` of shape
+`(B, C_i, H / 2^i, W / 2^i)`. One evaluation of the map sends every level through a residual block, lets the levels
+exchange what they found, and normalises the result:
+
+$$b_i = \mathrm{block}_i(z_i, u_i), \quad y_i = \sum_j T_{ij}(b_j), \quad f_i(z) = \mathrm{post}_i(y_i).$$
+
+Only the finest level receives the input, $u = (u_0, 0, \dots, 0)$.
+
+Source: S. Bai, V. Koltun, J. Z. Kolter, "Multiscale Deep Equilibrium Models", NeurIPS 2020 (arXiv 2006.08656);
+widths and training lengths as in the code released by its authors. The "regularized" configurations are those of
+S. Bai, V. Koltun, J. Z. Kolter, "Stabilizing Equilibrium Models by Jacobian Regularization", ICML 2021
+(arXiv 2106.14342).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from equipoise.nn.layers import VariationalDropout, weight_norm
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MDEQConfig:
+    """Shape of an MDEQ classifier; a variant is `dataclasses.replace(config, field=value)`.
+
+    Raises:
+        ValueError: a field is out of range, or two fields do not fit each other.
+
+    Example:
+        >>> from equipoise.models import MDEQConfig
+        >>> config = MDEQConfig.cifar10_large()
+        >>> config.level_shapes
+        ((32, 32, 32), (64, 16, 16), (128, 8, 8), (256, 4, 4))
+        >>> config.state_size
+        61440
+    """
+
+    image_size: int
+    """Side of the square input images in pixels, a multiple of `2^(num_downsamplings + levels - 1)`."""
+    image_channels: int = 3
+    """Channels of the input images: 3 for color, 1 for grayscale."""
+    num_classes: int
+    """Number of logits."""
+    channels: tuple[int, ...]
+    """Width of each level, finest first; its length is the number of levels. Multiples of `num_groups`."""
+    num_downsamplings: int = 0
+    """Stride-2 convolutions in the stem: the finest level has side `image_size / 2^num_downsamplings`."""
+    expansion: int = 5
+    """Width inside a residual block, as a multiple of the level's width."""
+    num_groups: int = 8
+    """Groups of every GroupNorm inside the map, even; the norm after the fusion has half as many."""
+    dropout: float = 0.0
+    """Probability with which a residual block drops a channel, for a whole solve, in training mode."""
+    post_norm_affine: bool = False
+    """Whether the norm after the fusion has a learned scale and shift."""
+    head_channels: tuple[int, ...]
+    """Inner width of the head's bottleneck at each level; the bottleneck returns four times as many channels."""
+    final_channels: int
+    """Width of the features that are averaged over the image and classified."""
+
+    def __post_init__(self) -> None:
+        # Lists, as read from YAML, would make equal configurations differ and unhashable.
+        object.__setattr__(self, "channels", tuple(self.channels))
+        object.__setattr__(self, "head_channels", tuple(self.head_channels))
+        for name in ("image_size", "image_channels", "num_classes", "expansion", "num_groups", "final_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_downsamplings < 0:
+            raise ValueError(f"num_downsamplings must not be negative, got {self.num_downsamplings}; 0 keeps the size")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}; 0 turns it off")
+        if not self.channels:
+            raise ValueError("channels is empty; give the width of at least one level, for example (24, 24)")
+        if len(self.head_channels) != len(self.channels):
+            raise ValueError(
+                f"head_channels {self.head_channels} must have one entry per level, as channels {self.channels} has"
+            )
+        if min(self.head_channels) < 1:
+            raise ValueError(f"head_channels must all be at least 1, got {self.head_channels}")
+        if self.num_levels > 1 and self.num_groups % 2:
+            raise ValueError(
+                f"num_groups must be even with more than one level, got {self.num_groups}: the norm after the fusion "
+                "has half as many groups"
+            )
+        if any(width < 1 or width % self.num_groups for width in self.channels):
+            raise ValueError(
+                f"channels must be multiples of num_groups {self.num_groups}, got {self.channels}; change one of them"
+            )
+        if self.image_size % self.stride:
+            raise ValueError(
+                f"image_size must be a multiple of {self.stride}, got {self.image_size}: {self.num_downsamplings} "
+                f"downsamplings and {self.num_levels} levels halve it {self.num_downsamplings + self.num_levels - 1} "
+                "times; use fewer of them, or pad or resize the images"
+            )
+
+    @property
+    def num_levels(self) -> int:
+        """Number of resolutions `n`."""
+        return len(self.channels)
+
+    @property
+    def stride(self) -> int:
+        """Ratio of the image's side to that of the coarsest level."""
+        return 2 ** (self.num_downsamplings + self.num_levels - 1)
+
+    @property
+    def level_shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """Shape `(C_i, H_i, W_i)` of each level of one sample, finest first."""
+        finest = self.image_size // 2**self.num_downsamplings
+        return tuple((width, finest // 2**i, finest // 2**i) for i, width in enumerate(self.channels))
+
+    @property
+    def state_size(self) -> int:
+        """Number of elements `D` of one sample's state."""
+        return sum(width * height * breadth for width, height, breadth in self.level_shapes)
+
+    @classmethod
+    def digits(cls) -> MDEQConfig:
+        """8x8 grayscale digits, two levels, small enough to train in a minute."""
+        return cls(
+            image_size=8,
+            image_channels=1,
+            num_classes=10,
+            channels=(16, 32),
+            expansion=2,
+            num_groups=4,
+            dropout=0.1,
+            head_channels=(8, 16),
+            final_channels=64,
+        )
+
+    @classmethod
+    def fashion_mnist(cls) -> MDEQConfig:
+        """28x28 grayscale images, two levels, 14x14 and 7x7, small enough to train on a CPU."""
+        return cls(
+            image_size=28,
+            image_channels=1,
+            num_classes=10,
+            channels=(32, 64),
+            num_downsamplings=1,
+            expansion=2,
+            head_channels=(16, 32),
+            final_channels=128,
+        )
+
+    @classmethod
+    def cifar10_tiny(cls) -> MDEQConfig:
+        """CIFAR-10 without augmentation, two levels, 158,890 parameters (published as "170K")."""
+        return cls(
+            image_size=32,
+            num_classes=10,
+            channels=(24, 24),
+            dropout=0.25,
+            head_channels=(8, 16),
+            final_channels=200,
+        )
+
+    @classmethod
+    def cifar10_large(cls) -> MDEQConfig:
+        """CIFAR-10 with augmentation, four levels, 11,097,438 parameters (published as "10M")."""
+        return cls(
+            image_size=32,
+            num_classes=10,
+            channels=(32, 64, 128, 256),
+            dropout=0.3,
+            head_channels=(14, 28, 56, 112),
+            final_channels=1680,
+        )
+
+    @classmethod
+    def cifar10_large_regularized(cls) -> MDEQConfig:
+        """`cifar10_large` for training with a Jacobian penalty: less dropout, 11,097,438 parameters."""
+        return dataclasses.replace(cls.cifar10_large(), dropout=0.22)
+
+    @classmethod
+    def imagenet_small(cls) -> MDEQConfig:
+        """ImageNet, four levels from 56x56, 16,808,936 parameters (published as "18M")."""
+        return cls(
+            image_size=224,
+            num_classes=1000,
+            channels=(32, 64, 128, 256),
+            num_downsamplings=2,
+            post_norm_affine=True,
+            head_channels=(24, 48, 96, 192),
+            final_channels=2048,
+        )
+
+    @classmethod
+    def imagenet_small_regularized(cls) -> MDEQConfig:
+        """`imagenet_small` for training with a Jacobian penalty: wider head, 18,613,496 parameters."""
+        return dataclasses.replace(
+            cls.imagenet_small(), dropout=0.02, post_norm_affine=False, head_channels=(28, 56, 112, 224)
+        )
+
+    @classmethod
+    def imagenet_large(cls) -> MDEQConfig:
+        """ImageNet, four levels from 56x56, 67,063,624 parameters (published as "63M")."""
+        return dataclasses.replace(cls.imagenet_small(), channels=(80, 160, 320, 640), head_channels=(32, 64, 128, 256))
+
+    @classmethod
+    def imagenet_large_regularized(cls) -> MDEQConfig:
+        """`imagenet_large` for training with a Jacobian penalty, 67,061,224 parameters."""
+        return dataclasses.replace(cls.imagenet_large(), post_norm_affine=False)
+
+    @classmethod
+    def imagenet_xl(cls) -> MDEQConfig:
+        """ImageNet, four levels from 56x56, 90,463,280 parameters (published as "81M")."""
+        return dataclasses.replace(cls.imagenet_large(), channels=(88, 176, 352, 704), expansion=6)
+
+
+class ResidualBlock(nn.Module):
+    r"""Residual block of one level, with the injection inside.
+
+    $$h = \mathrm{ReLU}(\mathrm{GN}(\mathrm{conv}_1 z)), \quad r = \mathrm{GN}(\mathrm{drop}(\mathrm{conv}_2 h) + u),
+    \quad b = \mathrm{GN}(\mathrm{ReLU}(r + z)).$$
+
+    Args:
+        channels: width of the level.
+        config: expansion, groups and dropout are read from it.
+
+    Source: Bai et al. 2020, section 3; the last norm comes after the ReLU, as in the released code.
+    """
+
+    def __init__(self, channels: int, config: MDEQConfig) -> None:
+        super().__init__()
+        hidden = config.expansion * channels
+        self.conv1 = weight_norm(conv3x3(channels, hidden))
+        self.norm1 = nn.GroupNorm(config.num_groups, hidden)
+        self.conv2 = weight_norm(conv3x3(hidden, channels))
+        self.dropout = VariationalDropout(config.dropout)
+        self.norm2 = nn.GroupNorm(config.num_groups, channels)
+        self.norm3 = nn.GroupNorm(config.num_groups, channels)
+        self.activation = activation()
+
+    def forward(self, z: Tensor, u: Tensor | None = None) -> Tensor:
+        """Evaluate the block.
+
+        Args:
+            z: `(B, C, H, W)` the level's state.
+            u: `(B, C, H, W)` the level's injection; None stands for zeros.
+
+        Returns:
+            `(B, C, H, W)`.
+        """
+        h = self.activation(self.norm1(self.conv1(z)))
+        r = self.dropout(self.conv2(h))
+        r = self.norm2(r if u is None else r + u)
+        return self.norm3(self.activation(r + z))
+
+
+class Fusion(nn.Module):
+    r"""Exchange between the levels, $y_i = \sum_j T_{ij}(b_j)$ with $T_{ii}$ the identity.
+
+    From coarse to fine, $T_{ij}$ is a 1x1 convolution, a GroupNorm and nearest up-sampling by $2^{j-i}$; from fine to
+    coarse, $i - j$ stride-2 3x3 convolutions, each with a GroupNorm, with ReLUs between them. The width changes in the
+    last of them.
+
+    Args:
+        config: widths and groups are read from it.
+
+    Source: Bai et al. 2020, section 3.
+    """
+
+    def __init__(self, config: MDEQConfig) -> None:
+        super().__init__()
+        levels = range(config.num_levels)
+        self.paths = nn.ModuleDict({f"{j}_to_{i}": _path(config, j, i) for i in levels for j in levels if j != i})
+
+    def forward(self, b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Add up, for every level, what all levels send it.
+
+        Args:
+            b: one `(B, C_i, H_i, W_i)` per level.
+
+        Returns:
+            The same shapes.
+        """
+        fused = []
+        for i, y in enumerate(b):
+            for j, source in enumerate(b):
+                if j != i:
+                    y = y + self.paths[f"{j}_to_{i}"](source)
+            fused.append(y)
+        return tuple(fused)
+
+
+class MDEQCell(nn.Module):
+    r"""The map of an MDEQ, `f(z, u_0)`, on a tuple of levels.
+
+    $$f_i(z, u_0) = \mathrm{GN}(\mathrm{conv}(\mathrm{ReLU}(y_i))), \qquad
+    y = \mathrm{fusion}(\mathrm{block}_0(z_0, u_0), \mathrm{block}_1(z_1, 0), \dots).$$
+
+    With a single level there is nothing to fuse and `f` is the residual block. Convolutions have no bias; those of the
+    blocks and the last one are weight-normalised.
+
+    Args:
+        config: shape of the model.
+
+    Example:
+        >>> import torch
+        >>> from equipoise.models import MDEQCell, MDEQConfig
+        >>> config = MDEQConfig.digits()
+        >>> cell = MDEQCell(config).eval()
+        >>> u = torch.randn(5, *config.level_shapes[0])
+        >>> z = cell(cell.zeros(u), u)
+        >>> [tuple(level.shape) for level in z] == [(5, *shape) for shape in config.level_shapes]
+        True
+
+    Source: Bai et al. 2020, section 3.
+    """
+
+    def __init__(self, config: MDEQConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.blocks = nn.ModuleList(ResidualBlock(width, config) for width in config.channels)
+        if config.num_levels > 1:
+            self.fusion = Fusion(config)
+            self.post = nn.ModuleList(
+                nn.Sequential(
+                    activation(),
+                    weight_norm(conv1x1(width, width)),
+                    nn.GroupNorm(config.num_groups // 2, width, affine=config.post_norm_affine),
+                )
+                for width in config.channels
+            )
+        initialize(self)
+
+    def forward(self, z: tuple[Tensor, ...], u: Tensor) -> tuple[Tensor, ...]:
+        """Evaluate the map.
+
+        Args:
+            z: one `(B, C_i, H_i, W_i)` per level, finest first.
+            u: `(B, C_0, H_0, W_0)` the injection of the finest level.
+
+        Returns:
+            A tuple of the shapes of `z`.
+        """
+        b = tuple(block(z[i], None if i else u) for i, block in enumerate(self.blocks))
+        if self.config.num_levels == 1:
+            return b
+        return tuple(post(y) for post, y in zip(self.post, self.fusion(b), strict=True))
+
+    def zeros(self, u: Tensor) -> tuple[Tensor, ...]:
+        """The state from which a solve starts: zeros at every level, for the batch and size of `u`.
+
+        Args:
+            u: `(B, C_0, H_0, W_0)` the injection.
+
+        Returns:
+            One `(B, C_i, H_0 / 2^i, W_0 / 2^i)` per level.
+        """
+        batch, _, height, width = u.shape
+        return tuple(
+            u.new_zeros(batch, channels, height // 2**i, width // 2**i)
+            for i, channels in enumerate(self.config.channels)
+        )
+
+
+class MDEQStem(nn.Module):
+    r"""From images to the injection `u_0`, once per input and outside the fixed point.
+
+    Two or more 3x3 convolutions, each with BatchNorm and ReLU, as many of stride 2 as `num_downsamplings` says; then,
+    unless the model has at most two levels and no down-sampling, $u_0 = \mathrm{ReLU}(\mathrm{BN}(\mathrm{conv}_{1
+    \times 1}(\cdot)))$.
+
+    Args:
+        config: shape of the model.
+
+    Source: the code released with Bai et al. 2020.
+    """
+
+    def __init__(self, config: MDEQConfig) -> None:
+        super().__init__()
+        width = config.channels[0]
+        layers: list[nn.Module] = []
+        for number in range(max(2, config.num_downsamplings)):
+            layers += [
+                conv3x3(
+                    width if number else config.image_channels, width, stride=1 + (number < config.num_downsamplings)
+                ),
+                nn.BatchNorm2d(width),
+                nn.ReLU(inplace=True),
+            ]
+        if config.num_downsamplings > 0 or config.num_levels > 2:
+            layers += [conv1x1(width, width), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        self.layers = nn.Sequential(*layers)
+        initialize(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """`(B, image_channels, H, W) -> (B, C_0, H_0, W_0)`."""
+        return self.layers(images)
+
+
+def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    """A 3x3 convolution with zero padding 1 and no bias: the norm that follows has a shift of its own."""
+    return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+
+
+def conv1x1(inputs: int, outputs: int) -> nn.Conv2d:
+    """A 1x1 convolution without bias."""
+    return nn.Conv2d(inputs, outputs, 1, bias=False)
+
+
+def activation() -> nn.Module:
+    """The activation inside the map. In place: it follows a norm or a sum, whose results nothing else reads."""
+    return nn.ReLU(inplace=True)
+
+
+def initialize(module: nn.Module) -> None:
+    r"""Draw weights and biases of all plain convolutions from $N(0, 0.01^2)$, in place.
+
+    Weight-normalised convolutions keep PyTorch's default, as they do in the released code, whose initialisation
+    writes to their derived weight without effect. Linear layers keep the default, norms start at scale 1, shift 0.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d) and not parametrize.is_parametrized(layer, "weight"):
+            nn.init.normal_(layer.weight, std=0.01)
+            if layer.bias is not None:
+                nn.init.normal_(layer.bias, std=0.01)
+
+
+def _path(config: MDEQConfig, source: int, target: int) -> nn.Module:
+    """What leads from level `source` to another level, `target`."""
+    start, end = config.channels[source], config.channels[target]
+    if source > target:
+        return nn.Sequential(
+            conv1x1(start, end),
+            nn.GroupNorm(config.num_groups, end),
+            nn.Upsample(scale_factor=2 ** (source - target), mode="nearest"),
+        )
+    layers: list[nn.Module] = []
+    for _ in range(source + 1, target):
+        layers += [conv3x3(start, start, stride=2), nn.GroupNorm(config.num_groups, start), activation()]
+    layers += [conv3x3(start, end, stride=2), nn.GroupNorm(config.num_groups, end)]
+    return nn.Sequential(*layers)

@@ -1,0 +1,262 @@
+"""The MDEQ classifier: counts, head, training modes, copying and saving."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import equipoise as eq
+from equipoise.models import MDEQClassifier, MDEQConfig
+from equipoise.models.classifier import Bottleneck
+
+TINY = MDEQConfig(
+    image_size=8,
+    image_channels=1,
+    num_classes=3,
+    channels=(4, 8),
+    expansion=2,
+    num_groups=2,
+    dropout=0.2,
+    post_norm_affine=True,
+    head_channels=(1, 2),
+    final_channels=5,
+)
+TIGHT = eq.Picard(max_steps=200, rtol=1e-13)
+
+
+def make_model(
+    config: MDEQConfig = TINY, contractive: bool = False, seed: int = 0, **options: object
+) -> MDEQClassifier:
+    """A model in float64; with `contractive` shifts outweigh what varies, so that Picard converges fast."""
+    torch.manual_seed(seed)
+    model = MDEQClassifier(config, **options).double()  # type: ignore[arg-type]
+    if contractive:
+        with torch.no_grad():
+            for block in model.deq.cell.blocks:  # type: ignore[union-attr]
+                block.norm1.weight.fill_(0.1)
+                block.norm1.bias.fill_(1.0)
+                block.norm2.weight.fill_(0.3)
+                block.norm2.bias.copy_(torch.linspace(0.5, 3.0, len(block.norm2.bias)))
+            for post in model.deq.cell.post:  # type: ignore[union-attr]
+                post[-1].weight.fill_(0.05)
+    return model
+
+
+def make_images(config: MDEQConfig = TINY, batch: int = 4) -> Tensor:
+    return torch.randn(batch, config.image_channels, config.image_size, config.image_size, dtype=torch.float64)
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("make", "total", "cell", "head"),
+    [
+        (MDEQConfig.cifar10_tiny, 158_890, 111_696, 41_266),
+        (MDEQConfig.cifar10_large, 11_097_438, 8_715_232, 2_370_910),
+        (MDEQConfig.cifar10_large_regularized, 11_097_438, 8_715_232, 2_370_910),
+        (MDEQConfig.imagenet_small, 16_808_936, 8_716_192, 8_081_448),
+        (MDEQConfig.imagenet_small_regularized, 18_613_496, 8_715_232, 9_886_968),
+        (MDEQConfig.imagenet_large, 67_063_624, 54_422_800, 12_574_184),
+        (MDEQConfig.imagenet_large_regularized, 67_061_224, 54_420_400, 12_574_184),
+        (MDEQConfig.imagenet_xl, 90_463_280, 77_699_952, 12_682_984),
+    ],
+)
+def test_published_parameter_counts(make: Callable[[], MDEQConfig], total: int, cell: int, head: int) -> None:
+    with torch.device("meta"):
+        model = MDEQClassifier(make())
+    assert (count(model), count(model.deq.cell), count(model.head)) == (total, cell, head)
+
+
+def test_published_dropout() -> None:
+    dropout = [
+        getattr(MDEQConfig, name)().dropout
+        for name in (
+            "cifar10_tiny",
+            "cifar10_large",
+            "cifar10_large_regularized",
+            "imagenet_small",
+            "imagenet_small_regularized",
+            "imagenet_large",
+            "imagenet_large_regularized",
+            "imagenet_xl",
+        )
+    ]
+    assert dropout == [0.25, 0.3, 0.22, 0.0, 0.02, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("make", [MDEQConfig.digits, MDEQConfig.fashion_mnist, MDEQConfig.cifar10_tiny])
+def test_shapes(make: Callable[[], MDEQConfig]) -> None:
+    config = make()
+    torch.manual_seed(0)
+    model = MDEQClassifier(config, solver=eq.Picard(max_steps=2), gradient=eq.JacobianFree())
+    images = torch.randn(2, config.image_channels, config.image_size, config.image_size)
+    logits, solution = model.classify(images)
+    assert logits.shape == (2, config.num_classes)
+    assert [tuple(level.shape) for level in solution.value] == [(2, *shape) for shape in config.level_shapes]
+    assert solution.num_steps.tolist() == [2, 2]
+
+
+def test_forward_gives_the_logits_of_classify_and_leaves_nothing_behind() -> None:
+    model = make_model().eval()
+    images = make_images()
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    logits, solution = model.classify(images)
+    assert torch.equal(model(images), logits)
+    assert torch.equal(model.head(solution.value), logits)
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    assert not any(isinstance(value, Tensor) for module in model.modules() for value in vars(module).values())
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 10, 10), (4, 3, 8, 8), (4, 8, 8), (4, 1, 8, 4)])
+def test_wrong_images_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"images must have shape \(B, 1, 8, 8\), got \(4"):
+        make_model()(torch.zeros(shape, dtype=torch.float64))
+
+
+def test_head_equals_the_formulas_written_out() -> None:
+    config = dataclasses.replace(TINY, channels=(4, 8, 4), head_channels=(1, 1, 2))
+    model = make_model(config).eval()
+    head = model.head
+    with torch.no_grad():
+        for tensor in (*head.parameters(), *head.buffers()):
+            if tensor.is_floating_point():
+                tensor.copy_(torch.rand_like(tensor) + 0.1)  # variances must be positive
+    weights = head.state_dict()
+    z = [torch.randn(2, *shape, dtype=torch.float64) for shape in config.level_shapes]
+
+    def conv(x: Tensor, name: str, stride: int = 1) -> Tensor:
+        weight = weights[f"{name}.weight"]
+        return F.conv2d(x, weight, weights.get(f"{name}.bias"), stride, weight.shape[-1] // 2)
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        mean, variance = (weights[f"{name}.running_{k}"].view(1, -1, 1, 1) for k in ("mean", "var"))
+        x = (x - mean) / (variance + 1e-5).sqrt()
+        if f"{name}.weight" in weights:
+            x = x * weights[f"{name}.weight"].view(1, -1, 1, 1) + weights[f"{name}.bias"].view(1, -1, 1, 1)
+        return x
+
+    def bottleneck(x: Tensor, name: str) -> Tensor:
+        out = x
+        for k in (0, 3, 6):
+            out = norm(conv(out, f"{name}.layers.{k}"), f"{name}.layers.{k + 1}")
+            out = out if k == 6 else F.relu(out)
+        if f"{name}.shortcut.0.weight" in weights:
+            x = norm(conv(x, f"{name}.shortcut.0"), f"{name}.shortcut.1")
+        return F.relu(out + x)
+
+    y = bottleneck(z[0], "bottlenecks.0")
+    for i in (0, 1):
+        down = F.relu(norm(conv(y, f"downs.{i}.0", stride=2), f"downs.{i}.1"))
+        y = bottleneck(z[i + 1], f"bottlenecks.{i + 1}") + down
+    y = F.relu(norm(conv(y, "final.0"), "final.1")).mean((2, 3))
+    expected = y @ weights["final.5.weight"].T + weights["final.5.bias"]
+    torch.testing.assert_close(head(tuple(z)), expected, rtol=1e-12, atol=1e-12)
+    assert not any(key.startswith("bottlenecks.0.shortcut") for key in weights)  # 4 channels come and 4 x 1 go
+    assert all(not layer.affine for layer in Bottleneck(4, 1).layers if isinstance(layer, nn.BatchNorm2d))
+
+
+def test_batch_independence_in_evaluation_mode() -> None:
+    model = make_model(solver=eq.Broyden(max_steps=6, memory=6)).eval()
+    images = make_images(batch=5)
+    logits, solution = model.classify(images)
+    for k in range(5):
+        alone, single = model.classify(images[k : k + 1])
+        torch.testing.assert_close(alone, logits[k : k + 1], rtol=1e-10, atol=1e-10)
+        assert single.num_steps[0] == solution.num_steps[k]
+        assert single.status[0] == solution.status[k]
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_implicit_gradients_equal_those_of_a_long_unrolled_model(train: bool) -> None:
+    model = make_model(contractive=True, solver=TIGHT, gradient=eq.Implicit(solver=TIGHT)).train(train)
+    images = make_images().requires_grad_()
+    labels = torch.tensor([0, 1, 2, 0])
+    gradients = []
+    for gradient in (model.deq.gradient, eq.Unrolled(steps=100)):
+        solver = model.deq.solver if isinstance(gradient, eq.Implicit) else eq.Picard(max_steps=0)
+        torch.manual_seed(3)  # the same dropout masks
+        with model.deq.using(solver=solver, gradient=gradient):
+            logits, solution = model.classify(images)
+        if isinstance(gradient, eq.Implicit):
+            assert solution.converged.all()
+        gradients.append(torch.autograd.grad(F.cross_entropy(logits, labels), [images, *model.parameters()]))
+    names = ["images", *(name for name, _ in model.named_parameters())]
+    for name, implicit, unrolled in zip(names, *gradients, strict=True):
+        torch.testing.assert_close(
+            implicit, unrolled, rtol=1e-7, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_fixed_depth_pretraining_is_the_plain_iteration_and_reduces_the_loss() -> None:
+    model = make_model(dataclasses.replace(TINY, dropout=0.0))
+    images, labels = make_images(batch=9), torch.arange(9) % 3
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    with model.deq.using(solver=eq.Picard(max_steps=0), gradient=eq.Unrolled(steps=3)):
+        u = model.stem(images)
+        z = model.deq.cell.zeros(u)  # type: ignore[operator]
+        for _ in range(3):
+            z = model.deq.cell(z, u)
+        for ours, plain in zip(model.classify(images)[1].value, z, strict=True):
+            torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+        losses = []
+        for _ in range(20):
+            loss = F.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            assert all(parameter.grad is not None for parameter in model.parameters())
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("gradient", [eq.Implicit(), eq.Shine(), eq.JacobianFree(), eq.Phantom(), eq.Neumann()])
+def test_a_training_step_reaches_every_parameter(gradient: eq.Gradient) -> None:
+    model = make_model(solver=eq.Broyden(max_steps=4, memory=4), gradient=gradient)
+    model(make_images()).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+
+
+def test_state_dict_round_trip() -> None:
+    model, other = make_model(seed=0), make_model(seed=1)
+    model(make_images())  # moves the running statistics
+    other.load_state_dict(model.state_dict())
+    images = make_images()
+    assert torch.equal(model.eval()(images), other.eval()(images))
+
+
+def test_a_deep_copy_is_equal_and_independent() -> None:
+    model = make_model().eval()
+    images = make_images()
+    expected = model(images)
+    twin = copy.deepcopy(model)
+    assert twin.deq.init.__self__ is twin.deq.cell  # type: ignore[union-attr]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(twin(images), expected)
+
+
+def test_half_precision_by_autocast_keeps_the_state_of_the_solver_precise() -> None:
+    torch.manual_seed(0)
+    model = MDEQClassifier(TINY, solver=eq.Anderson(max_steps=5), gradient=eq.Implicit(solver=eq.Anderson(max_steps=5))).float()
+    images = make_images().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, solution = model.classify(images)
+        loss = F.cross_entropy(logits.float(), torch.tensor([0, 1, 2, 0]))
+    loss.backward()
+    assert solution.residual.dtype == torch.float32
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.dtype == torch.float32, name
+        assert parameter.grad.isfinite().all(), name
