@@ -26,7 +26,7 @@ check: $(STAMP)  ## ruff, types and the fast tests
 	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu'
 
 docs: $(STAMP)  ## build the documentation site, strictly
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:  ## remove what the targets made, but not runs/
 	rm -rf .venv build dist site .mypy_cache .pytest_cache .ruff_cache

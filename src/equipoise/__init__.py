@@ -6,7 +6,7 @@ from equipoise.gradients import Gradient, Implicit, JacobianFree, Neumann, Phant
 from equipoise.linalg import InverseEstimate
 from equipoise.map import Map, Point
 from equipoise.solution import ConvergenceError, ConvergenceWarning, Solution, Status
-from equipoise.solvers import LBFGS, Anderson, Broyden, Picard, Solver
+from equipoise.solvers import LBFGS, Anderson, Broyden, Picard, Solver, SteadyState
 
 __version__ = "0.1.0"
 
@@ -29,6 +29,7 @@ __all__ = [
     "Solution",
     "Solver",
     "Status",
+    "SteadyState",
     "Unrolled",
     "fixed_point",
     "nn",

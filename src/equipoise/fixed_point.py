@@ -64,7 +64,7 @@ def solve_map(f: Map, z0: S, *, solver: Solver, gradient: Gradient, trace: bool 
     if gradient.uses_inverse and not solver.keeps_inverse:
         raise ValueError(
             f"gradient {gradient!r} reads the forward solver's inverse, but {type(solver).__name__} keeps none; "
-            "use Broyden as solver, or Implicit() as gradient"
+            "use Broyden or LBFGS as solver, or Implicit() as gradient"
         )
     start = f.pack(z0)
     solution: Solution[Any] = gradient.attach(f, start, solver.solve(f, start.detach(), trace=trace))

@@ -244,7 +244,7 @@ class DescentMap(Map):
     objective and gradient together and counts as one evaluation.
 
     Args:
-        objective: `h(z, *inputs) -> (B,)`, one number per sample.
+        f: the objective $h$; called as `f(z, *inputs)`, it returns one number per sample, `(B,)`.
         z0: as in `Map`.
         inputs: as in `Map`.
         params: as in `Map`.

@@ -5,5 +5,20 @@ from equipoise.solvers.base import Solver
 from equipoise.solvers.broyden import Broyden
 from equipoise.solvers.lbfgs import LBFGS
 from equipoise.solvers.picard import Picard
+from equipoise.solvers.steady_state import SteadyState
+from equipoise.solvers.steppers import BS3, VCAB3, Classical, Euler, Stepper, Tsit5
 
-__all__ = ["LBFGS", "Anderson", "Broyden", "Picard", "Solver"]
+__all__ = [
+    "BS3",
+    "LBFGS",
+    "VCAB3",
+    "Anderson",
+    "Broyden",
+    "Classical",
+    "Euler",
+    "Picard",
+    "Solver",
+    "SteadyState",
+    "Stepper",
+    "Tsit5",
+]

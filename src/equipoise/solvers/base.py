@@ -69,7 +69,7 @@ class Solver(abc.ABC):
     uses_vjp: ClassVar[bool] = False  # points must be able to pull cotangents back
     keeps_inverse: ClassVar[bool] = False  # `inverse` returns an estimate
     supports_projection: ClassVar[bool] = True  # the next point may be moved onto a feasible set
-    retries: ClassVar[int] = 0  # non-finite points in a row that the solver can back away from
+    retries: ClassVar[int] = 0  # non-finite or blown-up points in a row that the solver can back away from
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -167,7 +167,7 @@ class _Record:
         self.best_size = torch.full((b,), torch.inf, dtype=z0.dtype, device=device)
         self.best_error = torch.full_like(self.best_size, torch.inf)
         self.limit = self.best_size
-        self.failures = torch.zeros_like(self.num_steps)  # non-finite points in a row
+        self.failures = torch.zeros_like(self.num_steps)  # unsound points in a row
         self.left: list[tuple[Tensor, tuple[Tensor, ...], LowRank | None]] = []
         self.trace: list[Tensor] | None = [] if trace else None
 
@@ -190,6 +190,8 @@ class _Record:
         stopped = converged
         if not (self.on_host and bool(sound.all())):
             stopped = stopped | self._fail(point, step, size, sound)
+        elif self.solver.retries:
+            self.failures = torch.zeros_like(self.failures)
         if self.solver.patience is not None:
             stalled = point.running & ~stopped & (step - self.best_step >= self.solver.patience)
             self.status = self.status.masked_fill(stalled, Status.STALLED)
@@ -231,14 +233,13 @@ class _Record:
             self.best_step = self.best_step.masked_fill(better, step)
 
     def _fail(self, point: Point, step: int, size: Tensor, sound: Tensor) -> Tensor:
-        """Close the rows that diverged, and those non-finite too often in a row for the solver to back away."""
+        """Close the rows that are unsound too often in a row for the solver to back away, named after the last time."""
+        self.failures = torch.where(sound, 0, self.failures + 1)
+        failed = point.running & (self.failures > (self.solver.retries if step > 1 else 0))
         finite = size.isfinite()
-        self.failures = torch.where(finite, 0, self.failures + 1)
-        retries = self.solver.retries if step > 1 else 0
-        nonfinite = point.running & (self.failures > retries)
-        diverged = point.running & finite & ~sound
-        self.status = self.status.masked_fill(nonfinite, Status.NONFINITE).masked_fill(diverged, Status.DIVERGED)
-        return nonfinite | diverged
+        self.status = self.status.masked_fill(failed & ~finite, Status.NONFINITE)
+        self.status = self.status.masked_fill(failed & finite, Status.DIVERGED)
+        return failed
 
     def all_done(self) -> bool:
         return self.num_running == 0 if self.on_host else not bool(self.running.any())
