@@ -1,0 +1,93 @@
+"""The command line: `equipoise recipes | train | evaluate | predict`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import equipoise
+from equipoise.train.serialize import nearest
+
+HELP = """\
+usage: equipoise COMMAND ...
+
+Train, evaluate and use equilibrium models.
+
+commands:
+  recipes    list the named recipes
+  train      train a recipe, or a configuration file
+  evaluate   accuracy and solver statistics of a run
+  predict    classify image files with a run
+
+options:
+  -h, --help     show this help; `equipoise COMMAND --help` shows that of a command
+  --version      show the version
+  --debug        with any command: show the traceback of an error
+
+examples:
+  equipoise train mdeq-digits --run-dir runs/demo
+  equipoise train mdeq-digits --epochs 5 --solver Anderson --solver.memory 6 --gradient JacobianFree
+  equipoise train --config runs/demo/config.yaml --run-dir runs/again
+  equipoise evaluate runs/demo --solver.max_steps 6
+  equipoise predict runs/demo digit.png
+"""
+
+
+class UsageError(ValueError):
+    """A command line that cannot be understood."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 1 for a failure, 2 for a command line that is not understood."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        return run(arguments)
+    except KeyboardInterrupt:
+        return fail("interrupted; the same command with --resume goes on from the last checkpoint", 130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    except UsageError as error:
+        if debug:
+            raise
+        return fail(str(error), 2)
+    except ImportError as error:
+        if debug:
+            raise
+        return fail(f"{error}; the command line needs: pip install 'equipoise[train,data]'", 1)
+    except Exception as error:
+        if debug:
+            raise
+        known = isinstance(error, (ValueError, OSError, ArithmeticError))
+        text = str(error) if known else f"{type(error).__name__}: {error} (--debug shows the traceback)"
+        return fail(text, 1)
+
+
+def run(arguments: list[str]) -> int:
+    """Dispatch to a command."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(HELP)
+        return 0 if arguments else 2
+    command, *rest = arguments
+    if command == "--version":
+        sys.stdout.write(f"equipoise {equipoise.__version__}\n")
+        return 0
+    from equipoise import commands
+
+    known = {
+        "recipes": commands.recipes,
+        "train": commands.train,
+        "evaluate": commands.evaluate,
+        "predict": commands.predict,
+    }
+    if command not in known:
+        raise UsageError(f"unknown command {command!r}; {nearest(command, known)}")
+    return known[command](rest)
+
+
+def fail(text: str, code: int) -> int:
+    """Tell an error on stderr; returns its exit code."""
+    sys.stderr.write(f"equipoise: error: {text.strip()}\n")
+    return code

@@ -1,0 +1,274 @@
+"""What the commands do."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from equipoise.cli import UsageError
+from equipoise.display import LiveDisplay, PlainDisplay, facts_table
+from equipoise.flags import parse
+from equipoise.train import CheckpointError, TrainConfig, checkpoint, fit
+from equipoise.train import evaluate as evaluate_split
+from equipoise.train.loop import to_device
+from equipoise.train.readers import DataError, open_image, resize_and_crop, to_mode, to_tensor
+from equipoise.train.recipes import RECIPES
+from equipoise.train.run import RunError, config_yaml, read_config
+from equipoise.train.serialize import nearest
+
+TRAIN_EXAMPLES = """\
+fields of a class are flags, too; --solver.help Anderson lists those of a class. Dashes and underscores in flags
+mean the same. Lists are written [16,32].
+
+examples:
+  equipoise train mdeq-digits --run-dir runs/demo
+  equipoise train mdeq-digits --solver Anderson --solver.memory 6 --gradient Implicit --gradient.solver.rtol 1e-6
+  equipoise train mdeq-cifar10-tiny --data.root data/cifar10 --penalty.weight 0.5 --penalty.probability 0.05
+  equipoise train mdeq-digits --print_config > mine.yaml
+  equipoise train --config mine.yaml --seed 1
+  equipoise train --run-dir runs/demo --resume
+  torchrun --nproc-per-node 4 -m equipoise train mdeq-cifar10-large --run-dir runs/large
+"""
+
+
+def recipes(arguments: list[str]) -> int:
+    """List the recipes."""
+    if arguments and arguments[0] in ("-h", "--help"):
+        sys.stdout.write("usage: equipoise recipes\n\nList the named recipes of `equipoise train`.\n")
+        return 0
+    if arguments:
+        raise UsageError(f"recipes takes no arguments, got {arguments[0]!r}")
+    table = Table("recipe", "what it trains")
+    for name, recipe in RECIPES.items():
+        table.add_row(f"[bold]{name}[/bold]", (recipe.__doc__ or "").splitlines()[0])
+    Console().print(table)
+    return 0
+
+
+def train(arguments: list[str]) -> int:
+    """Train a recipe or a configuration file, or go on with a run."""
+    own: list[tuple[str, dict[str, Any]]] = [
+        ("--config", {"metavar": "FILE", "help": "YAML file with fields of the configuration, over the recipe's"}),
+        ("--run-dir", {"metavar": "FOLDER", "help": "folder of the run [runs/RECIPE-NUMBER]"}),
+        ("--resume", {"action": "store_true", "help": "go on from the newest checkpoint in the run folder"}),
+        ("--overwrite", {"action": "store_true", "help": "replace the run that the folder holds"}),
+        ("--print-config", {"action": "store_true", "help": "print the configuration as YAML and stop"}),
+    ]
+    recipe, flags = _recipe(arguments)
+    base = _base(recipe, _value(flags, "config"), _value(flags, "run-dir"), any(f == "--resume" for f in flags))
+    config, options = parse(
+        flags,
+        base,
+        usage="equipoise train [RECIPE] [flags]",
+        description="Train a recipe, a configuration file, or go on with a run. The recipes:\n  "
+        + "\n  ".join(RECIPES)
+        + f"\nIn brackets: the values of {base.name}; those of another recipe: equipoise train RECIPE --help",
+        examples=TRAIN_EXAMPLES,
+        own=own,
+    )
+    if recipe is None and not options.config and not options.resume:
+        raise UsageError(f"name a recipe ({', '.join(RECIPES)}), or give --config FILE or --resume with --run-dir")
+    if options.print_config:
+        sys.stdout.write(config_yaml(config))
+        return 0
+    console = Console()
+    display = LiveDisplay(console) if console.is_terminal else PlainDisplay(console)
+    try:
+        fit(config, run_dir=options.run_dir, resume=options.resume, overwrite=options.overwrite, observer=display)
+    finally:
+        display.stop()
+    return 0
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Accuracy and solver statistics of a run on a split."""
+    own: list[tuple[str, dict[str, Any]]] = [
+        ("run", {"metavar": "RUN", "help": "run folder"}),
+        ("--split", {"choices": ["test", "validation", "train"], "default": "test", "help": "images [test]"}),
+        ("--json", {"action": "store_true", "help": "print JSON"}),
+    ]
+    folder = _run_folder(arguments, "evaluate")
+    base = _run_config(folder) if folder is not None else RECIPES["mdeq-digits"]()
+    base = dataclasses.replace(base, solver=base.eval_solver or base.solver, eval_solver=None, devices=1, num_nodes=1)
+    config, options = parse(
+        arguments,
+        base,
+        usage="equipoise evaluate RUN [flags]",
+        description="Loss, accuracy and solver statistics of a run. In brackets: the values of the run.",
+        examples="examples:\n  equipoise evaluate runs/demo\n"
+        "  equipoise evaluate runs/demo --solver.max_steps 6 --split validation\n"
+        "  equipoise evaluate runs/demo --solver Anderson --solver.rtol 1e-5 --json\n",
+        own=own,
+        fields=("data", "solver", "eval_batch_size", "precision", "accelerator", "channels_last"),
+    )
+    console = Console()
+    model, _ = _run_model(Path(options.run), console, quiet=options.json)
+    split = getattr(config.data.load(), options.split)
+    if split is None:
+        raise RunError(
+            "the run set no validation images aside; evaluate --split test, or give --data.validation_fraction"
+        )
+    start = time.perf_counter()
+    found = evaluate_split(model, split, config, solver=config.solver)
+    seconds = time.perf_counter() - start
+    if options.json:
+        sys.stdout.write(json.dumps({"run": options.run, "split": options.split, **found, "seconds": seconds}) + "\n")
+        return 0
+    console.print(
+        facts_table(
+            {
+                "run": options.run,
+                f"{options.split} images": f"{found['count']:,}",
+                "accuracy": f"{found['accuracy']:.4f}",
+                "loss": f"{found['loss']:.4f}",
+                "mean solver steps per sample": f"{found['mean_steps']:.1f}",
+                "converged": f"{found['converged']:.1%}",
+                "mean relative residual": f"{found['residual']:.2e}",
+                "time": f"{seconds:.1f} s",
+            }
+        )
+    )
+    return 0
+
+
+def predict(arguments: list[str]) -> int:
+    """Classify image files."""
+    own: list[tuple[str, dict[str, Any]]] = [
+        ("run", {"metavar": "RUN", "help": "run folder"}),
+        ("images", {"metavar": "IMAGE", "nargs": "+", "help": "PNG, JPEG or other image files"}),
+        ("--top", {"type": int, "default": 3, "help": "classes to show [3]"}),
+        ("--invert", {"action": "store_true", "help": "swap dark and light, for dark ink on light ground"}),
+        ("--json", {"action": "store_true", "help": "print JSON, one line per image"}),
+    ]
+    folder = _run_folder(arguments, "predict")
+    base = _run_config(folder) if folder is not None else RECIPES["mdeq-digits"]()
+    base = dataclasses.replace(base, solver=base.eval_solver or base.solver, eval_solver=None, devices=1, num_nodes=1)
+    config, options = parse(
+        arguments,
+        base,
+        usage="equipoise predict RUN IMAGE... [flags]",
+        description="Classify image files with a run. Images are converted to the model's size and colors.",
+        examples="examples:\n  equipoise predict runs/demo digit.png\n"
+        "  equipoise predict runs/demo scan1.png scan2.png --invert --top 1\n",
+        own=own,
+        fields=("solver",),
+    )
+    if options.top < 1:
+        raise UsageError(f"--top {options.top}: must be >= 1")
+    console = Console()
+    model, facts = _run_model(Path(options.run), console, quiet=options.json)
+    images, notes = zip(*(_read_image(Path(name), config, options.invert) for name in options.images), strict=True)
+    batch, _ = to_device(config, torch.stack(images), torch.zeros(len(images)), torch.device("cpu"))
+    with torch.no_grad(), model.deq.using(solver=config.solver):
+        logits, solution = model.classify(batch)
+    probabilities = logits.softmax(1)
+    names = facts["about"].get("classes") or [str(number) for number in range(config.model.num_classes)]
+    for number, (name, note) in enumerate(zip(options.images, notes, strict=True)):
+        best = probabilities[number].topk(min(options.top, len(names)))
+        ranked = [(names[index], value) for value, index in zip(*(t.tolist() for t in best), strict=True)]
+        steps, converged = int(solution.num_steps[number]), bool(solution.converged[number])
+        if options.json:
+            line = {"image": name, "classes": dict(ranked), "steps": steps, "converged": converged, "note": note}
+            sys.stdout.write(json.dumps(line) + "\n")
+            continue
+        end = f"{steps} solver steps, {'' if converged else 'not '}converged"
+        text = f"{name}: " + ", ".join(f"{label} {value:.1%}" for label, value in ranked) + f"  ({end})"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        if note:
+            console.print(f"  {note}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _read_image(path: Path, config: TrainConfig, invert: bool) -> tuple[torch.Tensor, str]:
+    """An image as the model's data has it, and what had to be converted."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    image = open_image(content, str(path))
+    channels, size, _ = config.data.shape
+    before = f"{image.width}x{image.height} {image.mode}"
+    converted = to_mode(image, channels)
+    resize = getattr(config.data, "resize", None) or size
+    if converted.size != (size, size):
+        converted = resize_and_crop(converted, resize, size)
+    kind = "color" if channels == 3 else "grayscale"
+    unchanged = image.size == (size, size) and image.mode == ("RGB" if channels == 3 else "L")
+    note = "" if unchanged else f"{before} was converted to {size}x{size} {kind}"
+    if image.width != image.height:
+        note += " (the central square)"
+    pixels = to_tensor(converted)
+    if invert:
+        pixels = 255 - pixels
+    elif channels == 1 and not unchanged and float(pixels.float().mean()) > 160:
+        note += "; it is mostly light, and the model was trained on light marks on dark ground: try --invert"
+    return pixels, note
+
+
+def _recipe(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The recipe that a command line names, and the rest of it."""
+    for position, argument in enumerate(arguments):
+        before = arguments[position - 1] if position else ""
+        if argument in RECIPES and before not in ("--run-dir", "--run_dir", "--config"):
+            return argument, [*arguments[:position], *arguments[position + 1 :]]
+    if arguments and not arguments[0].startswith("-"):
+        raise UsageError(f"unknown recipe {arguments[0]!r}; {nearest(arguments[0], RECIPES)}")
+    return None, arguments
+
+
+def _base(recipe: str | None, file: str | None, run_dir: str | None, resume: bool) -> TrainConfig:
+    """The configuration that flags change."""
+    base = RECIPES[recipe]() if recipe is not None else None
+    if file is not None:
+        return read_config(file, base)
+    if base is None and resume and run_dir is not None and (Path(run_dir) / "config.yaml").exists():
+        return read_config(Path(run_dir) / "config.yaml")
+    return base if base is not None else RECIPES["mdeq-digits"]()
+
+
+def _value(arguments: list[str], name: str) -> str | None:
+    for position, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if flag.replace("_", "-") == f"--{name}":
+            return value if equals else (arguments[position + 1] if position + 1 < len(arguments) else None)
+    return None
+
+
+def _run_folder(arguments: list[str], command: str) -> Path | None:
+    """The run folder that a command line names first; None if it only asks for help."""
+    if not arguments or arguments[0].startswith("-"):
+        if "-h" in arguments or "--help" in arguments:
+            return None
+        raise UsageError(f"name the run folder first: equipoise {command} RUN")
+    return Path(arguments[0])
+
+
+def _run_config(folder: Path) -> TrainConfig:
+    if not (folder / "config.yaml").is_file():
+        raise RunError(f"{folder} is not a run folder: it has no config.yaml")
+    return read_config(folder / "config.yaml")
+
+
+def _run_model(folder: Path, console: Console, *, quiet: bool) -> tuple[Any, dict[str, Any]]:
+    """The model of a run and its facts: the final one, or that of the newest whole checkpoint."""
+    path = folder / "model.safetensors"
+    if path.exists():
+        return checkpoint.load(path), checkpoint.describe(path)
+    state, problems = checkpoint.read_newest_state(folder / "checkpoints")
+    if state is None:
+        raise CheckpointError("; ".join([*problems, f"{folder} has no model yet: its run has saved no checkpoint"]))
+    config = _run_config(folder)
+    model = checkpoint.model_of_state(state, config.model, config.solver, config.gradient)
+    if not quiet:
+        for problem in problems:
+            console.print(f"{problem}. The checkpoint before it is used", markup=False, soft_wrap=True)
+        console.print(f"the run is not finished: its checkpoint at step {state.facts['place']['step']} is used")
+    return model, {"about": {}}

@@ -1,0 +1,119 @@
+"""What the command line shows: live progress on a terminal, plain lines elsewhere, tables at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from equipoise.train import Observer, Result
+
+
+class PlainDisplay(Observer):
+    """A line per epoch and evaluation.
+
+    Args:
+        console: where to print.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.total = 0
+
+    def started(self, folder: Path, total_steps: int, done_steps: int, parameters: int) -> None:
+        self.total = total_steps
+        self.say(f"run folder {folder}, {parameters:,} parameters, {total_steps:,} steps")
+
+    def logged(self, line: dict[str, Any]) -> None:
+        self.say(describe(line, self.total))
+
+    def noted(self, text: str) -> None:
+        self.say(text)
+
+    def finished(self, result: Result) -> None:
+        self.console.print(result_table(result))
+
+    def stop(self) -> None:
+        """Leave the terminal as it was."""
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class LiveDisplay(PlainDisplay):
+    """A progress bar with the time left and the latest figures, and the plain lines above it."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self.progress = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=console,
+            speed_estimate_period=120,
+        )
+        self.task = self.progress.add_task("train", total=None, epoch=0, figures="")
+
+    def started(self, folder: Path, total_steps: int, done_steps: int, parameters: int) -> None:
+        super().started(folder, total_steps, done_steps, parameters)
+        self.progress.update(self.task, total=total_steps, completed=done_steps)
+        self.progress.start()
+
+    def stepped(self, line: dict[str, Any]) -> None:
+        self.progress.update(
+            self.task,
+            completed=line["step"],
+            epoch=line["epoch"] + 1,
+            figures=f"loss {line['loss']:.3f}  accuracy {line['accuracy']:.3f}  solver steps {line['mean_steps']:.1f}  "
+            f"converged {line['converged']:.0%}",
+        )
+
+    def finished(self, result: Result) -> None:
+        self.stop()
+        super().finished(result)
+
+    def stop(self) -> None:
+        self.progress.stop()
+
+
+def describe(line: Mapping[str, Any], total: int) -> str:
+    """A line of the log for people."""
+    place = f"step {line['step']}/{total}  " if line["split"] == "train" else ""
+    lr = f"  lr {line['lr']:.2e}" if "lr" in line else ""
+    return (
+        f"epoch {line['epoch'] + 1 if line['split'] == 'train' else line['epoch']:>3}  {line['split']:<10}  {place}"
+        f"loss {line['loss']:.4f}  accuracy {line['accuracy']:.4f}  solver steps {line['mean_steps']:.1f}  "
+        f"converged {line['converged']:.1%}{lr}  {line['seconds']:.1f} s"
+    )
+
+
+def result_table(result: Result) -> Table:
+    """The end of a training run."""
+    return facts_table(
+        {
+            "test accuracy": f"{result.test_accuracy:.4f}",
+            "mean solver steps per sample": f"{result.test['mean_steps']:.1f}",
+            "share of time in backward": f"{result.test['backward_share']:.0%}",
+            "time": f"{result.test['seconds']:.0f} s",
+            "run folder": str(result.run_dir),
+        }
+    )
+
+
+def facts_table(facts: Mapping[str, str]) -> Table:
+    """Names and values."""
+    table = Table(show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, value)
+    return table

@@ -1,0 +1,252 @@
+"""Flags for the fields of a configuration, made by jsonargparse from the dataclasses."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import re
+import textwrap
+import typing
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import jsonargparse
+
+from equipoise.cli import UsageError
+from equipoise.train import TrainConfig
+from equipoise.train.serialize import from_plain, known_classes, nearest, public_path, to_plain
+
+# A flag may name classes of this package and those that the running program has imported, and nothing else is imported.
+jsonargparse.set_parsing_settings(
+    docstring_parse_attribute_docstrings=True, import_path_denylist=["*"], import_path_allowlist=["equipoise"]
+)
+
+
+def parse(
+    arguments: Sequence[str],
+    base: TrainConfig,
+    *,
+    usage: str,
+    description: str,
+    examples: str,
+    own: Sequence[tuple[str, dict[str, Any]]],
+    fields: Sequence[str] | None = None,
+) -> tuple[TrainConfig, argparse.Namespace]:
+    """The configuration and the other options that a command line gives.
+
+    Args:
+        arguments: of the command.
+        base: configuration that the flags change.
+        usage: first line of the help.
+        description: of the command.
+        examples: end of the help.
+        own: the command's own positionals and flags: name and arguments of `add_argument`.
+        fields: those of the configuration that have flags; None: all.
+
+    Raises:
+        UsageError: an unknown flag (the nearest known one is named), a value of another type or out of range.
+    """
+    every = [field.name for field in dataclasses.fields(TrainConfig) if field.name != "name"]
+    fields = every if fields is None else list(fields)
+    arguments = [_spell(argument, own) for argument in arguments]
+    plain = _choose_classes(to_plain(base), arguments)
+    _check_names(plain, arguments, fields, own)
+
+    parser = Parser(
+        prog="equipoise",
+        usage=usage,
+        description=description,
+        epilog=examples,
+        formatter_class=Formatter,
+        allow_abbrev=False,
+        add_help=False,
+        exit_on_error=False,
+    )
+    mine = parser.add_argument_group("options")
+    for name, options in own:
+        (mine if name.startswith("-") else parser).add_argument(name, **options)
+    mine.add_argument("-h", "--help", action="help", help="show this help")
+    parser.add_class_arguments(TrainConfig, skip={name for name in [*every, "name"] if name not in fields})
+    parser.set_defaults({name: plain[name] for name in fields})
+    parsed = parser.parse_args(list(arguments)).as_dict()
+    options = argparse.Namespace(**{key: value for key, value in parsed.items() if key not in every})
+    changed = {name: parsed[name] for name in fields}
+    try:
+        return from_plain(TrainConfig, {**plain, **changed}), options
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """Parser that tells an error in one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        text = re.sub(r"<class '([\w.]+)'>", r"\1", " ".join(message.split()))
+        text = re.sub(r"Problem with given class_path '[\w.]+': ", "", text)
+        text = re.sub(r'^Parser key "([^"]+)": ', r"--\1: ", text)
+        text = re.sub(r"^--([\w.]+): --([\w.]+): ", r"--\1.\2: ", text)
+        text = re.sub(r"typing\.Literal\[([^\]]*)\]", r"one of \1", text)
+        raise UsageError(re.sub(r"Expected an? (.*?)\. Got value: ", r"expected \1, got ", text)) from ex
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Help with types left to the metavar and defaults as they would be typed."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=110)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.dest.endswith(".help"):
+            return "show the fields of a class"
+        text = " ".join((action.help or "").split())
+        hint = getattr(action, "_typehint", None)
+        family = _family(hint)
+        if family is not None:
+            text += f" One of {', '.join(sorted(known_classes(family)))}; its fields follow as --{action.dest}.FIELD."
+        if hint is None or action.default is argparse.SUPPRESS:
+            return text
+        return f"{text} [{_shown(action.default)}]".replace("%", "%%")
+
+    def _format_action(self, action: argparse.Action) -> str:
+        # Whole groups from a file, as jsonargparse offers them, would be a second way to do what --config does.
+        if type(action).__name__ == "_ActionConfigLoad":
+            return ""
+        return super()._format_action(action)
+
+    def _metavar_formatter(self, action: argparse.Action, default_metavar: str) -> Any:
+        if action.dest.endswith(".help"):
+            return lambda size: ("CLASS",) * size
+        hint = getattr(action, "_typehint", None)
+        if hint is not None and action.choices is None and action.metavar is None:
+            name = _type_name(hint)
+            return lambda size: (name,) * size
+        return super()._metavar_formatter(action, default_metavar)
+
+
+def _shown(value: Any) -> str:
+    """A default as it would be typed."""
+    if isinstance(value, jsonargparse.Namespace):
+        value = value.as_dict()
+    if isinstance(value, dict):
+        items = value.get("init_args", {}).items()
+        inside = ", ".join(f"{key}={_shown(item)}" for key, item in items if item is not None)
+        return f"{value['class_path'].rpartition('.')[2]}({inside})"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(map(_shown, value)) + "]"
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _type_name(hint: Any) -> str:
+    family = _family(hint)
+    if family is not None:
+        return family.__name__.upper()
+    if typing.get_origin(hint) is typing.Literal:
+        return "{" + ",".join(map(str, typing.get_args(hint))) + "}"
+    if typing.get_origin(hint) is tuple:
+        return "[A,B,...]"
+    names = [getattr(option, "__name__", str(option)) for option in typing.get_args(hint) or (hint,)]
+    return "|".join("null" if name == "NoneType" else name for name in names)
+
+
+def _family(hint: Any) -> type | None:
+    """The abstract class whose members a field takes, if it is such a field."""
+    for option in typing.get_args(hint) or (hint,):
+        if inspect.isclass(option) and inspect.isabstract(option) and dataclasses.is_dataclass(option):
+            return option
+    return None
+
+
+def _spell(argument: str, own: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """A flag with underscores, or as the command spells its own."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    for known, _ in own:
+        if known.replace("-", "_") == name.replace("-", "_"):
+            return known + equals + value
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def _values(arguments: Sequence[str]) -> dict[str, str]:
+    """Flags without dashes and what follows them."""
+    found = {}
+    for position, argument in enumerate(arguments):
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            following = arguments[position + 1] if position + 1 < len(arguments) else ""
+            found[name] = value if equals else following
+    return found
+
+
+def _choose_classes(plain: dict[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
+    """The base with another class where a flag names one: it keeps the fields that all solvers (optimizers) share."""
+    values = _values(arguments)
+    hints = typing.get_type_hints(TrainConfig)
+    plain = dict(plain)
+    for name, hint in hints.items():
+        family = _family(hint)
+        chosen = values.get(name, "").rpartition(".")[2]
+        if family is None or not chosen or chosen in ("null", "None"):
+            continue
+        classes = known_classes(family)
+        if chosen not in classes:
+            raise UsageError(f"--{name}: unknown class {chosen!r}; {nearest(chosen, classes)}")
+        path, old = public_path(classes[chosen]), plain[name]
+        if old is not None and old["class_path"] != path:
+            shared = {field.name for field in dataclasses.fields(family)} if name != "data" else set()
+            kept = {key: value for key, value in old["init_args"].items() if key in shared}
+            plain[name] = {"class_path": path, "init_args": kept}
+    return plain
+
+
+def _check_names(
+    plain: dict[str, Any], arguments: Sequence[str], fields: Sequence[str], own: Sequence[tuple[str, dict[str, Any]]]
+) -> None:
+    values = _values(arguments)
+    hints = typing.get_type_hints(TrainConfig)
+    known = {name[2:] for name, _ in own if name.startswith("--")} | {"help"}
+    for name in fields:
+        known |= _names(name, hints[name], plain.get(name), values)
+    for given in values:
+        if given and given not in known:
+            raise UsageError(f"unknown flag --{given}; {_nearest_flag(given, known)}")
+
+
+def _names(name: str, hint: Any, value: Any, values: dict[str, str]) -> set[str]:
+    """Flags of a field and of the fields inside it."""
+    names = {name}
+    family = _family(hint)
+    if family is not None:
+        names.add(f"{name}.help")
+        classes = known_classes(family)
+        chosen = values.get(name, "").rpartition(".")[2] or (value or {}).get("class_path", "").rpartition(".")[2]
+        if chosen not in classes:
+            return names
+        cls, inside = classes[chosen], (value or {}).get("init_args", {})
+        if not inside:
+            inside = {
+                field.name: to_plain(field.default)
+                for field in dataclasses.fields(cls)
+                if dataclasses.is_dataclass(field.default)
+            }
+    elif inspect.isclass(hint) and dataclasses.is_dataclass(hint):
+        cls, inside = hint, value or {}
+    else:
+        return names
+    for inner, inner_hint in typing.get_type_hints(cls).items():
+        if inner in {field.name for field in dataclasses.fields(cls)}:
+            names |= _names(f"{name}.{inner}", inner_hint, inside.get(inner), values)
+    return names
+
+
+def _nearest_flag(given: str, known: set[str]) -> str:
+    head = given.rpartition(".")[0]
+    siblings = {name for name in known if name.rpartition(".")[0] == head} if head else set()
+    return (
+        nearest(given, siblings or known)
+        if siblings or "." not in given
+        else textwrap.shorten(nearest(given, known), 300)
+    )

@@ -1,0 +1,34 @@
+"""Training: complete configurations, named recipes, data, one loop, checkpoints."""
+
+from equipoise.train import checkpoint, recipes
+from equipoise.train.checkpoint import CheckpointError
+from equipoise.train.config import SGD, Adam, AdamW, JacobianPenalty, Optimizer, Pretraining, Schedule, TrainConfig
+from equipoise.train.data import Digits, FashionMNIST, HubImages, ImageData
+from equipoise.train.loop import NonFiniteLoss, Observer, Result, evaluate, fit
+from equipoise.train.readers import DataError
+from equipoise.train.run import RunError
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "CheckpointError",
+    "DataError",
+    "Digits",
+    "FashionMNIST",
+    "HubImages",
+    "ImageData",
+    "JacobianPenalty",
+    "NonFiniteLoss",
+    "Observer",
+    "Optimizer",
+    "Pretraining",
+    "Result",
+    "RunError",
+    "Schedule",
+    "TrainConfig",
+    "checkpoint",
+    "evaluate",
+    "fit",
+    "recipes",
+]

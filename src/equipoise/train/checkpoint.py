@@ -1,0 +1,252 @@
+"""Files that survive: atomic writing, models with their configuration, resumable states. Nothing here runs code."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from equipoise.gradients import Gradient
+from equipoise.models import MDEQClassifier, MDEQConfig
+from equipoise.solvers import Solver
+from equipoise.train.serialize import from_plain, nearest, to_plain
+
+MODELS = {"MDEQClassifier": (MDEQClassifier, MDEQConfig)}
+KEEP = 2  # resumable checkpoints in a run folder
+
+
+class CheckpointError(ValueError):
+    """A file that is no checkpoint, is damaged, or does not fit."""
+
+
+def save(model: MDEQClassifier, path: str | os.PathLike[str], *, about: Mapping[str, Any] | None = None) -> None:
+    """Save a model with its configuration, solver and gradient in one safetensors file, atomically.
+
+    Args:
+        model: a model of `equipoise.models`.
+        path: of the file; its folder exists.
+        about: further facts as plain JSON data, such as class names.
+
+    Raises:
+        ValueError: the model is of another kind, or its solver or gradient holds what a file cannot.
+        OSError: the file cannot be written; an older one of the same name stays.
+
+    Example:
+        >>> import tempfile, pathlib, equipoise as eq
+        >>> from equipoise.models import MDEQClassifier, MDEQConfig
+        >>> from equipoise.train import checkpoint
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "model.safetensors"
+        >>> checkpoint.save(MDEQClassifier(MDEQConfig.digits(), solver=eq.Broyden()), path)
+        >>> checkpoint.load(path).deq.solver.memory
+        18
+    """
+    name = type(model).__name__
+    if name not in MODELS:
+        raise ValueError(f"cannot save a {name}; known: {', '.join(MODELS)}. For other modules use their state_dict")
+    config = {
+        "class": name,
+        "config": to_plain(model.config),
+        "solver": to_plain(model.deq.solver),
+        "gradient": to_plain(model.deq.gradient),
+        "about": dict(about or {}),
+    }
+    write_tensors(Path(path), model.state_dict(), {"kind": "model", **config})
+
+
+def load(path: str | os.PathLike[str]) -> MDEQClassifier:
+    """Load what `save` wrote: a model in evaluation mode, on the CPU.
+
+    Only safetensors are read, and only known dataclasses restored; nothing in the file can run code.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, damaged, or of another kind.
+    """
+    tensors, facts = read_tensors(Path(path))
+    if facts.get("kind") != "model":
+        raise CheckpointError(f"{path} is no saved model but {facts.get('kind', 'something else')!r}")
+    try:
+        if facts["class"] not in MODELS:
+            raise ValueError(f"unknown model {facts['class']!r}; {nearest(str(facts['class']), MODELS)}")
+        model_class, config_class = MODELS[facts["class"]]
+        model = model_class(
+            from_plain(config_class, facts["config"], "model"),
+            solver=from_plain(Solver, facts["solver"], "solver"),
+            gradient=from_plain(Gradient, facts["gradient"], "gradient"),
+        )
+        dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)
+        model.to(dtype).load_state_dict(tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} does not describe a model of this version: {error}") from error
+    return model.eval()
+
+
+def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The facts saved with a model: its class, configuration, solver, gradient, and what was passed as `about`."""
+    return _facts(Path(path))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write tensors and JSON facts to one safetensors file, atomically, with a checksum."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = {"equipoise": json.dumps(facts), "crc32": str(_checksum(plain))}
+    write_atomic(path, to_bytes(plain, header))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and facts of a file of `write_tensors`.
+
+    Raises:
+        CheckpointError: it is missing, truncated, damaged or of another kind.
+    """
+    facts = _facts(path)
+    with _readable(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if file.metadata().get("crc32") != str(_checksum(tensors)):
+            raise CheckpointError(f"{path} is damaged: its checksum is wrong")
+    return tensors, facts
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replace a file by another content, at once or not at all, whenever the process or the machine stops.
+
+    Raises:
+        OSError: it cannot be written; nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """All that a run needs to go on: tensors by name (weights, average, moments) and plain facts (place, sums)."""
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+def write_state(folder: Path, step: int, state: State) -> Path:
+    """Add a resumable checkpoint to a folder and keep the last two."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"step-{step:09d}.safetensors"
+    write_tensors(path, state.tensors, {"kind": "state", **state.facts})
+    for old in states(folder)[KEEP:]:
+        old.unlink()
+    for left_over in folder.glob(".*.tmp"):  # of processes that were killed
+        left_over.unlink(missing_ok=True)
+    return path
+
+
+def read_newest_state(folder: Path) -> tuple[State | None, list[str]]:
+    """The newest checkpoint that is whole, and what was wrong with newer ones."""
+    problems = []
+    for path in states(folder):
+        try:
+            tensors, facts = read_tensors(path)
+            if facts.get("kind") != "state":
+                raise CheckpointError(f"{path} is no checkpoint of a run")
+            return State(tensors, facts), problems
+        except CheckpointError as error:
+            problems.append(str(error))
+    return None, problems
+
+
+def model_of_state(state: State, config: MDEQConfig, solver: Solver, gradient: Gradient) -> MDEQClassifier:
+    """The model in a resumable checkpoint (its moving average if there is one), in evaluation mode.
+
+    Raises:
+        CheckpointError: the checkpoint is of another configuration.
+    """
+    model = MDEQClassifier(config, solver=solver, gradient=gradient)
+    kind = "average." if any(name.startswith("average.") for name in state.tensors) else "model."
+    tensors = {name.removeprefix(kind): value for name, value in state.tensors.items() if name.startswith(kind)}
+    try:
+        model.to(next(t.dtype for t in tensors.values() if t.is_floating_point())).load_state_dict(tensors)
+    except (RuntimeError, StopIteration) as error:
+        raise CheckpointError(f"the checkpoint does not fit the configuration: {error}") from error
+    return model.eval()
+
+
+def states(folder: Path) -> list[Path]:
+    """The resumable checkpoints in a folder, newest first."""
+    return sorted(folder.glob("step-*.safetensors"), reverse=True)
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as named tensors and plain facts."""
+    content = optimizer.state_dict()
+    tensors, plain = {}, {}
+    for number, entries in content["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{number}.{name}"] = value
+            else:
+                plain[f"{number}.{name}"] = value
+    return tensors, {"state": plain, "groups": content["param_groups"]}
+
+
+def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Restore what `pack_optimizer` gave."""
+    state: dict[int, dict[str, Any]] = {}
+    named = {name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")}
+    for key, value in {**named, **facts["state"]}.items():
+        number, _, name = key.partition(".")
+        state.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": facts["groups"]})
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> int:
+    total = 0
+    for name in sorted(tensors):
+        total = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), total))
+    return total
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    with _readable(path) as file:
+        text = (file.metadata() or {}).get("equipoise")
+    if text is None:
+        raise CheckpointError(f"{path} was not written by equipoise: it has tensors, but no configuration")
+    try:
+        facts = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is damaged: its configuration cannot be read ({error})") from error
+    if not isinstance(facts, dict):
+        raise CheckpointError(f"{path} is damaged: its configuration is not a mapping")
+    return facts
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is truncated, damaged or no safetensors file ({error}); pickled checkpoints are never read"
+        ) from error

@@ -1,0 +1,554 @@
+"""Training and evaluation: one loop on Lightning Fabric."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import equipoise
+from equipoise.models import MDEQClassifier
+from equipoise.solvers import Solver
+from equipoise.train import checkpoint
+from equipoise.train.config import TrainConfig
+from equipoise.train.data import Split, Splits, generator, mix
+from equipoise.train.objectives import SUMS, Classification, Moment
+from equipoise.train.run import RunError, RunFolder, new_folder
+from equipoise.train.serialize import to_plain
+
+NEVER = 2**62  # step of the first loss that is not finite, as long as there is none
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss became NaN or infinite; the message names the batch and the last good checkpoint."""
+
+
+class Observer:
+    """Is told how a run goes; this one does not listen."""
+
+    def started(self, folder: Path, total_steps: int, done_steps: int, parameters: int) -> None:
+        """Training begins or goes on."""
+
+    def stepped(self, line: dict[str, Any]) -> None:
+        """The loss was read; the line has what `metrics.jsonl` has."""
+
+    def logged(self, line: dict[str, Any]) -> None:
+        """An epoch's training, or an evaluation, is over."""
+
+    def noted(self, text: str) -> None:
+        """Something that the user should know."""
+
+    def finished(self, result: Result) -> None:
+        """The run is over and saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run gave.
+
+    Args:
+        model: the trained model (its moving average if there is one), in evaluation mode.
+        history: one dict per epoch and split, as in `metrics.jsonl`.
+        test: what `result.json` holds.
+        run_dir: folder of the run.
+    """
+
+    model: MDEQClassifier
+    history: list[dict[str, Any]]
+    test: dict[str, Any]
+    run_dir: Path
+
+    @property
+    def test_accuracy(self) -> float:
+        """Share of the test images that are classified correctly."""
+        return float(self.test["test_accuracy"])
+
+
+@dataclasses.dataclass
+class Place:
+    """Where a run is: everything that the loop changes and that is not a tensor of weights or moments."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    seconds: float = 0.0
+    backward_seconds: float = 0.0
+    epoch_start: tuple[float, float] = (0.0, 0.0)
+    epoch_sums: list[float] = dataclasses.field(default_factory=lambda: [0.0] * len(SUMS))
+    window_start: tuple[float, float] = (0.0, 0.0)
+    window_sums: list[float] = dataclasses.field(default_factory=lambda: [0.0] * len(SUMS))
+
+
+def fit(
+    config: TrainConfig,
+    *,
+    run_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    observer: Observer = Observer(),
+) -> Result:
+    """Train a model as a configuration says, and evaluate it on the test images at the end.
+
+    Everything random is a function of the seed and of the step, so a run that is resumed goes on bit for bit as if it
+    had not been interrupted.
+
+    Args:
+        config: of the run.
+        run_dir: folder of the run; None: `runs/<name>-<number>`.
+        resume: go on from the newest whole checkpoint in the folder, or start if there is none.
+        overwrite: replace a run that the folder holds.
+        observer: is told how the run goes.
+
+    Returns:
+        Model, history, result and folder.
+
+    Raises:
+        RunError: the folder holds a run and neither `resume` nor `overwrite` is set, or one of another configuration.
+        DataError: the data is missing or damaged.
+        NonFiniteLoss: the loss became NaN or infinite.
+        OSError: the folder cannot be written.
+
+    Example:
+        >>> import dataclasses, tempfile
+        >>> from equipoise.train import fit, recipes
+        >>> config = dataclasses.replace(recipes.mdeq_digits(), stop_after=2, tensorboard=False)
+        >>> result = fit(config, run_dir=tempfile.mkdtemp())
+        >>> 0 <= result.test_accuracy <= 1
+        True
+    """
+    fabric = make_fabric(config)
+    fabric.launch()
+    main = fabric.global_rank == 0
+    observer = observer if main else Observer()
+    path = Path(fabric.broadcast(str(run_dir if run_dir is not None else new_folder(config.name))))
+    folder = RunFolder(path, config, writes=main, note=observer.noted)
+    splits = config.data.load()
+    _check(config, splits, fabric.world_size)
+    if main:
+        folder.claim(resume=resume, overwrite=overwrite)
+    fabric.barrier()
+    with _surroundings(config, fabric.device):
+        try:
+            return _Trainer(fabric, config, splits, folder, observer).run(resume)
+        finally:
+            folder.close()
+
+
+class _Trainer:
+    """The parts of a run and the loop over them."""
+
+    def __init__(self, fabric: Any, config: TrainConfig, splits: Splits, folder: RunFolder, observer: Observer) -> None:
+        self.fabric, self.config, self.splits, self.folder, self.observer = fabric, config, splits, folder, observer
+        self.steps_per_epoch = len(splits.train) // config.batch_size
+        self.total = min(self.steps_per_epoch * config.epochs, config.stop_after or NEVER)
+        torch.manual_seed(mix(config.seed))
+        self.model = MDEQClassifier(config.model, solver=config.solver, gradient=config.gradient)
+        if config.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if config.compile_cell:
+            self.model.deq.cell.compile()
+        self.objective = Classification(
+            self.model,
+            label_smoothing=config.label_smoothing,
+            penalty=config.penalty,
+            pretraining=config.pretraining,
+            eval_solver=config.eval_solver,
+        )
+        optimizer = config.optimizer.build(self.model.parameters())
+        self.module, self.optimizer = fabric.setup(self.objective, optimizer)
+        self.average = None if config.ema_decay is None else Average(self.model, config.ema_decay)
+        self.place = Place()
+        self.clock = BackwardClock(fabric.device)
+        # Reading a number makes the host wait for a device, and all processes for each other.
+        self.read_every = 1 if fabric.device.type == "cpu" and fabric.world_size == 1 else config.log_every
+
+    def run(self, resume: bool) -> Result:
+        """Train to the end, from wherever the folder says, and evaluate."""
+        if resume:
+            self._restore()
+        history = [line for line in self.folder.rewind(self.place.step) if line["kind"] == "epoch"]
+        parameters = sum(p.numel() for p in self.model.parameters())
+        self.observer.started(self.folder.path, self.total, self.place.step, parameters)
+        while self.place.step < self.total:
+            history += self._epoch()
+        if self.average is not None:  # for good: these weights are tested, saved and returned
+            self.average.swap(self.model)
+        start = time.perf_counter()
+        line = self._evaluate("test", self.splits.test)
+        self._log(line)
+        facts = self._result(line, parameters, time.perf_counter() - start)
+        if self.folder.writes:
+            about = {
+                "data": to_plain(self.config.data),
+                "classes": list(self.splits.classes),
+                "recipe": self.config.name,
+            }
+            checkpoint.save(self.model, self.folder.path / "model.safetensors", about=about)
+            self.folder.finish(facts)
+        result = Result(self.model.eval(), [*history, line], facts, self.folder.path)
+        self.observer.finished(result)
+        return result
+
+    def _epoch(self) -> list[dict[str, Any]]:
+        """One pass over the training images, or what is left of it; returns the lines for the history."""
+        config, place, device = self.config, self.place, self.fabric.device
+        self.module.train()
+        window, whole = (
+            torch.tensor(sums, dtype=torch.float64, device=device) for sums in (place.window_sums, place.epoch_sums)
+        )
+        bad = torch.full((), NEVER, device=device)
+        batches = self.splits.train.batches(
+            config.batch_size,
+            shuffle=(config.seed, place.epoch),
+            start=place.batch,
+            rank=self.fabric.global_rank,
+            world_size=self.fabric.world_size,
+        )
+        before = time.perf_counter()
+        for images, labels in batches:
+            sums = self._step(images, labels)
+            bad = torch.where(sums[SUMS.index("loss")].isfinite(), bad, bad.clamp(max=place.step))
+            window, whole = window + sums, whole + sums
+            place.step, place.batch = place.step + 1, place.batch + 1
+            last = place.batch == self.steps_per_epoch or place.step == self.total
+            saving = config.checkpoint_every is not None and place.step % config.checkpoint_every == 0 and not last
+            logging = place.step % config.log_every == 0
+            if saving or logging or last or place.step % self.read_every == 0:
+                self._stop_if_bad(bad)
+                place.backward_seconds += self.clock.read()
+                now = time.perf_counter()
+                place.seconds, before = place.seconds + now - before, now
+                line = self._line("step", "train", window, place.window_start)
+                self.observer.stepped(line)
+                if logging:
+                    self.folder.log(line)
+                    window = torch.zeros_like(window)
+                    place.window_start = (place.seconds, place.backward_seconds)
+                if saving:
+                    place.window_sums, place.epoch_sums = window.tolist(), whole.tolist()
+                    self._save()
+                    before = time.perf_counter()
+            if last:
+                break
+        lines = [self._line("epoch", "train", whole, place.epoch_start)]
+        if self.splits.validation is not None:
+            with self._averaged():
+                lines.append(self._evaluate("validation", self.splits.validation))
+        for line in lines:
+            self._log(line)
+        place.epoch, place.batch = place.epoch + 1, 0
+        place.epoch_sums, place.window_sums = [0.0] * len(SUMS), window.tolist()
+        place.epoch_start = (place.seconds, place.backward_seconds)
+        self._save()
+        return lines
+
+    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """One optimizer step; returns the sums of its batch, on the device."""
+        config, place, fabric = self.config, self.place, self.fabric
+        torch.manual_seed(mix(config.seed, place.step, fabric.global_rank, 3))
+        crops = generator(config.seed, place.step, fabric.global_rank, 4)
+        images, labels = to_device(config, images, labels, fabric.device, crops)
+        lr = config.schedule.lr(place.step, self.total, config.optimizer.lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss, sums = self.module(images, labels, Moment(place.step, place.epoch, config.seed))
+        with self.clock:
+            fabric.backward(loss)
+        if config.clip_norm is not None:
+            fabric.clip_gradients(self.module, self.optimizer, max_norm=config.clip_norm, error_if_nonfinite=False)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update(self.model, place.step)
+        return sums.to(torch.float64)
+
+    def _evaluate(self, name: str, split: Split) -> dict[str, Any]:
+        start = time.perf_counter()
+        sums = evaluate_sums(self.fabric, self.objective, split, self.config)
+        line = self._line("epoch", name, sums, (self.place.seconds, self.place.backward_seconds))
+        del line["backward_seconds"], line["lr"], line["penalty"]
+        return {**line, "seconds": time.perf_counter() - start}
+
+    def _line(self, kind: str, split: str, sums: Tensor, start: tuple[float, float]) -> dict[str, Any]:
+        """A line of the log: means over the images, and the time since `start`."""
+        place = self.place
+        return {
+            "kind": kind,
+            "split": split,
+            "step": place.step,
+            "epoch": place.epoch,
+            **means(self.fabric.all_reduce(sums, reduce_op="sum") if self.fabric.world_size > 1 else sums),
+            "lr": self.config.schedule.lr(max(0, place.step - 1), self.total, self.config.optimizer.lr),
+            "seconds": place.seconds - start[0],
+            "backward_seconds": place.backward_seconds - start[1],
+        }
+
+    def _log(self, line: dict[str, Any]) -> None:
+        self.folder.log(line)
+        self.observer.logged(line)
+
+    def _stop_if_bad(self, bad: Tensor) -> None:
+        first = -self.fabric.all_reduce(-bad, reduce_op="max") if self.fabric.world_size > 1 else bad
+        step = int(first)
+        if step == NEVER:
+            return
+        saved = checkpoint.states(self.folder.checkpoints)
+        good = f"the last good checkpoint is {saved[0]}" if saved else "there is no checkpoint before it"
+        raise NonFiniteLoss(
+            f"the loss of batch {step % self.steps_per_epoch} of epoch {step // self.steps_per_epoch} (step {step}) is "
+            f"not finite; {good}. Lower optimizer.lr, set clip_norm, or use precision 32-true"
+        )
+
+    def _save(self) -> None:
+        if self.folder.writes:
+            tensors, facts = checkpoint.pack_optimizer(self.optimizer.optimizer)
+            tensors |= {f"model.{name}": value for name, value in self.model.state_dict().items()}
+            if self.average is not None:
+                tensors |= {f"average.{name}": value for name, value in self.average.values.items()}
+            content = {"place": dataclasses.asdict(self.place), "optimizer": facts}
+            checkpoint.write_state(self.folder.checkpoints, self.place.step, checkpoint.State(tensors, content))
+        self.fabric.barrier()
+
+    def _restore(self) -> None:
+        state, problems = checkpoint.read_newest_state(self.folder.checkpoints)
+        for problem in problems:
+            self.observer.noted(f"{problem}. The checkpoint before it is used")
+        if state is None:
+            self.observer.noted(f"no checkpoint in {self.folder.path} yet: starting from the beginning")
+            return
+        part = {
+            kind: {name.removeprefix(f"{kind}."): t for name, t in state.tensors.items() if name.startswith(f"{kind}.")}
+            for kind in ("model", "average")
+        }
+        self.model.load_state_dict(part["model"])
+        checkpoint.unpack_optimizer(self.optimizer.optimizer, state.tensors, state.facts["optimizer"])
+        if self.average is not None:
+            for name, value in self.average.values.items():
+                value.copy_(part["average"][name])
+        place = state.facts["place"]
+        self.place = Place(
+            **{**place, "epoch_start": tuple(place["epoch_start"]), "window_start": tuple(place["window_start"])}
+        )
+        self.observer.noted(f"resumed at step {self.place.step} of {self.total}")
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Within the block, the moving average takes the place of the weights."""
+        if self.average is None:
+            yield
+            return
+        self.average.swap(self.model)
+        try:
+            yield
+        finally:
+            self.average.swap(self.model)
+
+    def _result(self, line: dict[str, Any], parameters: int, seconds: float) -> dict[str, Any]:
+        place = self.place
+        return {
+            "test_accuracy": line["accuracy"],
+            "test_loss": line["loss"],
+            "mean_steps": line["mean_steps"],
+            "converged": line["converged"],
+            "residual": line["residual"],
+            "seconds": place.seconds + seconds,
+            "backward_share": place.backward_seconds / place.seconds if place.seconds else 0.0,
+            "steps": place.step,
+            "epochs": place.step / self.steps_per_epoch,
+            "parameters": parameters,
+            "seed": self.config.seed,
+            "recipe": self.config.name,
+            "device": device_name(self.fabric.device),
+            "world_size": self.fabric.world_size,
+            "torch": torch.__version__,
+            "equipoise": equipoise.__version__,
+        }
+
+
+class Average:
+    """Exponential moving average of a model's weights and statistics, faster in the first steps.
+
+    Args:
+        model: whose state is averaged.
+        decay: of the average once it has warmed up.
+    """
+
+    def __init__(self, model: torch.nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.values = {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: torch.nn.Module, step: int) -> None:
+        """Move towards the model's present state."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():
+                self.values[name].lerp_(value, 1 - decay)
+            else:
+                self.values[name].copy_(value)
+
+    @torch.no_grad()
+    def swap(self, model: torch.nn.Module) -> None:
+        """Exchange the model's state and the average."""
+        for name, value in model.state_dict().items():
+            kept = value.clone()
+            value.copy_(self.values[name])
+            self.values[name].copy_(kept)
+
+
+class BackwardClock:
+    """Adds up the time between entry and exit; on CUDA by events, which do not make the host wait until read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.seconds, self.pairs = 0.0, []
+
+    def __enter__(self) -> None:
+        if self.cuda:
+            self.pairs.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
+            self.pairs[-1][0].record()
+        else:
+            self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        if self.cuda:
+            self.pairs[-1][1].record()
+        else:
+            self.seconds += time.perf_counter() - self.start
+
+    def read(self) -> float:
+        """Seconds since the last reading."""
+        if self.pairs:
+            self.pairs[-1][1].synchronize()
+            self.seconds += sum(start.elapsed_time(end) for start, end in self.pairs) / 1000
+        seconds, self.seconds, self.pairs = self.seconds, 0.0, []
+        return seconds
+
+
+def evaluate(
+    model: MDEQClassifier, split: Split, config: TrainConfig, *, solver: Solver | None = None
+) -> dict[str, float]:
+    """Loss, accuracy and solver statistics of a model on a split.
+
+    Args:
+        model: a classifier.
+        split: images, from `config.data.load()`.
+        config: of its run: batch size, precision and device are read from it.
+        solver: in place of the configured one.
+
+    Returns:
+        `loss`, `accuracy`, `mean_steps`, `converged`, `residual` and `count`.
+    """
+    fabric = make_fabric(config)
+    fabric.launch()
+    objective = Classification(model, eval_solver=solver or config.eval_solver).to(fabric.device)
+    found = means(evaluate_sums(fabric, objective, split, config))
+    del found["penalty"]
+    return found
+
+
+@torch.no_grad()
+def evaluate_sums(fabric: Any, objective: Classification, split: Split, config: TrainConfig) -> Tensor:
+    """Sums of an objective over a split, over all processes."""
+    objective.eval()
+    total = torch.zeros(len(SUMS), dtype=torch.float64, device=fabric.device)
+    batches = split.batches(config.eval_batch_size, rank=fabric.global_rank, world_size=fabric.world_size)
+    for images, labels in batches:
+        if len(labels):
+            images, labels = to_device(config, images, labels, fabric.device)
+            with fabric.autocast():
+                total += objective(images, labels)[1]
+    return fabric.all_reduce(total, reduce_op="sum") if fabric.world_size > 1 else total
+
+
+def to_device(
+    config: TrainConfig, images: Tensor, labels: Tensor, device: torch.device, crops: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """A batch as the model takes it, augmented if there is a source of randomness."""
+    if device.type == "cuda":
+        images, labels = images.pin_memory(), labels.pin_memory()
+    prepared = config.data.prepare(images.to(device, non_blocking=True), crops)
+    if config.precision == "64-true":
+        prepared = prepared.double()
+    if config.channels_last:
+        prepared = prepared.contiguous(memory_format=torch.channels_last)
+    return prepared, labels.to(device, non_blocking=True)
+
+
+def means(sums: Tensor) -> dict[str, Any]:
+    """Sums over images as means."""
+    values = dict(zip(SUMS, sums.tolist(), strict=True))
+    count = max(1.0, values["count"])
+    return {
+        "count": int(values["count"]),
+        "loss": values["loss"] / count,
+        "accuracy": values["correct"] / count,
+        "mean_steps": values["steps"] / count,
+        "converged": values["converged"] / count,
+        "residual": values["residual"] / count,
+        "penalty": values["penalty"] / count,
+    }
+
+
+def make_fabric(config: TrainConfig) -> Any:
+    """Lightning Fabric on the devices that a configuration, or torchrun, names.
+
+    Raises:
+        RunError: the extra `train` is not installed, or the devices do not exist.
+    """
+    try:
+        from lightning_fabric import Fabric
+    except ImportError as error:
+        raise RunError("training needs Lightning Fabric: pip install 'equipoise[train]'") from error
+    devices, nodes = config.devices, config.num_nodes
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = int(os.environ["WORLD_SIZE"]) // devices
+    return Fabric(
+        accelerator=config.accelerator,
+        devices=devices,
+        num_nodes=nodes,
+        strategy=config.strategy,
+        precision=config.precision,
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """What a result was computed on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def _check(config: TrainConfig, splits: Splits, world_size: int) -> None:
+    if len(splits.train) < config.batch_size:
+        raise ValueError(f"batch_size={config.batch_size} exceeds the {len(splits.train)} training images; lower it")
+    if config.batch_size % world_size:
+        raise ValueError(f"batch_size={config.batch_size} must be a multiple of the number of devices, {world_size}")
+    if len(splits.classes) != config.model.num_classes:
+        raise ValueError(
+            f"the data has {len(splits.classes)} classes and model.num_classes={config.model.num_classes}; set it to "
+            f"{len(splits.classes)}"
+        )
+
+
+@contextlib.contextmanager
+def _surroundings(config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """The caller's random state and switches are as before when the run is over."""
+    before = torch.are_deterministic_algorithms_enabled()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            if config.deterministic and device.type == "cuda":
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+                torch.use_deterministic_algorithms(True)
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before)

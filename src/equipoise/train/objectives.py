@@ -1,0 +1,114 @@
+"""Objectives: modules that turn a batch into a loss and into sums for the log."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from equipoise.gradients import Unrolled
+from equipoise.models import MDEQClassifier
+from equipoise.nn import jacobian_penalty
+from equipoise.solution import Solution
+from equipoise.solvers import Picard, Solver
+from equipoise.train.config import JacobianPenalty, Pretraining
+
+SUMS = ("count", "loss", "correct", "steps", "converged", "residual", "penalty")
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """Where in the training a batch is taken.
+
+    Args:
+        step: number of the optimizer step, from zero.
+        epoch: number of the epoch, from zero.
+        seed: of the run.
+    """
+
+    step: int
+    epoch: int
+    seed: int
+
+
+class Classification(nn.Module):
+    r"""Cross-entropy of a classifier, with the Jacobian penalty and the fixed-depth steps of equilibrium training.
+
+    $$ L = \mathrm{CE}(\mathrm{model}(x), y) + \gamma \, \frac{1}{D} \|J(z^*)\|_F^2 $$
+
+    Args:
+        model: classifier that tells its solution.
+        label_smoothing: share of the target probability that is spread over all classes.
+        penalty: weight, frequency and end of the Jacobian penalty.
+        pretraining: fixed-depth steps at the beginning.
+        eval_solver: solver in evaluation; None: the model's.
+    """
+
+    def __init__(
+        self,
+        model: MDEQClassifier,
+        *,
+        label_smoothing: float = 0.0,
+        penalty: JacobianPenalty = JacobianPenalty(),
+        pretraining: Pretraining = Pretraining(),
+        eval_solver: Solver | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.label_smoothing = label_smoothing
+        self.penalty = penalty
+        self.pretraining = pretraining
+        self.eval_solver = eval_solver
+
+    def forward(self, images: Tensor, labels: Tensor, moment: Moment | None = None) -> tuple[Tensor, Tensor]:
+        """Loss and sums of a batch.
+
+        Args:
+            images: `(B, C, H, W)`.
+            labels: `(B,)`.
+            moment: place in the training; None in evaluation, which has neither penalty nor fixed-depth steps.
+
+        Returns:
+            Scalar loss to differentiate, and the sums over the batch named in `SUMS`, float64 `(7,)`.
+        """
+        with self._solving(moment):
+            logits, solution = self.model.classify(images)
+        logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing if moment is not None else 0.0)
+        count = torch.as_tensor(len(labels), device=loss.device)
+        penalty = torch.zeros((), device=loss.device)
+        weight = 0.0 if moment is None else self.penalty.at(moment.step, moment.epoch, moment.seed)
+        total = loss
+        if weight:
+            penalty = weight * jacobian_penalty(solution, self.penalty.num_probes)
+            total = loss + penalty
+        sums = (
+            count,
+            loss * count,
+            (logits.argmax(1) == labels).sum(),
+            solution.num_steps.sum(),
+            solution.converged.sum(),
+            relative_residual(solution).sum(),
+            penalty * count,
+        )
+        return total, torch.stack([value.detach().to(torch.float64) for value in sums])
+
+    def _solving(self, moment: Moment | None) -> contextlib.AbstractContextManager[object]:
+        deq = self.model.deq
+        if moment is None:
+            return deq.using(solver=self.eval_solver) if self.eval_solver is not None else contextlib.nullcontext()
+        if moment.step < self.pretraining.steps:
+            return deq.using(solver=Picard(max_steps=0), gradient=Unrolled(steps=self.pretraining.depth))
+        return contextlib.nullcontext()
+
+
+def relative_residual(solution: Solution) -> Tensor:
+    """`(B,)` norms of f(z) - z over those of z, at the answer; 0 where no evaluation was finite."""
+    value = solution.value
+    levels = [value] if isinstance(value, Tensor) else list(value.values() if isinstance(value, dict) else value)
+    size = torch.stack([level.detach().flatten(1).float().square().sum(1) for level in levels]).sum(0).sqrt()
+    ratio = solution.residual.float() / size.clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.where(ratio.isfinite(), ratio, 0.0)
