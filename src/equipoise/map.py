@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from equipoise.linalg import readable
 from equipoise.state import InputLayout, Layout
 
 
@@ -260,6 +261,9 @@ class DescentMap(Map):
         if graph:
             return super().evaluate(z, rows, running, graph=True)
         value, gradient = self._value_and_gradient(z)
+        if not readable(value) or not bool(value.isfinite().all()):
+            # Automatic differentiation follows the formula out of the domain of h: log(-1) is NaN, its slope is not.
+            gradient = torch.where(value.isfinite()[:, None], gradient, torch.nan)
         return Point(z, z - gradient, -gradient, rows, running, value=value, blocks=self.blocks)
 
     def _value_and_gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:

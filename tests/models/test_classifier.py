@@ -249,7 +249,8 @@ def test_a_deep_copy_is_equal_and_independent() -> None:
 
 def test_half_precision_by_autocast_keeps_the_state_of_the_solver_precise() -> None:
     torch.manual_seed(0)
-    model = MDEQClassifier(TINY, solver=eq.Anderson(max_steps=5), gradient=eq.Implicit(solver=eq.Anderson(max_steps=5))).float()
+    solver = eq.Anderson(max_steps=5)
+    model = MDEQClassifier(TINY, solver=solver, gradient=eq.Implicit(solver=solver)).float()
     images = make_images().float()
     with torch.autocast("cpu", torch.bfloat16):
         logits, solution = model.classify(images)

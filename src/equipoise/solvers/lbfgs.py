@@ -124,12 +124,13 @@ class LBFGS(Solver):
         start, step, trials = memory.search.unbind(dim=1)
         lower = trial.isfinite().all(dim=1) & (trial[:, 1] <= self.armijo * step * start)
         met = lower & (trial[:, 2].abs() <= -self.wolfe * start)
-        last = trials + 1 >= self.max_trials
-        begun = met | last
+        accepted = met | (lower & (trials + 1 >= self.max_trials))
+        failed = ~met & (trials + 1 == self.max_trials)
+        begun = accepted | failed
         if not readable(trial) or not bool(begun.all()):
             self._narrow(memory, trial, lower)
         if not readable(trial) or bool(begun.any()):
-            self._advance(memory, point, met | (lower & last), begun, last & ~met)
+            self._advance(memory, point, accepted, begun, failed)
         return torch.addcmul(memory.base, memory.search[:, 1:2].to(point.z.dtype), memory.direction)
 
     def inverse(self, memory: _Memory, step: Tensor) -> LowRank:
@@ -198,7 +199,7 @@ class LBFGS(Solver):
         direction = self.inverse(memory, torch.full_like(memory.spare, NEVER - 1)).mv(residual)
         square, slope = _dot(residual, residual), -_dot(residual, direction)
         # A search that fails on a smooth objective was misled by rounding: from then on the slopes judge alone. If
-        # they fail, too, the gradient is followed.
+        # they fail, too, the gradient is followed until it leads to something lower.
         plain = (failed & ~accepted & memory.noise.isinf()) | ~(slope < 0)
         memory.noise = memory.noise.masked_fill(failed, torch.inf)
         # Nothing is known of the scale along a bare gradient: no step longer than one.
@@ -206,10 +207,11 @@ class LBFGS(Solver):
         step = torch.where(unknown, square.rsqrt().clamp_max(1), 1.0)
         slope = torch.where(plain, -square, slope)
         direction = torch.where(plain[:, None], residual, direction)
+        trials = torch.where(plain, float(self.max_trials), 0.0)
         zero, begun = torch.zeros_like(slope), begun[:, None]
         ends = torch.stack([zero, zero, slope, zero + torch.inf, zero, zero], dim=1)
         memory.bracket = torch.where(begun, ends, memory.bracket)
-        memory.search = torch.where(begun, torch.stack([slope, step, zero], dim=1), memory.search)
+        memory.search = torch.where(begun, torch.stack([slope, step, trials], dim=1), memory.search)
         memory.direction = torch.where(begun, direction, memory.direction)
 
     def _learn(self, memory: _Memory, s: Tensor, y: Tensor, running: Tensor) -> None:

@@ -110,7 +110,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     facts = _facts(path)
     with _readable(path) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, the handle is no mapping
         if file.metadata().get("crc32") != str(_checksum(tensors)):
             raise CheckpointError(f"{path} is damaged: its checksum is wrong")
     return tensors, facts
@@ -162,7 +162,7 @@ def write_state(folder: Path, step: int, state: State) -> Path:
 
 def read_newest_state(folder: Path) -> tuple[State | None, list[str]]:
     """The newest checkpoint that is whole, and what was wrong with newer ones."""
-    problems = []
+    problems: list[str] = []
     for path in states(folder):
         try:
             tensors, facts = read_tensors(path)
@@ -221,7 +221,7 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Ten
 def _checksum(tensors: Mapping[str, Tensor]) -> int:
     total = 0
     for name in sorted(tensors):
-        total = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), total))
+        total = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, zlib.crc32(name.encode(), total))
     return total
 
 

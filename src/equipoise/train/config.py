@@ -147,7 +147,7 @@ class JacobianPenalty:
 
     def at(self, step: int, epoch: int, seed: int) -> float:
         """Weight on one step: zero when the step's lot, the same on every device, says so."""
-        if self.weight == 0 or self.stop_epoch is not None and epoch >= self.stop_epoch:
+        if self.weight == 0 or (self.stop_epoch is not None and epoch >= self.stop_epoch):
             return 0.0
         if mix(seed, step, 1) / 2**63 >= self.probability:
             return 0.0

@@ -86,7 +86,7 @@ class RowSplit(Split):
             [(int(self.index[i]), None if seed is None else mix(*seed, int(i), 2)) for i in numbers]
             for numbers in batch_indices(len(self), size, shuffle, start, rank, world_size)
         ]
-        loader = DataLoader(_Rows(self), batch_sampler=sampler, num_workers=self.config.num_workers)  # type: ignore[arg-type]
+        loader = DataLoader(_Rows(self), batch_sampler=sampler, num_workers=self.config.num_workers)
         yield from loader
 
 
@@ -211,7 +211,9 @@ def _open(config: HubImages, split: str) -> Any:
             return datasets.load_dataset(path, split=split, streaming=config.streaming)
     except ValueError as error:
         if "split" in str(error):
-            raise DataError(f"{path} has no split {split!r} ({error}); set --data.train_split or --data.test_split")
+            raise DataError(
+                f"{path} has no split {split!r} ({error}); set --data.train_split or --data.test_split"
+            ) from error
         raise DataError(f"{path} cannot be read: {error}. Looked for: {looked_for}") from error
     except (OSError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
         cause = error.__cause__ or error

@@ -409,7 +409,8 @@ class BackwardClock:
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
-        self.seconds, self.pairs = 0.0, []
+        self.seconds = 0.0
+        self.pairs: list[list[torch.cuda.Event]] = []
 
     def __enter__(self) -> None:
         if self.cuda:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,8 @@ from equipoise.train.config import JacobianPenalty, Pretraining
 SUMS = ("count", "loss", "correct", "steps", "converged", "residual", "penalty")
 
 
-@dataclasses.dataclass(frozen=True)
-class Moment:
-    """Where in the training a batch is taken.
+class Moment(NamedTuple):
+    """Where in the training a batch is taken; a tuple, which Fabric's precision plugins can pass on.
 
     Args:
         step: number of the optimizer step, from zero.

@@ -10,6 +10,7 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -139,7 +140,7 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), colored).convert("RGB")
     elif image.mode in ("I", "F") or image.mode.startswith("I;16"):
         # Pillow clips these to 255 instead of scaling them.
-        low, high = image.getextrema()
+        high = np.asarray(image).max()
         scale = 255 / 65535 if image.mode != "F" or high > 1 else 255.0
         image = image.convert("F").point(lambda value: value * scale + 0.0)
     return image.convert("RGB" if channels == 3 else "L")

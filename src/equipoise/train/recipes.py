@@ -20,12 +20,12 @@ def mdeq_digits() -> TrainConfig:
         name="mdeq-digits",
         data=Digits(),
         model=MDEQConfig.digits(),
-        solver=Broyden(max_steps=12, memory=12),
-        gradient=Shine(),
-        optimizer=Adam(lr=3e-3),
-        epochs=15,
+        solver=Broyden(max_steps=18, memory=18, rtol=1e-2),
+        gradient=Shine(fallback_ratio=1.3),
+        optimizer=Adam(lr=2e-3),
+        epochs=20,
         batch_size=64,
-        pretraining=Pretraining(steps=44, depth=5),
+        pretraining=Pretraining(steps=60, depth=5),
     )
 
 

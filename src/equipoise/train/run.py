@@ -14,9 +14,8 @@ from equipoise.train.config import TrainConfig
 from equipoise.train.serialize import from_plain, to_plain
 
 # What may differ when a run is continued: where and how it is executed and logged.
-FREE = frozenset(
-    "name accelerator devices num_nodes strategy eval_batch_size log_every checkpoint_every tensorboard".split()
-)
+FREE = {"name", "accelerator", "devices", "num_nodes", "strategy", "eval_batch_size"}
+FREE |= {"log_every", "checkpoint_every", "tensorboard"}
 
 
 class RunError(ValueError):

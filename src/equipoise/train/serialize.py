@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import collections.abc
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -77,10 +78,8 @@ def from_plain(hint: Any, value: Any, where: str = "") -> Any:
     if inspect.isclass(hint) and dataclasses.is_dataclass(hint):
         return _from_dict(hint, value, where)
     if hint is float and isinstance(value, str):  # YAML reads 1e-3 as a string
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint in (int, float, str, bool) and type(value) is hint:
@@ -91,6 +90,7 @@ def from_plain(hint: Any, value: Any, where: str = "") -> Any:
 def known_classes(family: type) -> dict[str, type]:
     """The concrete classes of an abstract family that are loaded, by name."""
     found: dict[str, type] = {}
+    cls: type
     for cls in family.__subclasses__():
         if not inspect.isabstract(cls):
             found[cls.__name__] = cls

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import jsonargparse
 
-from equipoise.cli import UsageError
+from equipoise.cli.errors import UsageError
 from equipoise.train import TrainConfig
 from equipoise.train.serialize import from_plain, known_classes, nearest, public_path, to_plain
 
@@ -64,8 +64,8 @@ def parse(
         exit_on_error=False,
     )
     mine = parser.add_argument_group("options")
-    for name, options in own:
-        (mine if name.startswith("-") else parser).add_argument(name, **options)
+    for name, details in own:
+        (mine if name.startswith("-") else parser).add_argument(name, **details)
     mine.add_argument("-h", "--help", action="help", help="show this help")
     parser.add_class_arguments(TrainConfig, skip={name for name in [*every, "name"] if name not in fields})
     parser.set_defaults({name: plain[name] for name in fields})

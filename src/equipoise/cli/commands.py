@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from equipoise.cli import UsageError
-from equipoise.display import LiveDisplay, PlainDisplay, facts_table
-from equipoise.flags import parse
+from equipoise.cli.display import LiveDisplay, PlainDisplay, facts_table
+from equipoise.cli.errors import UsageError
+from equipoise.cli.flags import parse
 from equipoise.train import CheckpointError, TrainConfig, checkpoint, fit
 from equipoise.train import evaluate as evaluate_split
 from equipoise.train.loop import to_device

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 import equipoise
+from equipoise.cli.errors import UsageError
 from equipoise.train.serialize import nearest
 
 HELP = """\
@@ -31,10 +32,6 @@ examples:
   equipoise evaluate runs/demo --solver.max_steps 6
   equipoise predict runs/demo digit.png
 """
-
-
-class UsageError(ValueError):
-    """A command line that cannot be understood."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,7 +71,7 @@ def run(arguments: list[str]) -> int:
     if command == "--version":
         sys.stdout.write(f"equipoise {equipoise.__version__}\n")
         return 0
-    from equipoise import commands
+    from equipoise.cli import commands  # torch and its friends take seconds: not for --help
 
     known = {
         "recipes": commands.recipes,

@@ -1,0 +1,5 @@
+"""The command line, `equipoise COMMAND`."""
+
+from equipoise.cli.main import main
+
+__all__ = ["main"]
