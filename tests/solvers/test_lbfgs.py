@@ -304,13 +304,13 @@ def test_accepted_steps_meet_the_wolfe_conditions(wolfe: float) -> None:
             z = z + s
 
 
-def barrier(z: Tensor, target: Tensor) -> Tensor:
-    """A log barrier: beyond the wall the value is NaN, though not the gradient."""
-    return -1e-3 * torch.log1p(-z.square()).sum(dim=1) + 100 * (z - target).square().sum(dim=1)
+def solve_barrier(target: Tensor, weight: float = 1e-3) -> eq.Solution[Tensor]:
+    """With a log barrier: beyond the wall the value is NaN, though not the gradient."""
 
+    def h(z: Tensor, target: Tensor) -> Tensor:
+        return -weight * torch.log1p(-z.square()).sum(dim=1) + 100 * (z - target).square().sum(dim=1)
 
-def solve_barrier(target: Tensor) -> eq.Solution[Tensor]:
-    f = DescentMap(barrier, torch.zeros_like(target), (target,), params=())
+    f = DescentMap(h, torch.zeros_like(target), (target,), params=())
     return eq.LBFGS(max_steps=100, rtol=0, atol=1e-7).solve(f, torch.zeros_like(target)).raise_for_status()
 
 
@@ -324,7 +324,10 @@ def test_backs_away_from_points_that_are_not_finite() -> None:
 
 
 def test_points_outside_the_domain_are_no_answers() -> None:
-    assert bool((solve_barrier(torch.tensor([[3.0, -7.0]])).value.abs() < 1).all())
+    # A root of each polynomial lies inside: weight z / (1 - z^2) = 100 (target - z).
+    solution = solve_barrier(torch.tensor([[3.0, -7.0]]), weight=30.0)
+    inside = [next(z.real for z in np.roots([100, -100 * t, -100 - 30, 100 * t]) if abs(z) < 1) for t in (3.0, -7.0)]
+    torch.testing.assert_close(solution.value, torch.tensor([inside]), rtol=0, atol=1e-7)
 
 
 def test_a_wall_all_around_ends_in_nonfinite() -> None:
