@@ -1,0 +1,56 @@
+"""Problems whose solution and Jacobian are known: what solvers and gradients are tested on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A map with its start, its named inputs and, sample by sample, its answer.
+
+    Args:
+        f: called as `f(z, *inputs)`.
+        z0: start; its structure is that of the state.
+        inputs: one row per sample.
+        expected: the fixed point, same structure as `z0`.
+    """
+
+    f: Callable[..., Any]
+    z0: Any
+    inputs: tuple[Tensor, ...]
+    expected: Any
+
+
+def spectral(d: int, norm: float, generator: torch.Generator) -> Tensor:
+    """A matrix of the given spectral norm, `(d, d)`."""
+    a = torch.randn(d, d, generator=generator, dtype=torch.float64)
+    return a * (norm / torch.linalg.matrix_norm(a, 2))
+
+
+def affine(batch: int = 5, d: int = 6, norm: float = 0.7) -> Problem:
+    """z -> A z + x, with z* = (I - A)^-1 x."""
+    generator = torch.Generator().manual_seed(1)
+    a = spectral(d, norm, generator)
+    x = torch.randn(batch, d, generator=generator, dtype=torch.float64)
+    expected = torch.linalg.solve(torch.eye(d, dtype=a.dtype) - a, x.T).T
+    return Problem(lambda z, x: z @ a.to(z.dtype).T + x, torch.zeros_like(x), (x,), expected)
+
+
+class TanhCell(nn.Module):
+    """tanh(W z + U x + b), the spectral norm of W given."""
+
+    def __init__(self, d: int = 6, norm: float = 0.8) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(2)
+        self.w = nn.Parameter(spectral(d, norm, generator))
+        self.u = nn.Parameter(torch.randn(d, d, generator=generator, dtype=torch.float64) / d**0.5)
+        self.b = nn.Parameter(torch.randn(d, generator=generator, dtype=torch.float64))
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(z @ self.w.T + x @ self.u.T + self.b)
