@@ -90,7 +90,8 @@ class AdjointMap(Map):
         yield
 
     def call(self, w: Tensor) -> Tensor:
-        return self.forward_map.pull(self.fz, self.z, w).add_(self.g)
+        # Not in place: what autograd returns may be an expanded tensor, or w itself.
+        return self.forward_map.pull(self.fz, self.z, w) + self.g
 
     def evaluate(self, z: Tensor, rows: Tensor, running: Tensor, *, graph: bool = False) -> Point:
         if graph:
