@@ -191,7 +191,10 @@ def _pull_tracked(
 
     adjoint_map = Map(adjoint, w, (z, g, *inputs), params=record.map.params)
     adjoint_map.declared = False  # the dropout seeds inside know nothing of rows that leave
-    w = attach_equilibrium(adjoint_map, w, record.gradient, record.solution)
+    # The Jacobian of this map is J^T, and its inverse estimate the transposed one.
+    inverse = record.solution.inverse
+    transposed = dataclasses.replace(record.solution, inverse=None if inverse is None else inverse.mT)
+    w = attach_equilibrium(adjoint_map, w, record.gradient, transposed)
     targets = [t for t, want in zip((*inputs_in, *f.params), wanted, strict=True) if want]
     return gate.closed_grad(fz, targets, w)
 
