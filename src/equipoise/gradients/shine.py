@@ -53,7 +53,9 @@ class Shine(Gradient):
 
     def _estimate(self, g: Tensor, solution: Solution[Tensor]) -> tuple[Tensor, Tensor]:
         if solution.inverse is None:
-            raise ValueError("Shine needs the forward inverse, but the solve kept none; use Broyden or LBFGS as solver")
+            raise ValueError(
+                "Shine needs the forward inverse, but the solve kept none; use Broyden or LBFGS with max_steps >= 1"
+            )
         w = solution.inverse.rmv(g)
         norms = torch.linalg.vector_norm(g, dim=1), torch.linalg.vector_norm(w, dim=1)
         fallen = ~(norms[1] <= self.fallback_ratio * norms[0]) | ~norms[1].isfinite()
