@@ -232,7 +232,7 @@ def _facts(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} was not written by equipoise: it has tensors, but no configuration")
     try:
         facts = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: its configuration cannot be read ({error})") from error
     if not isinstance(facts, dict):
         raise CheckpointError(f"{path} is damaged: its configuration is not a mapping")

@@ -85,6 +85,7 @@ class RowSplit(Split):
         sampler = [
             [(int(self.index[i]), None if seed is None else mix(*seed, int(i), 2)) for i in numbers]
             for numbers in batch_indices(len(self), size, shuffle, start, rank, world_size)
+            if len(numbers)  # the last batch of an evaluation may be too small for every process
         ]
         loader = DataLoader(_Rows(self), batch_sampler=sampler, num_workers=self.config.num_workers)
         yield from loader
@@ -110,10 +111,23 @@ class StreamSplit(Split):
         world_size: int = 1,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         own = len(range(rank, size, world_size))
-        passes = itertools.count() if shuffle is not None else range(1)
-        batches = itertools.chain.from_iterable(self._pass(own, shuffle, n, rank, world_size) for n in passes)
+        if shuffle is None:
+            yield from itertools.islice(self._pass(own, None, 0, rank, world_size), start, None)
+            return
+        passes = (self._pass(own, shuffle, number, rank, world_size) for number in itertools.count())
+        batches = itertools.chain.from_iterable(map(self._not_empty, passes))
         # A resumed epoch reads again what it skips: a stream has no other way to the same place.
-        yield from itertools.islice(batches, start, self.count // size if shuffle is not None else None)
+        yield from itertools.islice(batches, start, self.count // size)
+
+    def _not_empty(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        first = next(batches, None)
+        if first is None:  # each worker fills batches from its own files
+            raise DataError(
+                f"{self.config.root or self.config.source}: one pass over the stream fills no batch; lower batch_size "
+                "or data.num_workers"
+            )
+        yield first
+        yield from batches
 
     def _pass(
         self, own: int, shuffle: tuple[int, int] | None, number: int, rank: int, world_size: int
@@ -159,6 +173,8 @@ def _decode(
     row: dict[str, Any], image: str, label: str, config: HubImages, name: str, source: torch.Generator | None
 ) -> tuple[Tensor, int]:
     """The image and label of a row; a random part of it if there is a source of randomness and the data wants it."""
+    if row[label] is None or int(row[label]) < 0:
+        raise DataError(f"{config.root or config.source}, {name} has no label; such a split cannot be used")
     content = row[image]
     raw = content["bytes"]
     if raw is None:

@@ -9,7 +9,7 @@ import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -215,7 +215,7 @@ class _Trainer:
         before = time.perf_counter()
         for images, labels in batches:
             sums = self._step(images, labels)
-            bad = torch.where(sums[SUMS.index("loss")].isfinite(), bad, bad.clamp(max=place.step))
+            bad = torch.where(sums.isfinite().all(), bad, bad.clamp(max=place.step))
             window, whole = window + sums, whole + sums
             place.step, place.batch = place.step + 1, place.batch + 1
             last = place.batch == self.steps_per_epoch or place.step == self.total
@@ -226,7 +226,7 @@ class _Trainer:
                 place.backward_seconds += self.clock.read()
                 now = time.perf_counter()
                 place.seconds, before = place.seconds + now - before, now
-                line = self._line("step", "train", window, place.window_start)
+                line = self._line("step", "train", self._over_all(window), place.window_start)
                 self.observer.stepped(line)
                 if logging:
                     self.folder.log(line)
@@ -238,7 +238,7 @@ class _Trainer:
                     before = time.perf_counter()
             if last:
                 break
-        lines = [self._line("epoch", "train", whole, place.epoch_start)]
+        lines = [self._line("epoch", "train", self._over_all(whole), place.epoch_start)]
         if self.splits.validation is not None:
             with self._averaged():
                 lines.append(self._evaluate("validation", self.splits.validation))
@@ -273,23 +273,29 @@ class _Trainer:
     def _evaluate(self, name: str, split: Split) -> dict[str, Any]:
         start = time.perf_counter()
         sums = evaluate_sums(self.fabric, self.objective, split, self.config)
+        if not sums.isfinite().all():
+            self._stop(f"the loss of the {name} images after {self.place.step} steps")
         line = self._line("epoch", name, sums, (self.place.seconds, self.place.backward_seconds))
         del line["backward_seconds"], line["lr"], line["penalty"]
         return {**line, "seconds": time.perf_counter() - start}
 
     def _line(self, kind: str, split: str, sums: Tensor, start: tuple[float, float]) -> dict[str, Any]:
-        """A line of the log: means over the images, and the time since `start`."""
+        """A line of the log: means over the images of all processes, and the time since `start`."""
         place = self.place
         return {
             "kind": kind,
             "split": split,
             "step": place.step,
             "epoch": place.epoch,
-            **means(self.fabric.all_reduce(sums, reduce_op="sum") if self.fabric.world_size > 1 else sums),
+            **means(sums),
             "lr": self.config.schedule.lr(max(0, place.step - 1), self.total, self.config.optimizer.lr),
             "seconds": place.seconds - start[0],
             "backward_seconds": place.backward_seconds - start[1],
         }
+
+    def _over_all(self, sums: Tensor) -> Tensor:
+        """Sums over all processes; a copy, as Fabric reduces in place and each process goes on with its own."""
+        return self.fabric.all_reduce(sums.clone(), reduce_op="sum") if self.fabric.world_size > 1 else sums
 
     def _log(self, line: dict[str, Any]) -> None:
         self.folder.log(line)
@@ -300,29 +306,40 @@ class _Trainer:
         step = int(first)
         if step == NEVER:
             return
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        self._stop(f"the loss of batch {batch} of epoch {epoch} (step {step})")
+
+    def _stop(self, what: str) -> NoReturn:
         saved = checkpoint.states(self.folder.checkpoints)
         good = f"the last good checkpoint is {saved[0]}" if saved else "there is no checkpoint before it"
         raise NonFiniteLoss(
-            f"the loss of batch {step % self.steps_per_epoch} of epoch {step // self.steps_per_epoch} (step {step}) is "
-            f"not finite; {good}. Lower optimizer.lr, set clip_norm, or use precision 32-true"
+            f"{what} is not finite; {good}. Lower optimizer.lr, set clip_norm, or use precision 32-true"
         )
 
     def _save(self) -> None:
+        # A finite loss may have a gradient that is not; such weights must not replace a good checkpoint.
+        if not all(bool(value.isfinite().all()) for value in self.model.state_dict().values()):
+            self._stop(f"one of the weights after {self.place.step} steps")
+        place = dataclasses.asdict(self.place)
+        for name in ("epoch_sums", "window_sums"):
+            sums = torch.tensor(place[name], dtype=torch.float64, device=self.fabric.device)
+            place[name] = self._over_all(sums).tolist()
         if self.folder.writes:
             tensors, facts = checkpoint.pack_optimizer(self.optimizer.optimizer)
             tensors |= {f"model.{name}": value for name, value in self.model.state_dict().items()}
             if self.average is not None:
                 tensors |= {f"average.{name}": value for name, value in self.average.values.items()}
-            content = {"place": dataclasses.asdict(self.place), "optimizer": facts}
+            content = {"place": place, "optimizer": facts}
             checkpoint.write_state(self.folder.checkpoints, self.place.step, checkpoint.State(tensors, content))
         self.fabric.barrier()
 
     def _restore(self) -> None:
         state, problems = checkpoint.read_newest_state(self.folder.checkpoints)
         for problem in problems:
-            self.observer.noted(f"{problem}. The checkpoint before it is used")
+            self.observer.noted(problem if state is None else f"{problem}. The checkpoint before it is used")
         if state is None:
-            self.observer.noted(f"no checkpoint in {self.folder.path} yet: starting from the beginning")
+            kind = "whole checkpoint" if problems else "checkpoint"
+            self.observer.noted(f"no {kind} in {self.folder.path} yet: starting from the beginning")
             return
         part = {
             kind: {name.removeprefix(f"{kind}."): t for name, t in state.tensors.items() if name.startswith(f"{kind}.")}
@@ -337,6 +354,8 @@ class _Trainer:
         self.place = Place(
             **{**place, "epoch_start": tuple(place["epoch_start"]), "window_start": tuple(place["window_start"])}
         )
+        if self.fabric.global_rank != 0:  # sums over all processes were saved; one of them goes on with them
+            self.place.epoch_sums, self.place.window_sums = [0.0] * len(SUMS), [0.0] * len(SUMS)
         self.observer.noted(f"resumed at step {self.place.step} of {self.total}")
 
     @contextlib.contextmanager
@@ -543,13 +562,15 @@ def _check(config: TrainConfig, splits: Splits, world_size: int) -> None:
 
 @contextlib.contextmanager
 def _surroundings(config: TrainConfig, device: torch.device) -> Iterator[None]:
-    """The caller's random state and switches are as before when the run is over."""
-    before = torch.are_deterministic_algorithms_enabled()
+    """The caller's random state and switches decide nothing, and are as before when the run is over."""
+    before, dtype = torch.are_deterministic_algorithms_enabled(), torch.get_default_dtype()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
+            torch.set_default_dtype(torch.float32)
             if config.deterministic and device.type == "cuda":
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
                 torch.use_deterministic_algorithms(True)
             yield
         finally:
             torch.use_deterministic_algorithms(before)
+            torch.set_default_dtype(dtype)

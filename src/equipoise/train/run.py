@@ -140,6 +140,8 @@ class RunFolder:
         """Drop lines of the log that were written after a step, and the final evaluation; return those that stay."""
         kept = [line for line in read_lines(self.path) if line["step"] <= step and line["split"] != "test"]
         if self.writes:
+            for left_over in self.path.glob(".*.tmp"):  # of processes that were killed
+                left_over.unlink(missing_ok=True)
             text = "".join(json.dumps(line) + "\n" for line in kept)
             checkpoint.write_atomic(self.path / "metrics.jsonl", text.encode())
             if self.config.tensorboard:

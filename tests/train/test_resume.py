@@ -1,0 +1,221 @@
+"""A run that was interrupted, by whatever, and resumed gives what it would have given: bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import pathlib
+import pickle
+import random
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from train.toy import ENVIRONMENT, FULL, PLAIN, Interrupt, Interrupted, Toy, command, timeless
+
+from equipoise.train import SGD, AdamW, Result, RunError, TrainConfig, checkpoint, fit
+from equipoise.train.run import read_config, read_lines
+
+SGD_RUN = dataclasses.replace(PLAIN, optimizer=SGD(lr=0.05), tensorboard=True)
+ADAMW_RUN = dataclasses.replace(FULL, optimizer=AdamW(lr=0.01, weight_decay=0.1), channels_last=True, log_every=5)
+DOUBLE_RUN = dataclasses.replace(FULL, precision="64-true", stop_after=7, checkpoint_every=2)
+
+
+Run = Callable[[TrainConfig], Result]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Runs a configuration without interruption, each only once."""
+    done: dict[TrainConfig, Result] = {}
+
+    def run(config: TrainConfig) -> Result:
+        if config not in done:
+            done[config] = fit(config, run_dir=tmp_path_factory.mktemp("whole"))
+        return done[config]
+
+    return run
+
+
+def assert_same(found: Result, expected: Result) -> None:
+    for name, value in expected.model.state_dict().items():
+        assert torch.equal(found.model.state_dict()[name], value), name
+    assert timeless(found.history) == timeless(expected.history)
+    assert timeless([found.test])[0].items() >= {"test_loss": expected.test["test_loss"]}.items()
+    assert timeless(read_lines(found.run_dir)) == timeless(read_lines(expected.run_dir))
+    tensors, _ = checkpoint.read_tensors(found.run_dir / "model.safetensors")
+    for name, value in expected.model.state_dict().items():
+        assert torch.equal(tensors[name], value), name
+
+
+def interrupt(config: TrainConfig, run_dir: pathlib.Path, step: int, *, resume: bool = False) -> None:
+    with pytest.raises(Interrupted):
+        fit(config, run_dir=run_dir, resume=resume, observer=Interrupt(step))
+
+
+@pytest.mark.parametrize(
+    ("config", "steps"),
+    [
+        pytest.param(FULL, (3,), id="within an epoch"),
+        pytest.param(FULL, (1, 2, 5, 8), id="four times, before the first and the last checkpoint too"),
+        pytest.param(SGD_RUN, (6,), id="from the end of an epoch"),
+        pytest.param(ADAMW_RUN, (7,), id="weights in channels-last order"),
+        pytest.param(DOUBLE_RUN, (4, 6), id="double precision, checkpoints at every other step, stopped in an epoch"),
+    ],
+)
+def test_resumed_is_uninterrupted(
+    config: TrainConfig, steps: tuple[int, ...], whole: Run, tmp_path: pathlib.Path
+) -> None:
+    expected = whole(config)
+    for count, step in enumerate(steps):
+        interrupt(config, tmp_path / "parts", step, resume=count > 0)
+        torch.manual_seed(step)  # the caller's random state is no part of a run
+    assert_same(fit(config, run_dir=tmp_path / "parts", resume=True), expected)
+
+
+def test_a_finished_run_is_only_evaluated_again(whole: Run, tmp_path: pathlib.Path) -> None:
+    expected = whole(FULL)
+    shutil.copytree(expected.run_dir, tmp_path / "second")
+    observer = Interrupt(step=8)
+    again = fit(FULL, run_dir=tmp_path / "second", resume=True, observer=observer)
+    assert observer.notes == ["resumed at step 8 of 8"]
+    assert_same(again, expected)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "pickle"])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
+    damage: str, whole: Run, tmp_path: pathlib.Path
+) -> None:
+    expected = whole(FULL)
+    interrupt(FULL, tmp_path / "parts", 7)
+    newest, before = checkpoint.states(tmp_path / "parts" / "checkpoints")
+    content = bytearray(newest.read_bytes())
+    content[-5] ^= 1
+    damaged = {
+        "truncated": content[:-100],
+        "empty": b"",
+        "flipped": content,
+        "pickle": pickle.dumps(Bomb(tmp_path / "exploded")),
+    }[damage]
+    newest.write_bytes(damaged)
+    observer = Interrupt()
+    found = fit(FULL, run_dir=tmp_path / "parts", resume=True, observer=observer)
+    assert_same(found, expected)
+    problem, resumed = observer.notes
+    assert newest.name in problem
+    assert "The checkpoint before it is used" in problem
+    assert before.name == "step-000000005.safetensors"
+    assert resumed == "resumed at step 5 of 8"
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_without_a_whole_checkpoint_a_run_starts_again_and_says_so(whole: Run, tmp_path: pathlib.Path) -> None:
+    expected = whole(FULL)
+    interrupt(FULL, tmp_path / "parts", 7)
+    for path in checkpoint.states(tmp_path / "parts" / "checkpoints"):
+        path.write_bytes(path.read_bytes()[:1000])
+    observer = Interrupt()
+    assert_same(fit(FULL, run_dir=tmp_path / "parts", resume=True, observer=observer), expected)
+    assert len(observer.notes) == 3
+    assert "starting from the beginning" in observer.notes[-1]
+    assert not any("is used" in note for note in observer.notes)
+
+
+def test_resuming_unpickles_nothing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(FULL, tmp_path, 7)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("unpickled")
+
+    for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
+        monkeypatch.setattr(module, name, refuse)
+    fit(FULL, run_dir=tmp_path, resume=True)
+    for path in (*tmp_path.rglob("*.safetensors"), *tmp_path.glob("*.json*")):
+        assert not path.read_bytes().startswith((b"PK", b"\x80")), path  # zip archives of torch.save, and pickles
+
+
+@pytest.mark.parametrize("call", [3, 6])
+def test_a_disk_that_fills_up_stops_the_run_which_goes_on_when_there_is_room(
+    call: int, whole: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = whole(FULL)
+    synced, calls = os.fsync, iter(range(1000))
+
+    def full(descriptor: int) -> None:
+        if next(calls) == 2 * call:  # of each file and of its folder
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        synced(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left") as raised:
+            fit(FULL, run_dir=tmp_path / "parts")
+    assert raised.value.__context__ is None
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert all(checkpoint.read_tensors(path) for path in checkpoint.states(tmp_path / "parts" / "checkpoints"))
+    assert_same(fit(FULL, run_dir=tmp_path / "parts", resume=True), expected)
+
+
+def test_a_folder_with_a_run_is_not_overwritten_unasked(tmp_path: pathlib.Path) -> None:
+    interrupt(FULL, tmp_path, 4)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(RunError, match=r"already holds a run; continue it with --resume, replace it with --overwrite"):
+        fit(FULL, run_dir=tmp_path)
+    with pytest.raises(RunError, match=r"seed was 0 and is 1 now") as raised:
+        fit(
+            dataclasses.replace(FULL, seed=1, solver=dataclasses.replace(FULL.solver, max_steps=5)),
+            run_dir=tmp_path,
+            resume=True,
+        )
+    assert "solver.max_steps was 4 and is 5 now" in str(raised.value)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    replaced = fit(PLAIN, run_dir=tmp_path, overwrite=True)
+    assert read_config(tmp_path / "config.yaml") == PLAIN
+    assert {line["step"] for line in replaced.history} == {4, 8}
+    assert [path.name for path in checkpoint.states(tmp_path / "checkpoints")] == [
+        "step-000000008.safetensors",
+        "step-000000004.safetensors",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_killed_at_twenty_random_moments(tmp_path: pathlib.Path) -> None:
+    config = dataclasses.replace(FULL, epochs=50, data=Toy(crop_padding=1, flip=True))
+    expected = fit(config, run_dir=tmp_path / "whole")
+    chance = random.Random(20)
+    folder, reached = tmp_path / "parts", []
+    for _ in range(20):
+        process = subprocess.Popen(command(config, folder), env=ENVIRONMENT, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        with process.stdout:
+            assert process.stdout.readline() == b"started\n"
+            time.sleep(chance.uniform(0.0, 0.5))
+            process.kill()
+        assert process.wait() == -9
+        states = checkpoint.states(folder / "checkpoints")
+        assert all(checkpoint.read_tensors(path) for path in states)  # whatever has its final name is whole
+        assert read_config(folder / "config.yaml") == config
+        reached.append(states[0].name if states else "")
+    assert len(set(reached)) > 10
+    subprocess.run(command(config, folder), env=ENVIRONMENT, check=True)
+    found = fit(config, run_dir=folder, resume=True)
+    assert_same(found, expected)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in expected.run_dir.iterdir()}
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {
+        p.name for p in (expected.run_dir / "checkpoints").iterdir()
+    }
+
+
+class Bomb:
+    """Unpickled, it creates a file."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, (str(self.path), "w")

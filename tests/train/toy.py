@@ -1,0 +1,126 @@
+"""A data set and a model so small that a whole training run takes half a second; also a program for other processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+from typing import Any
+
+import torch
+
+import equipoise as eq
+from equipoise.models import MDEQConfig
+from equipoise.train import Adam, ImageData, JacobianPenalty, Observer, Pretraining, Schedule, TrainConfig, fit
+from equipoise.train.data import Splits, TensorSplit
+from equipoise.train.serialize import from_plain, to_plain
+
+MODEL = MDEQConfig(
+    image_size=4,
+    image_channels=1,
+    num_classes=3,
+    channels=(4, 4),
+    expansion=1,
+    num_groups=2,
+    dropout=0.2,
+    head_channels=(1, 1),
+    final_channels=4,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Toy(ImageData):
+    """Noise with a bright row whose number is the label."""
+
+    count: int = 36
+    mean: tuple[float, ...] = (0.4,)
+    std: tuple[float, ...] = (0.3,)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (1, 4, 4)
+
+    def load(self) -> Splits:
+        source = torch.Generator().manual_seed(7)
+        images = torch.randint(0, 150, (self.count + 15, 1, 4, 4), generator=source, dtype=torch.uint8)
+        labels = torch.randint(0, 3, (len(images),), generator=source)
+        images[torch.arange(len(images)), 0, labels] += 100
+        train, validation = self._carve(images[15:], labels[15:])
+        return Splits(train, validation, TensorSplit(images[:15], labels[:15]), ("first", "second", "third"))
+
+
+PLAIN = TrainConfig(
+    name="toy",
+    data=Toy(),
+    model=MODEL,
+    solver=eq.Broyden(max_steps=4, memory=4),
+    gradient=eq.Shine(),
+    optimizer=Adam(lr=0.01),
+    epochs=2,
+    batch_size=8,
+    eval_batch_size=10,
+    log_every=3,
+    tensorboard=False,
+)
+"""Four steps in each of two epochs, four images left over."""
+
+FULL = dataclasses.replace(
+    PLAIN,
+    data=Toy(crop_padding=1, flip=True, validation_fraction=0.1),
+    pretraining=Pretraining(steps=2, depth=2),
+    penalty=JacobianPenalty(weight=0.1, probability=0.5),
+    label_smoothing=0.1,
+    optimizer=Adam(lr=0.01, weight_decay=0.01),
+    schedule=Schedule(warmup_steps=3, final_lr=1e-4),
+    clip_norm=1.0,
+    ema_decay=0.9,
+    checkpoint_every=1,
+)
+"""Everything at once that has a state or is random."""
+
+
+class Interrupted(Exception):
+    """Stands for whatever ends a run early."""
+
+
+class Interrupt(Observer):
+    """Ends a run when it has read the loss of a step, and collects what a user is told."""
+
+    def __init__(self, step: int | None = None) -> None:
+        self.step = step
+        self.notes: list[str] = []
+
+    def stepped(self, line: dict[str, Any]) -> None:
+        if line["step"] == self.step:
+            raise Interrupted
+
+    def noted(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def timeless(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of a log without the times, the only numbers that may differ between equal runs."""
+    return [{key: value for key, value in line.items() if "seconds" not in key} for line in lines]
+
+
+def main() -> None:
+    """Train, or go on, in another process: its arguments are the configuration as JSON and the run folder."""
+
+    class Announce(Observer):
+        def started(self, *_: object) -> None:
+            print("started", flush=True)
+
+    torch.set_num_threads(1)
+    config = from_plain(TrainConfig, json.loads(sys.argv[1]))
+    fit(config, run_dir=pathlib.Path(sys.argv[2]), resume=True, observer=Announce())
+
+
+def command(config: TrainConfig, run_dir: pathlib.Path) -> list[str]:
+    """The command line of `main`; its process needs the environment `ENVIRONMENT`."""
+    call = "from train.toy import main; main()"
+    return [sys.executable, "-W", "ignore", "-c", call, json.dumps(to_plain(config)), str(run_dir)]
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
