@@ -1,7 +1,7 @@
 """Training: complete configurations, named recipes, data, one loop, checkpoints."""
 
 from equipoise.train import checkpoint, recipes
-from equipoise.train.checkpoint import CheckpointError
+from equipoise.train.checkpoint import CheckpointError, load, save
 from equipoise.train.config import SGD, Adam, AdamW, JacobianPenalty, Optimizer, Pretraining, Schedule, TrainConfig
 from equipoise.train.data import Digits, FashionMNIST, HubImages, ImageData
 from equipoise.train.loop import NonFiniteLoss, Observer, Result, evaluate, fit
@@ -30,5 +30,7 @@ __all__ = [
     "checkpoint",
     "evaluate",
     "fit",
+    "load",
     "recipes",
+    "save",
 ]

@@ -44,10 +44,10 @@ def save(model: MDEQClassifier, path: str | os.PathLike[str], *, about: Mapping[
     Example:
         >>> import tempfile, pathlib, equipoise as eq
         >>> from equipoise.models import MDEQClassifier, MDEQConfig
-        >>> from equipoise.train import checkpoint
+        >>> from equipoise.train import load, save
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "model.safetensors"
-        >>> checkpoint.save(MDEQClassifier(MDEQConfig.digits(), solver=eq.Broyden()), path)
-        >>> checkpoint.load(path).deq.solver.memory
+        >>> save(MDEQClassifier(MDEQConfig.digits(), solver=eq.Broyden(memory=18)), path)
+        >>> load(path).deq.solver.memory
         18
     """
     name = type(model).__name__

@@ -20,14 +20,15 @@ def to_plain(value: Any) -> Any:
     """A configuration as dicts, lists, strings, numbers and None.
 
     A plain dataclass becomes the dict of its fields; a member of an abstract family (a solver, a gradient, a data
-    source, an optimizer) becomes `{"class_path": ..., "init_args": {...}}`. Functions that only watch, such as
-    `Implicit.observe`, become None: they do not change a result.
+    source, an optimizer) becomes `{"class_path": ..., "init_args": {...}}`. A function `observe` becomes None: it only
+    watches, and changes no result.
 
     Raises:
-        ValueError: the value has no plain form, such as a tensor.
+        ValueError: the value has no plain form, such as a tensor or another function.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        contents = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        fields = {name: None if name == "observe" else to_plain(content) for name, content in contents.items()}
         if isinstance(value, abc.ABC):
             return {"class_path": public_path(type(value)), "init_args": fields}
         return fields
@@ -37,8 +38,6 @@ def to_plain(value: Any) -> Any:
         raise ValueError("a configuration that holds a tensor cannot be saved; pass None or a named gradient instead")
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if callable(value):
-        return None
     raise ValueError(f"a {type(value).__name__} cannot be part of a saved configuration: {value!r}")
 
 

@@ -1,0 +1,293 @@
+"""Saved files: exact, complete, written at once or not at all, refused when damaged, and never run."""
+
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import errno
+import io
+import json
+import os
+import pathlib
+import pickle
+import stat
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from train.toy import MODEL, PLAIN, Interrupt
+
+import equipoise as eq
+from equipoise import train
+from equipoise.models import MDEQClassifier
+from equipoise.train import SGD, Adam, AdamW, CheckpointError, Optimizer, checkpoint, fit
+from equipoise.train.loop import Average
+
+
+def make_model(**options: Any) -> MDEQClassifier:
+    model = MDEQClassifier(MODEL, **options)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                tensor.uniform_(0.1, 1.0)
+    return model
+
+
+@pytest.fixture
+def saved(tmp_path: pathlib.Path) -> pathlib.Path:
+    train.save(make_model(), tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("solver", "gradient"),
+    [
+        (eq.Anderson(memory=3, rtol=1e-5), eq.JacobianFree()),
+        (
+            eq.Broyden(max_steps=7, memory=7),
+            eq.Implicit(solver=eq.Broyden(max_steps=3), start=eq.Shine(fallback_ratio=2.0)),
+        ),
+        (eq.Picard(max_steps=4, lipschitz=0.5), eq.Phantom(steps=2, damping=0.25)),
+    ],
+    ids=["Anderson", "Broyden", "Picard"],
+)
+def test_a_model_comes_back_as_it_was(
+    solver: eq.Solver, gradient: eq.Gradient, dtype: torch.dtype, tmp_path: pathlib.Path
+) -> None:
+    model = make_model(solver=solver, gradient=gradient).to(dtype).train()
+    about = {"classes": ["one", "zwei", "три"], "note": None}
+    checkpoint.save(model, tmp_path / "model", about=about)
+    assert model.training
+    loaded = train.load(tmp_path / "model")
+    assert not loaded.training
+    assert (loaded.config, loaded.deq.solver, loaded.deq.gradient) == (MODEL, solver, gradient)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        found = loaded.state_dict()[name]
+        assert found.dtype == value.dtype, name
+        assert torch.equal(found, value), name
+    assert checkpoint.describe(tmp_path / "model")["about"] == about
+
+
+def test_a_watcher_is_left_out_of_the_file_and_what_changes_a_result_is_refused(tmp_path: pathlib.Path) -> None:
+    train.save(make_model(gradient=eq.Implicit(observe=print)), tmp_path / "model")
+    assert train.load(tmp_path / "model").deq.gradient == eq.Implicit()
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Told(eq.Picard):
+        choice: Any = None
+
+    for value, kind in ((print, "builtin_function_or_method"), (torch.zeros(2), "tensor"), ({1}, "set")):
+        with pytest.raises(ValueError, match=kind):
+            train.save(make_model(solver=Told(choice=value)), tmp_path / "other")
+    with pytest.raises(ValueError, match=r"cannot save a Linear; known: MDEQClassifier"):
+        train.save(nn.Linear(2, 2), tmp_path / "other")  # type: ignore[arg-type]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def rewritten(path: pathlib.Path, change: Callable[[dict[str, Any]], Any]) -> bytes:
+    """The file with other facts, and a checksum that fits."""
+    tensors, facts = checkpoint.read_tensors(path)
+    changed = change(facts)
+    checkpoint.write_tensors(path, tensors, facts if changed is None else changed)
+    return path.read_bytes()
+
+
+DAMAGES: dict[str, tuple[Callable[[pathlib.Path], bytes], str]] = {
+    "empty": (lambda path: b"", "truncated, damaged or no safetensors file"),
+    "cut in the header": (lambda path: path.read_bytes()[:200], "truncated, damaged"),
+    "cut by a byte": (lambda path: path.read_bytes()[:-1], "truncated, damaged"),
+    "longer by a byte": (lambda path: path.read_bytes() + b"\0", "truncated, damaged"),
+    "a bit flipped": (lambda path: path.read_bytes()[:-3] + b"\x01" + path.read_bytes()[-2:], "checksum is wrong"),
+    "text": (lambda path: b"hello, world, this is not a model", "pickled checkpoints are never read"),
+    "of a run": (lambda path: rewritten(path, lambda f: f.update(kind="state")), "is no saved model but 'state'"),
+    "unknown class": (
+        lambda path: rewritten(path, lambda f: f.update({"class": "MDEQClasifier"})),
+        "unknown model 'MDEQClasifier'; did you mean 'MDEQClassifier'",
+    ),
+    "class that is no name": (lambda path: rewritten(path, lambda f: f.update({"class": []})), "does not describe"),
+    "without a solver": (lambda path: rewritten(path, lambda f: f.pop("solver") and None), "solver"),
+    "unknown solver": (
+        lambda path: rewritten(path, lambda f: f["solver"].update(class_path="os.system")),
+        "unknown class 'os.system'; known: Anderson",
+    ),
+    "unknown field": (
+        lambda path: rewritten(path, lambda f: f["config"].update(chanels=[8, 8])),
+        "unknown key 'model.chanels'; did you mean 'channels'",
+    ),
+    "field out of range": (lambda path: rewritten(path, lambda f: f["config"].update(expansion=0)), "expansion must"),
+    "other shape": (lambda path: rewritten(path, lambda f: f["config"].update(num_classes=4)), "size mismatch"),
+    "a list": (lambda path: rewritten(path, lambda f: [1]), "its configuration is not a mapping"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_files_are_refused_with_the_reason(damage: str, saved: pathlib.Path) -> None:
+    change, reason = DAMAGES[damage]
+    saved.write_bytes(change(saved))
+    with pytest.raises(CheckpointError) as raised:
+        train.load(saved)
+    assert reason in str(raised.value)
+    assert str(saved) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "reason"),
+    [
+        (None, "was not written by equipoise"),
+        ({"equipoise": "{"}, "its configuration cannot be read"),
+        ({"equipoise": "[" * 100_000}, "its configuration cannot be read"),
+        ({"equipoise": "{}"}, "its checksum is wrong"),
+    ],
+)
+def test_foreign_tensors_are_refused(metadata: dict[str, str] | None, reason: str, tmp_path: pathlib.Path) -> None:
+    save_file({"weight": torch.zeros(3)}, tmp_path / "foreign", metadata)
+    with pytest.raises(CheckpointError, match=reason):
+        train.load(tmp_path / "foreign")
+
+
+def test_missing_files_are_named(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nothing.* does not exist"):
+        train.load(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match=r"is not a file"):
+        train.load(tmp_path)
+
+
+@pytest.mark.parametrize("archive", [False, True], ids=["pickle", "torch.save"])
+def test_a_pickle_is_refused_and_not_run(archive: bool, tmp_path: pathlib.Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, tuple[str, str]]:
+            return open, (str(tmp_path / "exploded"), "w")
+
+    path = tmp_path / "model.safetensors"
+    torch.save(Bomb(), path) if archive else path.write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(CheckpointError, match="pickled checkpoints are never read"):
+        train.load(path)
+    with pytest.raises(CheckpointError, match="pickled checkpoints are never read"):
+        checkpoint.describe(path)
+    assert not (tmp_path / "exploded").exists()
+    if not archive:
+        pickle.loads(path.read_bytes()).close()
+        assert (tmp_path / "exploded").exists()  # it would have gone off
+
+
+def no_space(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("moment", ["write", "fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
+    moment: str, saved: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = saved.read_bytes()
+    if moment == "write":
+
+        class Full(io.FileIO):
+            def write(self, data: Any) -> int:
+                super().write(bytes(data)[:100])
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(builtins, "open", lambda path, mode: Full(path, mode))
+    else:
+        monkeypatch.setattr(os, moment, no_space)
+    with pytest.raises(OSError, match="No space left on device"):
+        train.save(make_model(solver=eq.Picard()), saved)
+    monkeypatch.undo()
+    assert saved.read_bytes() == before
+    assert list(saved.parent.iterdir()) == [saved]
+    train.save(make_model(solver=eq.Picard()), saved)
+    assert train.load(saved).deq.solver == eq.Picard()
+
+
+def test_a_file_has_its_name_only_when_all_of_it_is_on_the_disk(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, events = tmp_path / "file", []
+    synced, replaced = os.fsync, os.replace
+
+    def fsync(descriptor: int) -> None:
+        about = os.fstat(descriptor)
+        events.append(("folder" if stat.S_ISDIR(about.st_mode) else "content", path.exists(), about.st_size))
+        synced(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", lambda *paths: (events.append("replace"), replaced(*paths)))
+    checkpoint.write_atomic(path, b"x" * 12345)
+    assert events[:2] == [("content", False, 12345), "replace"]
+    assert events[2][:2] == ("folder", True)
+    assert path.read_bytes() == b"x" * 12345
+
+
+def test_a_run_below_a_file_or_on_a_full_disk_is_one_clear_error(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(OSError, match=r"Not a directory.*file"):
+        fit(PLAIN, run_dir=tmp_path / "file" / "run")
+    with pytest.raises(OSError, match=r"File exists.*file|Not a directory.*file"):
+        fit(PLAIN, run_dir=tmp_path / "file")
+    with pytest.raises(OSError, match=r"Not a directory"):
+        train.save(make_model(), tmp_path / "file" / "model")
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(OSError, match="No space left on device"):
+        fit(PLAIN, run_dir=tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_run_keeps_its_last_two_checkpoints(tmp_path: pathlib.Path) -> None:
+    fit(dataclasses.replace(PLAIN, checkpoint_every=1), run_dir=tmp_path, observer=Interrupt())
+    assert [path.name for path in checkpoint.states(tmp_path / "checkpoints")] == [
+        "step-000000008.safetensors",
+        "step-000000007.safetensors",
+    ]
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [Adam(weight_decay=0.1), AdamW(weight_decay=0.1), SGD(lr=0.1), SGD(lr=0.1, momentum=0.0)],
+    ids=["Adam", "AdamW", "momentum", "plain"],
+)
+def test_an_optimizer_goes_on_as_if_it_had_not_been_saved(optimizer: Optimizer, tmp_path: pathlib.Path) -> None:
+    gradients = torch.randn(8, 3, 4)
+    one, two = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3, 4))
+    first, second = optimizer.build([one]), optimizer.build([two])
+    for number, gradient in enumerate(gradients):
+        one.grad, two.grad = gradient, gradient.clone()
+        first.step()
+        second.step()
+        if number in (2, 5):
+            tensors, facts = checkpoint.pack_optimizer(second)
+            checkpoint.write_tensors(tmp_path / "state", tensors, {"facts": json.loads(json.dumps(facts))})
+            tensors, facts = checkpoint.read_tensors(tmp_path / "state")
+            second = optimizer.build([two])
+            checkpoint.unpack_optimizer(second, tensors, facts["facts"])
+        assert torch.equal(one, two)
+    assert not torch.equal(one, torch.ones(3, 4))
+
+
+@pytest.mark.parametrize("decay", [0.3, 0.999])
+def test_the_moving_average_has_its_closed_form(decay: float) -> None:
+    module = nn.BatchNorm1d(2)
+    steps = 30
+    values = np.random.default_rng(0).normal(size=(steps + 1, 2))
+    module.weight.data.copy_(torch.from_numpy(values[0]))
+    average = Average(module, decay)
+    for step in range(steps):
+        module.weight.data.copy_(torch.from_numpy(values[step + 1]))
+        module.num_batches_tracked.fill_(10 + step)
+        average.update(module, step)
+    kept = np.minimum(decay, (1 + np.arange(steps)) / (10 + np.arange(steps)))
+    shares = np.append(1.0, 1 - kept) * np.append(np.cumprod(kept[::-1])[::-1], 1.0)
+    assert shares.sum() == pytest.approx(1.0, abs=1e-12)
+    np.testing.assert_allclose(average.values["weight"].numpy(), shares @ values, rtol=1e-12)
+    assert int(average.values["num_batches_tracked"]) == 10 + steps - 1
+    average.swap(module)
+    np.testing.assert_allclose(module.weight.detach().numpy(), shares @ values, rtol=1e-12)
+    np.testing.assert_array_equal(average.values["weight"].numpy(), values[-1])
+    average.swap(module)
+    np.testing.assert_array_equal(module.weight.detach().numpy(), values[-1])

@@ -1,0 +1,233 @@
+"""Configurations: written and read without loss, checked with messages that help, and all that a run depends on."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from train.toy import FULL, PLAIN, Toy
+
+import equipoise as eq
+from equipoise.models import MDEQConfig
+from equipoise.train import (
+    SGD,
+    Adam,
+    AdamW,
+    Digits,
+    FashionMNIST,
+    HubImages,
+    JacobianPenalty,
+    Pretraining,
+    RunError,
+    Schedule,
+    TrainConfig,
+    fit,
+    recipes,
+)
+from equipoise.train.run import config_yaml, overlay, read_config, write_config
+from equipoise.train.serialize import from_plain, to_plain
+
+VARIANTS = {
+    **{name: make() for name, make in recipes.RECIPES.items()},
+    "toy": FULL,
+    "nested": dataclasses.replace(
+        PLAIN,
+        solver=eq.Anderson(memory=3, rtol=1e-12),
+        gradient=eq.Implicit(solver=eq.Broyden(max_steps=3), start=eq.JacobianFree()),
+        eval_solver=eq.SteadyState(max_steps=9),
+        optimizer=AdamW(betas=(0.5, 0.75), lr=1e-7),
+        name="Größe: null # '\"",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_yaml_gives_a_configuration_back(name: str, tmp_path: pathlib.Path) -> None:
+    config = VARIANTS[name]
+    write_config(config, tmp_path / "config.yaml")
+    found = read_config(tmp_path / "config.yaml")
+    assert found == config
+    assert hash(found) == hash(config)
+    assert config_yaml(found) == config_yaml(config)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_recipes_have_their_names_and_a_configuration_file_holds_every_field(name: str) -> None:
+    config = recipes.RECIPES[name]()
+    assert config.name == name
+    plain = yaml.safe_load(config_yaml(config))
+    assert list(plain) == [field.name for field in dataclasses.fields(TrainConfig)]
+    assert list(plain["model"]) == [field.name for field in dataclasses.fields(MDEQConfig)]
+    assert plain["solver"]["class_path"] == "equipoise.Broyden"
+    assert plain["solver"]["init_args"].keys() == {field.name for field in dataclasses.fields(eq.Broyden)}
+    assert plain["optimizer"]["class_path"].startswith("equipoise.train.")
+
+
+def test_the_saved_configuration_reproduces_the_run(tmp_path: pathlib.Path) -> None:
+    config = dataclasses.replace(FULL, checkpoint_every=None, epochs=1)
+    first = fit(config, run_dir=tmp_path / "first")
+    torch.manual_seed(99)
+    second = fit(read_config(tmp_path / "first" / "config.yaml"), run_dir=tmp_path / "second")
+    other = fit(dataclasses.replace(config, seed=1), run_dir=tmp_path / "third")
+    for name, value in first.model.state_dict().items():
+        assert torch.equal(second.model.state_dict()[name], value), name
+    assert not torch.equal(other.model.head.final[0].weight, first.model.head.final[0].weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_callers_settings_neither_decide_nor_change(dtype: torch.dtype, tmp_path: pathlib.Path) -> None:
+    torch.set_default_dtype(dtype)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    result = fit(dataclasses.replace(PLAIN, stop_after=1), run_dir=tmp_path)
+    assert {value.dtype for value in result.model.parameters()} == {torch.float32}
+    assert torch.get_default_dtype() == dtype
+    assert torch.equal(torch.rand(3), expected)
+
+
+def edited(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    plain = to_plain(FULL)
+    change(plain)
+    return plain
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(epoch=3), "unknown key 'epoch'; did you mean 'epochs'?"),
+        (lambda c: c.update(zzz=3), "unknown key 'zzz'; known: accelerator, "),
+        (lambda c: c["model"].update(chanels=[4]), "unknown key 'model.chanels'; did you mean 'channels'?"),
+        (
+            lambda c: c["solver"]["init_args"].update(max_step=3),
+            "unknown key 'solver.max_step'; did you mean 'max_steps'?",
+        ),
+        (lambda c: c["schedule"].update(warmup=3), "unknown key 'schedule.warmup'; did you mean 'warmup_steps'?"),
+        (
+            lambda c: c["solver"].update(class_path="equipoise.Broyde"),
+            "solver: unknown class 'equipoise.Broyde'; did you mean 'Broyden'?",
+        ),
+        (lambda c: c["gradient"].update(class_path="subprocess.Popen"), "gradient: unknown class 'subprocess.Popen'"),
+        (lambda c: c["gradient"].update(class_path="equipoise.Broyden"), "unknown class 'equipoise.Broyden'"),
+        (lambda c: c["gradient"].update(class_path="os.Shine"), "unknown class 'os.Shine'"),
+        (lambda c: c["optimizer"].pop("class_path"), "optimizer must have the keys class_path and init_args"),
+        (lambda c: c.pop("model"), "model is missing"),
+        (lambda c: c.update(epochs="many"), "epochs must be int, got 'many'"),
+        (lambda c: c.update(epochs=True), "epochs must be int, got True"),
+        (lambda c: c.update(epochs=1.5), "epochs must be int, got 1.5"),
+        (lambda c: c.update(clip_norm="much"), "clip_norm must be float, got 'much'"),
+        (lambda c: c.update(channels_last="yes"), "channels_last must be bool, got 'yes'"),
+        (lambda c: c.update(precision="16-true"), "precision is '16-true'; choose one of '32-true', 'bf16-mixed'"),
+        (lambda c: c["optimizer"]["init_args"].update(betas=[0.9]), "optimizer.betas must have 2 entries"),
+        (lambda c: c["model"].update(channels=[4, "x"]), "model.channels[1] must be int, got 'x'"),
+        (lambda c: c.update(model=[]), "model must hold the fields of MDEQConfig, got []"),
+        (lambda c: c.update(epochs=0), "epochs=0: must be >= 1"),
+        (
+            lambda c: c["gradient"].update(class_path="equipoise.Implicit", init_args={"observe": "print"}),
+            "gradient.observe cannot be given in a file",
+        ),
+    ],
+)
+def test_wrong_files_are_refused_with_the_key_and_the_nearest_name(
+    change: Callable[[dict[str, Any]], Any], message: str, tmp_path: pathlib.Path
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(edited(change)))
+    with pytest.raises(RunError) as raised:
+        read_config(path)
+    assert message in str(raised.value)
+    assert str(raised.value).startswith(str(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"epochs: [1", "is not valid YAML"),
+        (b"\xff\xfe\xfa", "is not valid YAML"),
+        (b"", "must hold the fields of a configuration, got NoneType"),
+        (b"- 1", "must hold the fields of a configuration, got list"),
+        (b"epochs: !!python/object/apply:os.system ['touch exploded']", "is not valid YAML"),
+        (None, "cannot read the configuration .*: No such file or directory"),
+    ],
+)
+def test_files_that_are_no_configuration_are_refused(
+    content: bytes | None, message: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(RunError, match=message):
+        read_config(tmp_path / "config.yaml")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_file_may_name_only_what_differs_from_a_base(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "epochs: 3\nmodel: {dropout: 0}\noptimizer: {class_path: equipoise.train.Adam, init_args: {lr: 1e-2}}\n"
+        "gradient: {class_path: Implicit}\n"
+    )
+    base = recipes.mdeq_digits()
+    assert read_config(path, base) == dataclasses.replace(
+        base,
+        epochs=3,
+        model=dataclasses.replace(base.model, dropout=0.0),
+        optimizer=dataclasses.replace(base.optimizer, lr=0.01),
+        gradient=eq.Implicit(),
+    )
+    below = {"solver": {"class_path": "A", "init_args": {"x": 1, "y": 2}}}
+    same = {"solver": {"class_path": "A", "init_args": {"x": 3}}}
+    other = {"solver": {"class_path": "B", "init_args": {"x": 3}}}
+    assert overlay(below, same) == {"solver": {"class_path": "A", "init_args": {"x": 3, "y": 2}}}
+    assert overlay(below, other) == other
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: dataclasses.replace(PLAIN, epochs=0), "epochs=0: must be >= 1"),
+        (lambda: dataclasses.replace(PLAIN, stop_after=0), "stop_after=0: must be >= 1, or None"),
+        (lambda: dataclasses.replace(PLAIN, label_smoothing=1.0), r"label_smoothing=1.0: must lie in \[0, 1\)"),
+        (lambda: dataclasses.replace(PLAIN, clip_norm=0.0), "clip_norm=0.0: must be > 0, or None for no clipping"),
+        (lambda: dataclasses.replace(PLAIN, clip_norm=float("nan")), "clip_norm=nan: must be > 0"),
+        (lambda: dataclasses.replace(PLAIN, ema_decay=1.0), r"ema_decay=1.0: must lie in \[0, 1\), or None"),
+        (lambda: dataclasses.replace(PLAIN, solver=eq.Anderson()), "Anderson keeps none; use the solver Broyden"),
+        (
+            lambda: dataclasses.replace(PLAIN, data=Digits()),
+            r"images of shape \(1, 8, 8\), the model takes \(1, 4, 4\)",
+        ),
+        (lambda: Adam(lr=0.0), "optimizer.lr=0.0: must be > 0"),
+        (lambda: SGD(weight_decay=-1.0), "optimizer.weight_decay=-1.0: must be >= 0"),
+        (lambda: Schedule(warmup_steps=-1), "schedule.warmup_steps=-1: must be >= 0"),
+        (lambda: Schedule(final_lr=-1.0), "schedule.final_lr=-1.0: must be >= 0"),
+        (lambda: Pretraining(depth=0), "depth=0 >= 1"),
+        (lambda: JacobianPenalty(weight=-1.0), "penalty.weight=-1.0: must be >= 0"),
+        (lambda: JacobianPenalty(probability=1.5), r"penalty.probability=1.5: must lie in \[0, 1\]"),
+        (lambda: JacobianPenalty(num_probes=0), "num_probes=0"),
+        (lambda: Toy(validation_fraction=1.0), r"data.validation_fraction=1.0: must lie in \[0, 1\)"),
+        (lambda: Toy(crop_padding=-1), "data.crop_padding=-1: must be >= 0"),
+        (lambda: FashionMNIST(mean=(0.1, 0.2, 0.3)), "need 1 entries, one per channel"),
+        (lambda: FashionMNIST(std=(0.0,)), "standard deviations > 0"),
+        (lambda: HubImages(source="x", image_size=8, streaming=True), "data.in_memory=true excludes data.streaming"),
+        (
+            lambda: HubImages(source="x", image_size=8, streaming=True, in_memory=False, validation_fraction=0.1),
+            "data.validation_fraction needs data.streaming=false",
+        ),
+        (lambda: HubImages(source="x", image_size=8, resize=7), "data.resize=7: must be at least data.image_size=8"),
+    ],
+)
+def test_values_out_of_range_are_refused_when_they_are_set(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_lists_from_a_file_make_equal_hashable_values() -> None:
+    found = from_plain(TrainConfig, to_plain(dataclasses.replace(FULL, data=Toy(mean=[0.4], std=[0.3]))))
+    assert found.data == Toy()
+    assert isinstance(found.data.mean, tuple)
