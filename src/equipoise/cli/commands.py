@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ def train(arguments: list[str]) -> int:
         ("--run-dir", {"metavar": "FOLDER", "help": "folder of the run [runs/RECIPE-NUMBER]"}),
         ("--resume", {"action": "store_true", "help": "go on from the newest checkpoint in the run folder"}),
         ("--overwrite", {"action": "store_true", "help": "replace the run that the folder holds"}),
+        ("--no-report", {"action": "store_true", "help": "write no report.html at the end"}),
         ("--print-config", {"action": "store_true", "help": "print the configuration as YAML and stop"}),
     ]
     recipe, flags = _recipe(arguments)
@@ -82,9 +84,21 @@ def train(arguments: list[str]) -> int:
     console = Console()
     display = LiveDisplay(console) if console.is_terminal else PlainDisplay(console)
     try:
-        fit(config, run_dir=options.run_dir, resume=options.resume, overwrite=options.overwrite, observer=display)
+        result = fit(
+            config, run_dir=options.run_dir, resume=options.resume, overwrite=options.overwrite, observer=display
+        )
     finally:
         display.stop()
+    first = not (
+        torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank()
+    )
+    if first and not options.no_report:
+        try:
+            write_report = _report_writer()
+        except RunError as error:
+            display.say(f"no report: {error}")
+        else:
+            display.say(f"report {write_report(result.run_dir)}")
     return 0
 
 
@@ -185,6 +199,39 @@ def predict(arguments: list[str]) -> int:
         if note:
             console.print(f"  {note}", markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def report(arguments: list[str]) -> int:
+    """Write the report of a run."""
+    own: list[tuple[str, dict[str, Any]]] = [
+        ("run", {"metavar": "RUN", "help": "run folder"}),
+        ("--images", {"type": int, "metavar": "N", "default": 2000, "help": "test images to look at, at most"}),
+    ]
+    _run_folder(arguments, "report")
+    _, options = parse(
+        arguments,
+        RECIPES["mdeq-digits"](),
+        usage="equipoise report RUN [flags]",
+        description="Write report.html into the folder of a finished run: learning curves, solver statistics,\n"
+        "residuals per solver step, mistakes and confusion matrix, in one file that needs no network.",
+        examples="examples:\n  equipoise report runs/demo\n  equipoise report runs/demo --images 10000\n",
+        own=own,
+        fields=(),
+    )
+    if options.images < 1:
+        raise UsageError(f"--images {options.images}: must be >= 1")
+    path = _report_writer()(options.run, max_images=options.images)
+    Console().print(f"report {path}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _report_writer() -> Callable[..., Path]:
+    """The function that writes reports; it needs packages that the rest of the command line does not."""
+    try:
+        from equipoise.report import write_report
+    except ImportError as error:
+        raise RunError(f"a report needs {error.name}: pip install 'equipoise[report]'") from error
+    return write_report
 
 
 def _read_image(path: Path, config: TrainConfig, invert: bool) -> tuple[torch.Tensor, str]:

@@ -1,4 +1,4 @@
-"""The command line: `equipoise recipes | train | evaluate | predict`."""
+"""The command line: `equipoise recipes | train | evaluate | predict | report`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ commands:
   train      train a recipe, or a configuration file
   evaluate   accuracy and solver statistics of a run
   predict    classify image files with a run
+  report     write report.html into a run's folder: curves, solver, mistakes
 
 options:
   -h, --help     show this help; `equipoise COMMAND --help` shows that of a command
@@ -31,6 +32,7 @@ examples:
   equipoise train --config runs/demo/config.yaml --run-dir runs/again
   equipoise evaluate runs/demo --solver.max_steps 6
   equipoise predict runs/demo digit.png
+  equipoise report runs/demo
 """
 
 
@@ -78,6 +80,7 @@ def run(arguments: list[str]) -> int:
         "train": commands.train,
         "evaluate": commands.evaluate,
         "predict": commands.predict,
+        "report": commands.report,
     }
     if command not in known:
         raise UsageError(f"unknown command {command!r}; {nearest(command, known)}")
