@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -104,7 +104,7 @@ class Map:
         if not callable(f):
             raise TypeError(f"f must be a module or a function f(z, *inputs), got {type(f).__name__}")
         self.layout = Layout.of(z0)
-        first = z0 if isinstance(z0, Tensor) else next(iter(z0.values() if isinstance(z0, dict) else z0))
+        first = z0 if isinstance(z0, Tensor) else next(iter(z0.values() if isinstance(z0, Mapping) else z0))
         self.f = f
         self.batch: int = first.shape[0]
         self.device = first.device

@@ -77,7 +77,7 @@ class Layout:
 
         Raises:
             TypeError: another container or dtype.
-            ValueError: another shape.
+            ValueError: another shape, or parts that differ in batch size.
         """
         if self.kind is Tensor and isinstance(state, Tensor):
             parts: Sequence[Tensor] = (state,)
@@ -96,16 +96,18 @@ class Layout:
         for part, shape in zip(parts, self.shapes, strict=True):
             if not isinstance(part, Tensor):
                 raise TypeError(f"{name} contains {type(part).__name__}; every part must be a tensor")
-            if part.shape[1:] != shape:
+            if part.ndim != len(shape) + 1 or part.shape[1:] != shape:
                 raise ValueError(
-                    f"{name} has shape {tuple(part.shape)}, the state has (B, {', '.join(map(str, shape))}); "
+                    f"{name} has shape {tuple(part.shape)}, the state has ({', '.join(['B', *map(str, shape)])}); "
                     "a map must return the shape of its state"
                 )
             if part.dtype != dtype:
-                if not cast:
+                if not (cast and part.is_floating_point()):
                     raise TypeError(f"{name} has dtype {part.dtype}, the state has {dtype}; convert one of them")
                 part = part.to(dtype)
             flat.append(part.reshape(part.shape[0], -1))
+        if any(part.shape[0] != flat[0].shape[0] for part in flat):
+            raise ValueError(f"{name} has parts with {[part.shape[0] for part in flat]} rows; keep the batch dimension")
         return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
 
     def unpack(self, flat: Tensor) -> Any:

@@ -1,0 +1,204 @@
+"""States: laying flat and giving the structure back are inverse to each other; what does not fit is named."""
+
+from __future__ import annotations
+
+import functools
+import math
+import types
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from equipoise.map import Map
+from equipoise.state import InputLayout, Layout
+
+zeros = functools.partial(torch.zeros, dtype=torch.float64)  # parameters are made before the default is set
+BATCHES = st.integers(1, 4)
+FORMATS = ["contiguous", "channels_last", "transposed", "sliced", "expanded", "offset"]
+
+
+def tensor(shape: tuple[int, ...], how: str, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Random numbers of a shape, lying in memory as asked, as far as the shape allows it."""
+    x = torch.randn(shape, dtype=dtype)
+    if how == "channels_last" and x.ndim == 4:
+        return x.to(memory_format=torch.channels_last)
+    if how == "transposed":
+        return torch.randn(shape[::-1], dtype=dtype).permute(*reversed(range(len(shape))))
+    if how == "sliced":
+        return torch.randn((2 * shape[0], *shape[1:]), dtype=dtype)[::2]
+    if how == "expanded":
+        return torch.randn((shape[0], *(1,) * (len(shape) - 1)), dtype=dtype).expand(shape)
+    if how == "offset":
+        return torch.randn(math.prod(shape) + 3, dtype=dtype)[3:].view(shape)
+    return x
+
+
+@st.composite
+def states(draw: st.DrawFn, batches: st.SearchStrategy[int] = BATCHES) -> Any:
+    """A tensor, tuple, list or dict of 1 to 3 tensors of random shapes with a common batch."""
+    batch = draw(batches)
+    shapes = st.lists(st.integers(0, 4), max_size=3).map(lambda rest: (batch, *rest))
+    part = st.builds(tensor, shapes, st.sampled_from(FORMATS))
+    parts = st.lists(part, min_size=1, max_size=3)
+    keyed = st.dictionaries(st.text(max_size=3), part, min_size=1, max_size=3)
+    return draw(st.one_of(part, parts, parts.map(tuple), keyed))
+
+
+def parts_of(state: Any) -> list[Tensor]:
+    return [state] if isinstance(state, Tensor) else list(state.values()) if isinstance(state, dict) else list(state)
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    """Same container, same keys in the same order, same shapes and bits."""
+    assert type(actual) is type(expected)
+    if isinstance(expected, dict):
+        assert list(actual) == list(expected)
+    for a, b in zip(parts_of(actual), parts_of(expected), strict=True):
+        assert torch.equal(a, b)
+        assert a.dtype == b.dtype
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(states())
+def test_unpacking_undoes_packing(state: Any) -> None:
+    layout = Layout.of(state)
+    flat = layout.pack(state, "z0", torch.float64)
+    # Independent of the code: row i is row i of every part, in order.
+    rows = [torch.cat([part[i].reshape(-1) for part in parts_of(state)]) for i in range(len(flat))]
+    assert torch.equal(flat, torch.stack(rows))
+    assert_same(layout.unpack(flat), state)
+    assert torch.equal(layout.pack(layout.unpack(flat), "z", torch.float64), flat)
+
+
+@settings(deadline=None, derandomize=True, max_examples=30)
+@given(states(), st.data())
+def test_rows_may_be_taken_before_or_after_packing(state: Any, data: st.DataObject) -> None:
+    layout = Layout.of(state)
+    flat = layout.pack(state, "z0", torch.float64)
+    index = data.draw(st.lists(st.integers(0, len(flat) - 1), min_size=1, max_size=5))
+    part = layout.unpack(flat[index])
+    for a, b in zip(parts_of(part), parts_of(state), strict=True):
+        assert torch.equal(a, b[index])
+
+
+@settings(deadline=None, derandomize=True, max_examples=30)
+@given(st.lists(states(st.just(2)), max_size=3))
+def test_inputs_come_back_as_they_were_given(inputs: list[Any]) -> None:
+    tensors, layout = InputLayout.flatten(inputs, 2)
+    assert len(tensors) == sum(len(parts_of(value)) for value in inputs)
+    for a, b in zip(layout.unflatten(tensors), inputs, strict=True):
+        assert_same(a, b)
+
+
+def test_packing_one_contiguous_tensor_copies_nothing() -> None:
+    z = torch.randn(3, 2, 4)
+    layout = Layout.of(z)
+    flat = layout.pack(z, "z0", z.dtype)
+    assert flat.data_ptr() == layout.unpack(flat).data_ptr() == z.data_ptr()
+
+
+def test_a_result_may_order_its_keys_otherwise_and_be_a_list_for_a_tuple() -> None:
+    a, b = torch.randn(2, 3), torch.randn(2)
+    layout = Layout.of({"a": a, "b": b})
+    assert torch.equal(layout.pack({"b": b, "a": a}, "z", a.dtype), torch.cat([a, b[:, None]], dim=1))
+    assert torch.equal(Layout.of((a, b)).pack([a, b], "z", a.dtype), torch.cat([a, b[:, None]], dim=1))
+
+
+def test_any_mapping_is_a_state() -> None:
+    state = types.MappingProxyType({"a": torch.randn(2, 3), "b": torch.randn(2)})
+    f = Map(lambda z: z, state)
+    assert f.batch == 2
+    assert_same(f.unpack(f.pack(state)), dict(state))
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision_states_are_flat_float32_and_come_back_as_they_were(half: torch.dtype) -> None:
+    state = (tensor((2, 3, 4, 5), "channels_last", half), tensor((2, 3), "transposed", half))
+    f = Map(lambda z: z, state)
+    flat = f.pack(state)
+    assert flat.dtype == torch.float32
+    assert_same(f.unpack(flat), state)
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "message"),
+    [
+        ((), ValueError, r"z0 is an empty tuple; pass at least one tensor"),
+        ({}, ValueError, r"z0 is an empty dict"),
+        (zeros(0, 3), ValueError, r"z0 has shape \(0, 3\).*first dimension is the batch"),
+        ((zeros(2, 3), zeros(())), ValueError, r"z0 has shape \(\).*first dimension is the batch"),
+        (
+            (zeros(2, 3), zeros(3, 3)),
+            ValueError,
+            r"must agree in batch size.*\(2, 3\) torch.float64 cpu, \(3, 3\) torch.float64 cpu",
+        ),
+        ({"a": zeros(2), "b": zeros(2, dtype=torch.float32)}, ValueError, "torch.float64.*torch.float32"),
+        ((zeros(2), zeros(2, device="meta")), ValueError, "cpu.*meta"),
+        (zeros(2, 3, dtype=torch.int64), TypeError, r"floating point, got torch.int64; convert it with .float"),
+        (zeros(2, 3, dtype=torch.complex128), TypeError, "floating point, got torch.complex128"),
+        ([zeros(2), 1.0], TypeError, "z0 must be a tensor or .*; it contains float"),
+        ((zeros(2), (zeros(2),)), TypeError, "it contains tuple"),
+        (3.0, TypeError, "z0 must be a tensor or a tuple, list or dict of tensors, got float"),
+        ("zeros", TypeError, "got str"),
+        (None, TypeError, "got NoneType"),
+    ],
+    ids=str,
+)
+def test_a_start_that_is_no_state_is_named(state: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Map(lambda z: z, state)
+
+
+PAIR = (zeros(3, 2), zeros(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("z0", "returned", "error", "message"),
+    [
+        (zeros(3, 2), zeros(3, 5), ValueError, r"has shape \(3, 5\), the state has \(B, 2\)"),
+        (zeros(3, 2), zeros(3), ValueError, r"has shape \(3,\), the state has \(B, 2\)"),
+        (zeros(3), zeros(3, 1), ValueError, r"has shape \(3, 1\), the state has \(B\)"),
+        (zeros(3), zeros(()), ValueError, r"has shape \(\), the state has \(B\)"),
+        (zeros(3, 2), zeros(1, 2), ValueError, "returned 1 rows for a state of 3; .*keep the batch"),
+        (PAIR, (zeros(3, 2), zeros(1, 4)), ValueError, r"has parts with \[3, 1\] rows.*keep the batch"),
+        (PAIR, PAIR[:1], ValueError, "has 1 parts, the state has 2"),
+        (PAIR, PAIR[0], TypeError, "must be a tuple like the state, got Tensor"),
+        (PAIR, (PAIR[0], None), TypeError, "contains NoneType"),
+        (PAIR[0], PAIR, TypeError, "must be a Tensor like the state, got tuple"),
+        (PAIR[0], None, TypeError, "must be a tensor or .* got NoneType"),
+        ({"a": PAIR[0]}, {"b": PAIR[0]}, ValueError, r"has keys \['b'\], the state has \['a'\]"),
+        (
+            zeros(3, 2),
+            zeros(3, 2, dtype=torch.float32),
+            TypeError,
+            "has dtype torch.float32, the state has torch.float64",
+        ),
+        (zeros(3, 2, dtype=torch.bfloat16), zeros(3, 2, dtype=torch.int64), TypeError, "has dtype torch.int64"),
+        (zeros(3, 2, dtype=torch.float16), zeros(3, 2, dtype=torch.complex64), TypeError, "has dtype torch.complex64"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_a_result_unlike_the_state_is_named(z0: Any, returned: Any, error: type[Exception], message: str) -> None:
+    f = Map(lambda z: returned, z0)
+    with pytest.raises(error, match=f"the map('s result)? {message}"):
+        f.call(f.pack(z0))
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (zeros(2, 3), ValueError, r"input 1 has shape \(2, 3\), the state has batch 3"),
+        (zeros(()), ValueError, r"input 1 has shape \(\)"),
+        ((zeros(3), zeros(1, 3)), ValueError, r"input 1 has shape \(1, 3\)"),
+        (0.5, TypeError, "input 1 must be a tensor or a tuple, list or dict of tensors, got float"),
+        ({"mask": None}, TypeError, "input 1 contains NoneType; make it an attribute of the map"),
+    ],
+    ids=str,
+)
+def test_an_input_without_the_batch_is_named(value: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Map(lambda z, x, y: z, zeros(3, 2), (zeros(3), value))
