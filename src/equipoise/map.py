@@ -201,6 +201,8 @@ class Map:
     def pull(self, fz: Tensor, z: Tensor, v: Tensor) -> Tensor:
         """`J^T v` on a kept graph from `z` to `fz`, counted."""
         self.counts.vjps += 1
+        if not fz.requires_grad:  # the map ignores its state
+            return torch.zeros_like(z)
         return torch.autograd.grad(fz, z, v, retain_graph=True, materialize_grads=True)[0]
 
     @contextlib.contextmanager
