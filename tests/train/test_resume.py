@@ -11,11 +11,10 @@ import random
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
 
 import pytest
 import torch
-from train.toy import ENVIRONMENT, FULL, PLAIN, Interrupt, Interrupted, Toy, command, timeless
+from train.toy import ENVIRONMENT, FULL, PLAIN, Interrupt, Interrupted, Run, Toy, command, timeless
 
 from equipoise.train import SGD, AdamW, Result, RunError, TrainConfig, checkpoint, fit
 from equipoise.train.run import read_config, read_lines
@@ -23,22 +22,6 @@ from equipoise.train.run import read_config, read_lines
 SGD_RUN = dataclasses.replace(PLAIN, optimizer=SGD(lr=0.05), tensorboard=True)
 ADAMW_RUN = dataclasses.replace(FULL, optimizer=AdamW(lr=0.01, weight_decay=0.1), channels_last=True, log_every=5)
 DOUBLE_RUN = dataclasses.replace(FULL, precision="64-true", stop_after=7, checkpoint_every=2)
-
-
-Run = Callable[[TrainConfig], Result]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Runs a configuration without interruption, each only once."""
-    done: dict[TrainConfig, Result] = {}
-
-    def run(config: TrainConfig) -> Result:
-        if config not in done:
-            done[config] = fit(config, run_dir=tmp_path_factory.mktemp("whole"))
-        return done[config]
-
-    return run
 
 
 def assert_same(found: Result, expected: Result) -> None:

@@ -7,13 +7,14 @@ import json
 import os
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 import equipoise as eq
 from equipoise.models import MDEQConfig
-from equipoise.train import Adam, ImageData, JacobianPenalty, Observer, Pretraining, Schedule, TrainConfig, fit
+from equipoise.train import Adam, ImageData, JacobianPenalty, Observer, Pretraining, Result, Schedule, TrainConfig, fit
 from equipoise.train.data import Splits, TensorSplit
 from equipoise.train.serialize import from_plain, to_plain
 
@@ -79,6 +80,9 @@ FULL = dataclasses.replace(
     checkpoint_every=1,
 )
 """Everything at once that has a state or is random."""
+
+
+Run = Callable[[TrainConfig], Result]
 
 
 class Interrupted(Exception):

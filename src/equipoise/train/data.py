@@ -176,7 +176,7 @@ class ImageData(abc.ABC):
             images = random_crop(images, self.crop_padding, augment)
         if augment is not None and self.flip:
             images = random_flip(images, augment)
-        mean, std = (torch.tensor(value, device=images.device).view(-1, 1, 1) for value in (self.mean, self.std))
+        mean, std = torch.tensor([self.mean, self.std], dtype=torch.float32, device=images.device)[..., None, None]
         return (images.to(torch.float32) / 255 - mean) / std
 
     def _carve(self, images: Tensor, labels: Tensor) -> tuple[TensorSplit, TensorSplit | None]:

@@ -470,7 +470,8 @@ def evaluate(
     fabric = make_fabric(config)
     fabric.launch()
     objective = Classification(model, eval_solver=solver or config.eval_solver).to(fabric.device)
-    found = means(evaluate_sums(fabric, objective, split, config))
+    with _surroundings(config, fabric.device):
+        found = means(evaluate_sums(fabric, objective, split, config))
     del found["penalty"]
     return found
 

@@ -1,0 +1,21 @@
+"""Runs that several tests compare with, done only once."""
+
+from __future__ import annotations
+
+import pytest
+from train.toy import Run
+
+from equipoise.train import Result, TrainConfig, fit
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Trains as a configuration says, without interruption."""
+    done: dict[TrainConfig, Result] = {}
+
+    def run(config: TrainConfig) -> Result:
+        if config not in done:
+            done[config] = fit(config, run_dir=tmp_path_factory.mktemp("whole"))
+        return done[config]
+
+    return run
