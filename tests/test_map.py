@@ -157,7 +157,8 @@ def test_blocks_converge_separately() -> None:
     solve = functools.partial(solve_map, z0=z0, solver=solver, gradient=eq.Implicit())
     together = solve(Map(f, z0, (x,), params=()))
     apart = solve(Map(f, z0, (x,), params=(), blocks=(1, 2)))
-    assert bool(together.converged) and bool(apart.converged)
+    assert bool(together.converged)
+    assert bool(apart.converged)
     exact = torch.tensor([[1.0, 2.0]])
     assert float((together.value[:, 1:] - exact).norm()) > 0.5
     residual = (f(apart.value, x) - apart.value)[:, 1:].norm()
