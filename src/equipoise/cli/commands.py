@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -15,16 +17,18 @@ from rich.console import Console
 from rich.table import Table
 
 from equipoise.cli.display import LiveDisplay, PlainDisplay, facts_table
-from equipoise.cli.errors import UsageError
+from equipoise.cli.errors import UsageError, fail
 from equipoise.cli.flags import parse
+from equipoise.gradients import JacobianFree
 from equipoise.train import CheckpointError, TrainConfig, checkpoint, fit
 from equipoise.train import evaluate as evaluate_split
 from equipoise.train.loop import to_device
 from equipoise.train.readers import DataError, open_image, resize_and_crop, to_mode, to_tensor
 from equipoise.train.recipes import RECIPES
-from equipoise.train.run import RunError, config_yaml, read_config
+from equipoise.train.run import RunError, config_yaml, new_folder, read_config
 from equipoise.train.serialize import nearest
 
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")  # in a folder; a file may have any
 TRAIN_EXAMPLES = """\
 fields of a class are flags, too; --solver.help Anderson lists those of a class. Dashes and underscores in flags
 mean the same. Lists are written [16,32].
@@ -59,7 +63,7 @@ def train(arguments: list[str]) -> int:
     own: list[tuple[str, dict[str, Any]]] = [
         ("--config", {"metavar": "FILE", "help": "YAML file with fields of the configuration, over the recipe's"}),
         ("--run-dir", {"metavar": "FOLDER", "help": "folder of the run [runs/RECIPE-NUMBER]"}),
-        ("--resume", {"action": "store_true", "help": "go on from the newest checkpoint in the run folder"}),
+        ("--resume", {"action": "store_true", "help": "go on with the run in the run folder"}),
         ("--overwrite", {"action": "store_true", "help": "replace the run that the folder holds"}),
         ("--no-report", {"action": "store_true", "help": "write no report.html at the end"}),
         ("--print-config", {"action": "store_true", "help": "print the configuration as YAML and stop"}),
@@ -76,6 +80,17 @@ def train(arguments: list[str]) -> int:
         examples=TRAIN_EXAMPLES,
         own=own,
     )
+    if options.resume and options.overwrite:
+        raise UsageError("--resume goes on with a run and --overwrite replaces it; give one of them")
+    if options.resume and options.run_dir is None:
+        raise UsageError("--resume needs --run-dir FOLDER, the run to go on with")
+    if (
+        recipe is None
+        and options.resume
+        and not options.config
+        and not (Path(options.run_dir) / "config.yaml").exists()
+    ):
+        raise RunError(f"{options.run_dir} holds no run to go on with: it has no config.yaml")
     if recipe is None and not options.config and not options.resume:
         raise UsageError(f"name a recipe ({', '.join(RECIPES)}), or give --config FILE or --resume with --run-dir")
     if options.print_config:
@@ -83,10 +98,16 @@ def train(arguments: list[str]) -> int:
         return 0
     console = Console()
     display = LiveDisplay(console) if console.is_terminal else PlainDisplay(console)
+    folder = Path(options.run_dir) if options.run_dir is not None else new_folder(config.name)
+    advice = f"equipoise train --run-dir {shlex.quote(str(folder))} --resume"
     try:
-        result = fit(
-            config, run_dir=options.run_dir, resume=options.resume, overwrite=options.overwrite, observer=display
-        )
+        result = fit(config, run_dir=folder, resume=options.resume, overwrite=options.overwrite, observer=display)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"{advice} goes on from the last checkpoint") from stop
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RunError(f"{error.filename or folder}: {error.strerror}; make room, then {advice}") from error
     finally:
         display.stop()
     first = not (
@@ -110,15 +131,14 @@ def evaluate(arguments: list[str]) -> int:
         ("--json", {"action": "store_true", "help": "print JSON"}),
     ]
     folder = _run_folder(arguments, "evaluate")
-    base = _run_config(folder) if folder is not None else RECIPES["mdeq-digits"]()
-    base = dataclasses.replace(base, solver=base.eval_solver or base.solver, eval_solver=None, devices=1, num_nodes=1)
+    base = _evaluated(_run_config(folder) if folder is not None else RECIPES["mdeq-digits"]())
     config, options = parse(
         arguments,
         base,
         usage="equipoise evaluate RUN [flags]",
         description="Loss, accuracy and solver statistics of a run. In brackets: the values of the run.",
         examples="examples:\n  equipoise evaluate runs/demo\n"
-        "  equipoise evaluate runs/demo --solver.max_steps 6 --split validation\n"
+        "  equipoise evaluate runs/demo --solver.max_steps 6 --split train\n"
         "  equipoise evaluate runs/demo --solver Anderson --solver.rtol 1e-5 --json\n",
         own=own,
         fields=("data", "solver", "eval_batch_size", "precision", "accelerator", "channels_last"),
@@ -127,9 +147,8 @@ def evaluate(arguments: list[str]) -> int:
     model, _ = _run_model(Path(options.run), console, quiet=options.json)
     split = getattr(config.data.load(), options.split)
     if split is None:
-        raise RunError(
-            "the run set no validation images aside; evaluate --split test, or give --data.validation_fraction"
-        )
+        raise RunError("the run set no validation images aside; evaluate --split test")
+    model.to(torch.float64 if config.precision == "64-true" else torch.float32)
     start = time.perf_counter()
     found = evaluate_split(model, split, config, solver=config.solver)
     seconds = time.perf_counter() - start
@@ -157,21 +176,22 @@ def predict(arguments: list[str]) -> int:
     """Classify image files."""
     own: list[tuple[str, dict[str, Any]]] = [
         ("run", {"metavar": "RUN", "help": "run folder"}),
-        ("images", {"metavar": "IMAGE", "nargs": "+", "help": "PNG, JPEG or other image files"}),
-        ("--top", {"type": int, "default": 3, "help": "classes to show [3]"}),
+        ("images", {"metavar": "IMAGE", "nargs": "+", "help": "PNG, JPEG or other image files, or folders of them"}),
+        ("--top", {"type": int, "default": 3, "help": "classes to show"}),
         ("--invert", {"action": "store_true", "help": "swap dark and light, for dark ink on light ground"}),
         ("--json", {"action": "store_true", "help": "print JSON, one line per image"}),
     ]
     folder = _run_folder(arguments, "predict")
-    base = _run_config(folder) if folder is not None else RECIPES["mdeq-digits"]()
-    base = dataclasses.replace(base, solver=base.eval_solver or base.solver, eval_solver=None, devices=1, num_nodes=1)
+    base = _evaluated(_run_config(folder) if folder is not None else RECIPES["mdeq-digits"]())
     config, options = parse(
         arguments,
         base,
         usage="equipoise predict RUN IMAGE... [flags]",
-        description="Classify image files with a run. Images are converted to the model's size and colors.",
+        description="Classify image files with a run. Images are converted to the model's size and colors. A file that cannot\n"
+        "be read is named on stderr, the others are classified, and the exit code is 1.",
         examples="examples:\n  equipoise predict runs/demo digit.png\n"
-        "  equipoise predict runs/demo scan1.png scan2.png --invert --top 1\n",
+        "  equipoise predict runs/demo scan1.png scan2.png --invert --top 1\n"
+        "  equipoise predict runs/demo scans/ --json\n",
         own=own,
         fields=("solver",),
     )
@@ -179,26 +199,65 @@ def predict(arguments: list[str]) -> int:
         raise UsageError(f"--top {options.top}: must be >= 1")
     console = Console()
     model, facts = _run_model(Path(options.run), console, quiet=options.json)
-    images, notes = zip(*(_read_image(Path(name), config, options.invert) for name in options.images), strict=True)
-    batch, _ = to_device(config, torch.stack(images), torch.zeros(len(images)), torch.device("cpu"))
+    names = facts["about"].get("classes") or [str(number) for number in range(config.model.num_classes)]
+    failed = False
+    files, size = _image_files(options.images), config.eval_batch_size
+    for start in range(0, len(files), size):
+        images = {}
+        for path in files[start : start + size]:
+            try:
+                images[path] = _read_image(path, config, options.invert)
+            except DataError as error:
+                fail(str(error), 1)
+                failed = True
+        if images:
+            _predict_batch(model, config, images, names, console, top=options.top, as_json=options.json)
+    return int(failed)
+
+
+def _predict_batch(
+    model: Any,
+    config: TrainConfig,
+    images: dict[Path, tuple[torch.Tensor, str]],
+    names: list[str],
+    console: Console,
+    *,
+    top: int,
+    as_json: bool,
+) -> None:
+    """Classify some images, and tell the result of each."""
+    pixels = torch.stack([pixels for pixels, _ in images.values()])
+    batch, _ = to_device(config, pixels, torch.zeros(len(images)), torch.device("cpu"))
     with torch.no_grad(), model.deq.using(solver=config.solver):
         logits, solution = model.classify(batch)
     probabilities = logits.softmax(1)
-    names = facts["about"].get("classes") or [str(number) for number in range(config.model.num_classes)]
-    for number, (name, note) in enumerate(zip(options.images, notes, strict=True)):
-        best = probabilities[number].topk(min(options.top, len(names)))
+    for number, (path, (_, note)) in enumerate(images.items()):
+        best = probabilities[number].topk(min(top, len(names)))
         ranked = [(names[index], value) for value, index in zip(*(t.tolist() for t in best), strict=True)]
         steps, converged = int(solution.num_steps[number]), bool(solution.converged[number])
-        if options.json:
-            line = {"image": name, "classes": dict(ranked), "steps": steps, "converged": converged, "note": note}
+        if as_json:
+            line = {"image": str(path), "classes": dict(ranked), "steps": steps, "converged": converged, "note": note}
             sys.stdout.write(json.dumps(line) + "\n")
             continue
         end = f"{steps} solver steps, {'' if converged else 'not '}converged"
-        text = f"{name}: " + ", ".join(f"{label} {value:.1%}" for label, value in ranked) + f"  ({end})"
+        text = f"{path}: " + ", ".join(f"{label} {value:.1%}" for label, value in ranked) + f"  ({end})"
         console.print(text, markup=False, highlight=False, soft_wrap=True)
         if note:
             console.print(f"  {note}", markup=False, highlight=False, soft_wrap=True)
-    return 0
+
+
+def _image_files(names: list[str]) -> list[Path]:
+    """The files that are named, and those in the folders that are named, as far as their suffix tells an image."""
+    found: list[Path] = []
+    for path in map(Path, names):
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+        if not inside:
+            raise DataError(f"{path} holds no image files ({', '.join(IMAGE_SUFFIXES)})")
+        found += inside
+    return list(dict.fromkeys(found))
 
 
 def report(arguments: list[str]) -> int:
@@ -230,7 +289,8 @@ def _report_writer() -> Callable[..., Path]:
     try:
         from equipoise.report import write_report
     except ImportError as error:
-        raise RunError(f"a report needs {error.name}: pip install 'equipoise[report]'") from error
+        missing = (error.name or str(error)).partition(".")[0]
+        raise RunError(f"a report needs {missing}: pip install 'equipoise[report]'") from error
     return write_report
 
 
@@ -275,9 +335,15 @@ def _base(recipe: str | None, file: str | None, run_dir: str | None, resume: boo
     """The configuration that flags change."""
     base = RECIPES[recipe]() if recipe is not None else None
     if file is not None:
-        return read_config(file, base)
-    if base is None and resume and run_dir is not None and (Path(run_dir) / "config.yaml").exists():
-        return read_config(Path(run_dir) / "config.yaml")
+        try:
+            return read_config(file, base)
+        except RunError as error:
+            raise UsageError(str(error)) from error
+    if resume and run_dir is not None and (Path(run_dir) / "config.yaml").exists():
+        found = read_config(Path(run_dir) / "config.yaml")
+        if base is not None and base.name != found.name:
+            raise RunError(f"{run_dir} holds a run of {found.name}, not of {base.name}; leave the recipe out")
+        return found
     return base if base is not None else RECIPES["mdeq-digits"]()
 
 
@@ -296,6 +362,14 @@ def _run_folder(arguments: list[str], command: str) -> Path | None:
             return None
         raise UsageError(f"name the run folder first: equipoise {command} RUN")
     return Path(arguments[0])
+
+
+def _evaluated(config: TrainConfig) -> TrainConfig:
+    """A run's configuration as evaluation needs it: no gradient that asks for a certain solver, one device."""
+    solver = config.eval_solver or config.solver
+    return dataclasses.replace(
+        config, solver=solver, eval_solver=None, gradient=JacobianFree(), devices=1, num_nodes=1, strategy="auto"
+    )
 
 
 def _run_config(folder: Path) -> TrainConfig:

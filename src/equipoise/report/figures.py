@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 from torch import Tensor
 
-from equipoise.report.tested import Tested
+from equipoise.report.answers import Answers
 
 # Colors that stay apart for the color-blind (Okabe and Ito); each has its meanings on the whole page.
 BLUE, ORANGE, GREEN, RED, GRAY, INK = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#5b6673", "#1d2733"
@@ -42,6 +42,7 @@ TRACES, FEW, LABELED = 40, 30, 20  # single images shown; points that get marker
 THOUSANDS = FuncFormatter(lambda x, _: f"{x:,.0f}")
 
 
+@matplotlib.rc_context(STYLE)
 def curve(lines: Sequence[Mapping[str, Any]], name: str, label: str, fixed: int, scale: str = "linear") -> Figure:
     """A quantity of the log over the optimizer steps: training, validation and the final test.
 
@@ -82,12 +83,13 @@ def curve(lines: Sequence[Mapping[str, Any]], name: str, label: str, fixed: int,
     return _legend(figure)
 
 
-def decay(tested: Tested, rtol: float) -> Figure:
+@matplotlib.rc_context(STYLE)
+def decay(answers: Answers, rtol: float) -> Figure:
     """Residual of the test images at each evaluation: some single ones, median and quantiles."""
     figure, axes = _axes("solver step (evaluation of f)", "relative residual |f(z) - z| / |z*|")
-    steps = np.arange(1, len(tested.trace) + 1)
-    low, median, high = tested.quantiles()
-    single = axes.plot(steps, tested.trace[:, :TRACES], color=GRAY, lw=0.6, alpha=0.35)
+    steps = np.arange(1, len(answers.trace) + 1)
+    low, median, high = answers.quantiles()
+    single = axes.plot(steps, answers.trace[:, :TRACES], color=GRAY, lw=0.6, alpha=0.35)
     single[0].set_label("single images")
     axes.fill_between(steps, low, high, color=BLUE, alpha=0.2, lw=0, label="10 to 90%")
     axes.plot(steps, median, color=BLUE, marker="o" if len(steps) <= FEW else None, label="median")
@@ -98,14 +100,15 @@ def decay(tested: Tested, rtol: float) -> Figure:
     return _legend(figure)
 
 
-def step_counts(tested: Tested) -> Figure:
+@matplotlib.rc_context(STYLE)
+def step_counts(answers: Answers) -> Figure:
     """Histogram of the solver steps per test image."""
     figure, axes = _axes("solver steps per image", "test images")
-    steps = tested.num_steps.numpy()
+    steps = answers.num_steps.numpy()
     width = 1 + int(steps.max() - steps.min()) // 40
     edges = np.arange(steps.min(), steps.max() + width + 1, width) - 0.5
     bottom = np.zeros(len(edges) - 1)
-    for name, mask, color in (("converged", tested.converged, BLUE), ("not converged", ~tested.converged, RED)):
+    for name, mask, color in (("converged", answers.converged, BLUE), ("not converged", ~answers.converged, RED)):
         heights = np.histogram(steps[mask.numpy()], edges)[0]
         axes.bar(edges[:-1] + width / 2, heights, 0.86 * width, bottom, color=color, label=name)
         bottom += heights
@@ -118,6 +121,7 @@ def step_counts(tested: Tested) -> Figure:
     return _legend(figure)
 
 
+@matplotlib.rc_context(STYLE)
 def confusion_map(counts: Tensor, classes: Sequence[str]) -> Figure:
     """True classes down, predicted ones across; right answers blue, mistakes red, the darker the more."""
     figure, axes = _axes("predicted class", "true class", height=4.6)
@@ -154,10 +158,9 @@ def to_svg(figure: Figure, title: str) -> str:
 
 
 def _axes(across: str, up: str, height: float = 3.1) -> tuple[Figure, Any]:
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.9, height), layout="constrained")
-        axes = figure.subplots()
-        axes.set(xlabel=across, ylabel=up)
+    figure = Figure(figsize=(4.9, height), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel=across, ylabel=up)
     return figure, axes
 
 
@@ -172,6 +175,5 @@ def _log(axes: Any) -> None:
 
 def _legend(figure: Figure) -> Figure:
     """Names above the axes, where no curve can be."""
-    with matplotlib.rc_context(STYLE):
-        figure.legend(loc="outside upper left", ncols=4, columnspacing=1.1, handlelength=1.4)
+    figure.legend(loc="outside upper left", ncols=4, columnspacing=1.1, handlelength=1.4)
     return figure

@@ -15,8 +15,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from PIL import Image
 
+from equipoise.report.answers import Answers, look
 from equipoise.report.figures import confusion_map, curve, decay, step_counts, to_svg
-from equipoise.report.tested import Tested, look
 from equipoise.train import RunError, TrainConfig, checkpoint
 from equipoise.train.run import config_yaml, read_config, read_lines
 
@@ -51,10 +51,10 @@ def write_report(run_dir: str | os.PathLike[str], *, max_images: int = 2000) -> 
         )
     model = checkpoint.load(folder / "model.safetensors")
     splits = config.data.load()
-    tested = look(model, splits.test, config, max_images)
+    answers = look(model, splits.test, config, max_images)
     try:
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        page = render(config, read_lines(folder), result, tested, splits.classes)
+        page = render(config, read_lines(folder), result, answers, splits.classes)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         what = f"{type(error).__name__}: {error}"
         raise RunError(f"{folder}: metrics.jsonl or result.json is damaged or of another version ({what})") from error
@@ -66,19 +66,17 @@ def render(
     config: TrainConfig,
     lines: Sequence[Mapping[str, Any]],
     result: Mapping[str, Any],
-    tested: Tested,
+    answers: Answers,
     classes: Sequence[str],
 ) -> str:
     """The page as HTML."""
     epochs = [line for line in lines if line["kind"] == "epoch"]
-    count, wrong = len(tested.labels), int((~tested.correct).sum())
-    some = f"{count:,} test images" if count == tested.available else f"{count:,} of {tested.available:,} test images"
-    counts = tested.confusion(len(classes))
+    count, wrong = len(answers.labels), int((~answers.correct).sum())
+    some = f"{count:,} test images" if count == answers.available else f"{count:,} of {answers.available:,} test images"
+    counts = answers.confusion(len(classes))
     pairs = (counts - counts.diag().diag()).nonzero().tolist()
     mixups = sorted(((int(counts[t, p]), t, p) for t, p in pairs), key=lambda pair: (-pair[0], pair[1:]))
     worst = [f"{classes[t]} is taken for {classes[p]}, {n} of {counts[t].sum()} times" for n, t, p in mixups]
-    order = sorted(range(count), key=lambda i: (bool(tested.correct[i]), -float(tested.confidence[i])))
-    order = order[: min(wrong, EXAMPLES)] + order[wrong:][::-1][: max(0, EXAMPLES - wrong)]
     fixed = config.pretraining
     return PAGE.substitute(
         title=_text(result["recipe"]),
@@ -90,9 +88,9 @@ def render(
         learning=_figures(_learning(config, lines, result)),
         solving=_figures(_solving(config, lines, result)),
         some=some,
-        testing=_figures(_testing(config, tested)),
+        testing=_figures(_testing(config, answers)),
         wrong="1 mistake" if wrong == 1 else f"{wrong:,} mistakes",
-        examples="".join(_example(tested, number, classes) for number in order),
+        examples=examples(answers, classes),
         matrix=_figures(
             [(f"Confusion: most often {worst[0]}" if worst else "No confusion", confusion_map(counts, classes))]
         ),
@@ -113,6 +111,13 @@ def render(
         ),
         config=_text(config_yaml(config)),
     )
+
+
+def examples(answers: Answers, classes: Sequence[str]) -> str:
+    """Images with what the model says: mistakes, the surest first, then right answers, the least sure first."""
+    correct, confidence = answers.correct.tolist(), answers.confidence.tolist()
+    order = sorted(range(len(correct)), key=lambda i: confidence[i] if correct[i] else -1 - confidence[i])
+    return "".join(_example(answers, number, classes) for number in order[:EXAMPLES])
 
 
 def _cards(result: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -180,13 +185,16 @@ def _solving(config: TrainConfig, lines: Sequence[Mapping[str, Any]], result: Ma
     ]
 
 
-def _testing(config: TrainConfig, tested: Tested) -> Titled:
-    median = tested.quantiles()[1]
+def _testing(config: TrainConfig, answers: Answers) -> Titled:
+    median = answers.quantiles()[1]
     fall = f"falls from {median[0]:.2g} to {median[-1]:.2g} within {len(median)} steps" if len(median) else "is unknown"
-    half, done = int(tested.num_steps.median()), f"{int(tested.converged.sum()):,} of {len(tested.labels):,} converge"
+    half, done = (
+        int(answers.num_steps.median()),
+        f"{int(answers.converged.sum()):,} of {len(answers.labels):,} converge",
+    )
     return [
-        (f"Residual: the median {fall}", decay(tested, (config.eval_solver or config.solver).rtol)),
-        (f"Steps: half of the images need at most {half}; {done}", step_counts(tested)),
+        (f"Residual: the median {fall}", decay(answers, (config.eval_solver or config.solver).rtol)),
+        (f"Steps: half of the images need at most {half}; {done}", step_counts(answers)),
     ]
 
 
@@ -205,17 +213,17 @@ def _figures(figures: Titled) -> str:
     )
 
 
-def _example(tested: Tested, number: int, classes: Sequence[str]) -> str:
-    pixels = tested.images[number].permute(1, 2, 0).numpy()
+def _example(answers: Answers, number: int, classes: Sequence[str]) -> str:
+    pixels = answers.images[number].permute(1, 2, 0).numpy()
     image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
     image.thumbnail((96, 96))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
-    true, named = (_text(classes[int(labels[number])]) for labels in (tested.labels, tested.predicted))
+    true, named = (_text(classes[int(labels[number])]) for labels in (answers.labels, answers.predicted))
     return (
-        f'<div class="{"right" if tested.correct[number] else "wrong"}"><img alt="test image of class {true}" '
+        f'<div class="{"right" if answers.correct[number] else "wrong"}"><img alt="test image of class {true}" '
         f'src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-        f"<b>{named}</b> {tested.confidence[number]:.0%}<br><span>true: {true}</span></div>"
+        f"<b>{named}</b> {answers.confidence[number]:.0%}<br><span>true: {true}</span></div>"
     )
 
 

@@ -16,7 +16,7 @@ from equipoise.train.loop import make_fabric, to_device
 
 
 @dataclasses.dataclass(frozen=True)
-class Tested:
+class Answers:
     """What a model says about N test images, and how its solves went.
 
     Args:
@@ -61,7 +61,7 @@ class Tested:
 
 
 @torch.no_grad()
-def look(model: MDEQClassifier, split: Split, config: TrainConfig, max_images: int) -> Tested:
+def look(model: MDEQClassifier, split: Split, config: TrainConfig, max_images: int) -> Answers:
     """Classify test images as evaluation does, with a trace of every solve.
 
     Args:
@@ -101,6 +101,6 @@ def look(model: MDEQClassifier, split: Split, config: TrainConfig, max_images: i
     images, labels, predicted, confidence, num_steps, converged = (
         torch.cat(column) for column in zip(*parts, strict=True)
     )
-    return Tested(
+    return Answers(
         images, labels, predicted, confidence, num_steps, converged, trace, available=max(len(split), len(labels))
     )
