@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from equipoise.gradients import Gradient, Implicit
@@ -61,7 +62,7 @@ def solve_map(f: Map, z0: S, *, solver: Solver, gradient: Gradient, trace: bool 
         raise TypeError(f"solver must be a solver such as Anderson(), got {solver!r}")
     if not isinstance(gradient, Gradient):
         raise TypeError(f"gradient must be a gradient such as Implicit(), got {gradient!r}")
-    if gradient.uses_inverse and not solver.keeps_inverse:
+    if torch.is_grad_enabled() and gradient.uses_inverse and not solver.keeps_inverse:
         raise ValueError(
             f"gradient {gradient!r} reads the forward solver's inverse, but {type(solver).__name__} keeps none; "
             "use Broyden or LBFGS as solver, or Implicit() as gradient"

@@ -187,8 +187,8 @@ def predict(arguments: list[str]) -> int:
         arguments,
         base,
         usage="equipoise predict RUN IMAGE... [flags]",
-        description="Classify image files with a run. Images are converted to the model's size and colors. A file that cannot\n"
-        "be read is named on stderr, the others are classified, and the exit code is 1.",
+        description="Classify image files with a run. Images are converted to the model's size and colors.\n"
+        "A file that cannot be read is named on stderr, the others are classified, and the exit code is 1.",
         examples="examples:\n  equipoise predict runs/demo digit.png\n"
         "  equipoise predict runs/demo scan1.png scan2.png --invert --top 1\n"
         "  equipoise predict runs/demo scans/ --json\n",

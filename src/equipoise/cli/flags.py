@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import inspect
 import re
-import textwrap
 import typing
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -67,7 +67,8 @@ def parse(
     for name, details in own:
         (mine if name.startswith("-") else parser).add_argument(name, **details)
     mine.add_argument("-h", "--help", action="help", help="show this help")
-    parser.add_class_arguments(TrainConfig, skip={name for name in [*every, "name"] if name not in fields})
+    others = {name for name in [*every, "name"] if name not in fields}
+    parser.add_argument_group("configuration").add_class_arguments(TrainConfig, as_group=False, skip=others)
     parser.set_defaults({name: plain[name] for name in fields})
     parsed = parser.parse_args(list(arguments)).as_dict()
     options = argparse.Namespace(**{key: value for key, value in parsed.items() if key not in every})
@@ -86,8 +87,16 @@ class Parser(jsonargparse.ArgumentParser):
         text = re.sub(r"Problem with given class_path '[\w.]+': ", "", text)
         text = re.sub(r'^Parser key "([^"]+)": ', r"--\1: ", text)
         text = re.sub(r"^--([\w.]+): --([\w.]+): ", r"--\1.\2: ", text)
+        text = re.sub(
+            r"Does not validate against.* Subtypes: \[(.*?)\] Errors: .* Given value: (.*)", _union_error, text
+        )
         text = re.sub(r"typing\.Literal\[([^\]]*)\]", r"one of \1", text)
         raise UsageError(re.sub(r"Expected an? (.*?)\. Got value: ", r"expected \1, got ", text)) from ex
+
+
+def _union_error(match: re.Match[str]) -> str:
+    names = [name.rpartition(".")[2].replace("NoneType", "null") for name in match[1].split(", ")]
+    return f"expected {' or '.join(names)}, got {match[2]}"
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
@@ -99,7 +108,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         if action.dest.endswith(".help"):
             return "show the fields of a class"
-        text = " ".join((action.help or "").split())
+        text = re.sub(r"\bNone\b", "null", " ".join((action.help or "").split()))  # as it is typed here
         hint = getattr(action, "_typehint", None)
         family = _family(hint)
         if family is not None:
@@ -243,10 +252,11 @@ def _names(name: str, hint: Any, value: Any, values: dict[str, str]) -> set[str]
 
 
 def _nearest_flag(given: str, known: set[str]) -> str:
-    head = given.rpartition(".")[0]
-    siblings = {name for name in known if name.rpartition(".")[0] == head} if head else set()
-    return (
-        nearest(given, siblings or known)
-        if siblings or "." not in given
-        else textwrap.shorten(nearest(given, known), 300)
-    )
+    """End of a message about an unknown flag: the most similar one, first among the fields of the same class."""
+    head, _, tail = given.rpartition(".")
+    fields = {name.rpartition(".")[2] for name in known if head and name.rpartition(".")[0] == head} - {"help"}
+    prefix, wanted, names = (f"--{head}.", tail, fields) if fields else ("--", given, known)
+    close = difflib.get_close_matches(wanted, sorted(names), n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {prefix + close[0]}?"
+    return f"known: {', '.join(prefix + name for name in sorted(names))}" if fields else "--help lists all"

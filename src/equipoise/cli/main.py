@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 import equipoise
-from equipoise.cli.errors import UsageError
+from equipoise.cli.errors import UsageError, fail
 from equipoise.train.serialize import nearest
 
 HELP = """\
@@ -43,8 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         return run(arguments)
-    except KeyboardInterrupt:
-        return fail("interrupted; the same command with --resume goes on from the last checkpoint", 130)
+    except KeyboardInterrupt as stop:
+        return fail(f"interrupted{''.join(f'; {advice}' for advice in stop.args)}", 130)
+    except SystemExit as end:  # argparse leaves this way when it has shown a help text
+        return int(end.code or 0)
     except BrokenPipeError:
         sys.stderr.close()
         return 1
@@ -61,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         known = isinstance(error, (ValueError, OSError, ArithmeticError))
         text = str(error) if known else f"{type(error).__name__}: {error} (--debug shows the traceback)"
+        if isinstance(error, OSError) and error.strerror and error.filename is not None:
+            text = f"{error.filename}: {error.strerror}"
         return fail(text, 1)
 
 
@@ -85,9 +89,3 @@ def run(arguments: list[str]) -> int:
     if command not in known:
         raise UsageError(f"unknown command {command!r}; {nearest(command, known)}")
     return known[command](rest)
-
-
-def fail(text: str, code: int) -> int:
-    """Tell an error on stderr; returns its exit code."""
-    sys.stderr.write(f"equipoise: error: {text.strip()}\n")
-    return code
