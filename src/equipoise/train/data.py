@@ -212,7 +212,7 @@ def random_flip(images: Tensor, source: torch.Generator) -> Tensor:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Digits(ImageData):
-    """The 1,797 handwritten digits, 8x8, that scikit-learn ships; a fixed fifth of each digit is the test split."""
+    """The 1,797 handwritten digits, 8x8, that scikit-learn ships; a fixed random fifth is the test split."""
 
     validation_fraction: float = 0.0
     mean: tuple[float, ...] = (0.3053,)
@@ -265,8 +265,8 @@ class FashionMNIST(ImageData):
                 mean=self.mean,
                 std=self.std,
             ).load()
-        train = readers.read_idx_pair(folder, "train", num_classes=10)
-        test = readers.read_idx_pair(folder, "t10k", num_classes=10)
+        train = readers.read_idx_pair(folder, "train", size=28, num_classes=10)
+        test = readers.read_idx_pair(folder, "t10k", size=28, num_classes=10)
         training, validation = self._carve(*train)
         return Splits(training, validation, TensorSplit(*test), FASHION_CLASSES)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import math
 import os
 import struct
 import zlib
@@ -55,12 +56,13 @@ def find_idx(root: str | None) -> Path | None:
     )
 
 
-def read_idx_pair(folder: Path, prefix: str, *, num_classes: int) -> tuple[Tensor, Tensor]:
+def read_idx_pair(folder: Path, prefix: str, *, size: int, num_classes: int) -> tuple[Tensor, Tensor]:
     """Images and labels of one split.
 
     Args:
         folder: of the files.
         prefix: `train` or `t10k`.
+        size: side of the images in pixels.
         num_classes: labels must be below it.
 
     Returns:
@@ -78,7 +80,9 @@ def read_idx_pair(folder: Path, prefix: str, *, num_classes: int) -> tuple[Tenso
     images, labels = pair
     if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
         raise DataError(f"{folder}: {prefix} images {tuple(images.shape)} and labels {tuple(labels.shape)} do not fit")
-    if len(labels) and int(labels.max()) >= num_classes:
+    if images.shape[1:] != (size, size):
+        raise DataError(f"{folder}: {prefix} images have {images.shape[2]}x{images.shape[1]} pixels, not {size}x{size}")
+    if int(labels.max()) >= num_classes:
         raise DataError(f"{folder}: {prefix} labels go up to {int(labels.max())}, but there are {num_classes} classes")
     return images[:, None], labels.to(torch.int64)
 
@@ -97,9 +101,11 @@ def read_idx(path: Path) -> Tensor:
     if len(raw) < 4 or raw[:3] != b"\x00\x00\x08" or len(raw) < 4 + 4 * raw[3]:
         raise DataError(f"{path} is not an IDX file of unsigned bytes: its header is {raw[:4].hex() or 'empty'}")
     shape = struct.unpack(f">{raw[3]}I", raw[4 : 4 + 4 * raw[3]])
-    expected, found = int(torch.tensor(shape, dtype=torch.int64).prod()), len(raw) - 4 - 4 * raw[3]
+    expected, found = math.prod(shape), len(raw) - 4 - 4 * raw[3]
     if found != expected:
         raise DataError(f"{path} announces {expected} bytes of shape {shape} and holds {found}: fetch it again")
+    if found == 0:
+        raise DataError(f"{path} holds no data: fetch it again")
     return torch.frombuffer(bytearray(raw[4 + 4 * raw[3] :]), dtype=torch.uint8).view(shape)
 
 
