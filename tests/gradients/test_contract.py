@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -231,6 +232,19 @@ def test_noise_and_normalized_weights_are_those_of_the_forward_pass(training: bo
         h = 1e-5
         difference = float(((equilibrium(x, h) - equilibrium(x, -h)) * g).sum()) / (2 * h)
     assert slope == pytest.approx(difference, rel=1e-6)
+
+
+@by_name
+def test_backward_iterates_no_spectral_norm(gradient: eq.gradients.Gradient) -> None:
+    cell = NoisyCell()
+    for buffer in cell.buffers():  # far from converged: another power iteration would change the map
+        buffer.copy_(nn.functional.normalize(torch.randn_like(buffer), dim=0))
+    z = eq.fixed_point(cell, torch.zeros(3, 6), torch.randn(3, 6), solver=forward(gradient), gradient=gradient).value
+    buffers = [buffer.clone() for buffer in cell.buffers()]
+    z.sum().backward()
+    assert len(buffers) == 2
+    assert all(map(torch.equal, buffers, cell.buffers()))
+    assert cell.inner.parametrizations.weight.training
 
 
 # --- graphs --------------------------------------------------------------------------------------------------------
@@ -471,6 +485,21 @@ def test_between_forward_and_backward_only_the_equilibrium_is_held(gradient: eq.
     assert sorted(t.data_ptr() for t in held) == sorted(t.data_ptr() for t in (z, x, *cell.parameters()))
 
 
+@by_name
+def test_an_inverse_lives_as_long_as_the_graph_that_needs_it(gradient: eq.gradients.Gradient) -> None:
+    def alive() -> int:
+        return sum(type(o) is eq.linalg.InverseEstimate for o in gc.get_objects())
+
+    gc.collect()
+    before = alive()
+    layer, x = eq.nn.DEQ(TanhCell(), solver=forward(gradient), gradient=gradient), torch.randn(3, 6)
+    z = layer(x)
+    assert alive() - before == int(gradient.uses_inverse)
+    z.sum().backward()
+    del z
+    assert alive() == before  # no cycle of references waits for the garbage collector
+
+
 # --- reports of the adjoint ----------------------------------------------------------------------------------------
 
 
@@ -498,6 +527,18 @@ def test_the_report_tells_the_truth_about_the_adjoint(max_steps: int) -> None:
         assert set(report.status.tolist()) == {eq.Status.MAX_STEPS}
         with pytest.raises(eq.ConvergenceError, match="MAX_STEPS: 3 of 3 samples"):
             report.raise_for_status()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_an_adjoint_that_starts_at_its_solution_takes_one_product(scale: float) -> None:
+    reports: list[eq.Solution[Tensor]] = []
+    a, x, g = TanhCell().w.detach(), torch.randn(3, 6, requires_grad=True), scale * torch.randn(3, 6)
+    w = torch.linalg.solve(torch.eye(6) - a.T, g.T).T
+    gradient = eq.Implicit(solver=eq.Anderson(rtol=1e-9), start=w, observe=reports.append)
+    f = lambda z, x: z @ a.T + x  # noqa: E731
+    z = eq.fixed_point(f, torch.zeros(3, 6), x, params=(), solver=TIGHT, gradient=gradient).value
+    torch.testing.assert_close(torch.autograd.grad(z, x, g)[0], w)
+    assert reports[0].num_vjps == 1
 
 
 def test_the_report_of_a_zero_cotangent_is_zero() -> None:
