@@ -173,9 +173,10 @@ class Map:
         """What `f` returns at flat `z`: the one place where user code is called."""
         self.counts.evals += 1
         for number, layer in enumerate(self.seeded):
-            # Layers draw from different streams of each sample's seed.
+            # Layers draw from different streams of each sample's seed; the stride must not be that of the counters
+            # within a layer, or one layer's mask would be another's, shifted.
             assert self.seeds is not None
-            layer.seeds = self.seeds + 0x9E3779B1 * (number + 1)
+            layer.seeds = self.seeds + 0x85EBCA6B * (number + 1)
         try:
             state = self.unpack(z)
             if self.autocast is None:
@@ -229,14 +230,15 @@ class Map:
                 stack.enter_context(torch.autocast(kind, dtype=self.autocast[1]))
             if self.autocast is not None or torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
-            for module in self.learning if backward else ():
+            frozen = [module for module in self.learning if module.training] if backward else []
+            for module in frozen:
                 module.training = False
             try:
                 with parametrize.cached():
                     yield
             finally:
                 parametrize._cache = outer
-                for module in self.learning if backward else ():
+                for module in frozen:
                     module.training = True
 
 
@@ -284,7 +286,7 @@ def _check_modules(f: nn.Module) -> tuple[list[SeededLayer], list[nn.Module]]:
     """Refuse layers that make a map depend on the batch or change between evaluations.
 
     Returns:
-        The seeded layers and the parametrisations, as far as they are in training mode.
+        The seeded layers in training mode, and the parametrisations.
     """
     seeded: list[SeededLayer] = []
     learning: list[nn.Module] = []
@@ -293,7 +295,7 @@ def _check_modules(f: nn.Module) -> tuple[list[SeededLayer], list[nn.Module]]:
             if module.training:
                 seeded.append(module)
         elif isinstance(module, parametrize.ParametrizationList):
-            learning += [part for part in module.modules() if part.training]
+            learning += module.modules()
         elif isinstance(module, nn.modules.batchnorm._BatchNorm):
             if module.training or module.running_mean is None:
                 raise ValueError(

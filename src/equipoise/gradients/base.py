@@ -191,6 +191,7 @@ def _pull_tracked(
 
     adjoint_map = Map(adjoint, w, (z, g, *inputs), params=record.map.params)
     adjoint_map.declared = False  # the dropout seeds inside know nothing of rows that leave
+    adjoint_map.learning = record.map.learning
     # The Jacobian of this map is J^T, and its inverse estimate the transposed one.
     inverse = record.solution.inverse
     transposed = dataclasses.replace(record.solution, inverse=None if inverse is None else inverse.mT)

@@ -104,6 +104,11 @@ class DEQ(nn.Module):
         return torch.zeros_like(inputs[0])
 
     def _check(self) -> None:
+        if self.init is not None and not callable(self.init):
+            raise TypeError(
+                f"init must be a module or a function (*inputs) -> z0, got {type(self.init).__name__}; "
+                "pass a tensor in the call, layer(x, z0=...)"
+            )
         if not isinstance(self.solver, Solver):
             raise TypeError(f"solver must be a solver such as Anderson(), got {self.solver!r}")
         if not isinstance(self.gradient, Gradient):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 from equipoise.map import SeededLayer
 
@@ -33,8 +33,9 @@ class VariationalDropout(SeededLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, C, ...) -> (B, C, ...)`."""
-        if not self.training or self.p == 0:
+        if self.p == 0 or (self.seeds is None and not self.training):
             return x
+        # With seeds there is a mask in either mode: backward meets the map that the solve met.
         if self.seeds is None:
             raise RuntimeError(
                 "VariationalDropout in training mode needs the seeds of a solve: give the module itself to "
@@ -70,7 +71,22 @@ def weight_norm(module: nn.Module, name: str = "weight", dim: int = 0) -> nn.Mod
     Returns:
         The same module.
     """
-    return parametrizations.weight_norm(module, name=name, dim=dim)
+    parametrize.register_parametrization(module, name, _WeightNorm(dim))
+    return module
+
+
+class _WeightNorm(nn.Module):
+    """The formula itself: the fused kernel of `torch.nn.utils` has wrong second derivatives (seen in torch 2.13)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, g: Tensor, v: Tensor) -> Tensor:
+        return v * (g / torch.norm_except_dim(v, 2, self.dim))
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.norm_except_dim(weight, 2, self.dim), weight
 
 
 def spectral_norm(module: nn.Module, name: str = "weight", n_power_iterations: int = 1) -> nn.Module:

@@ -17,7 +17,7 @@ def jacobian_penalty(solution: Solution, num_probes: int = 1) -> Tensor:
     Its expectation is $\|J\|_F^2 / D$, averaged over the batch. The gradient does not pass through $z^*$.
 
     Args:
-        solution: of a solve; its map is evaluated once more at its value, with the same dropout masks.
+        solution: of a solve; its map is evaluated once more at its value, with the same dropout masks and weights.
         num_probes: $M$.
 
     Returns:
@@ -31,7 +31,7 @@ def jacobian_penalty(solution: Solution, num_probes: int = 1) -> Tensor:
     if num_probes < 1:
         raise ValueError(f"num_probes={num_probes!r}: must be >= 1")
     f = _map(solution)
-    with f.session(), torch.enable_grad():
+    with f.session(backward=True), torch.enable_grad():
         z = f.pack(solution.value).detach().requires_grad_()
         fz = f.call(z)
         total = z.new_zeros(())
@@ -62,7 +62,7 @@ def spectral_radius(solution: Solution, num_iterations: int = 100) -> Tensor:
     if num_iterations < 2:
         raise ValueError(f"num_iterations={num_iterations!r}: must be >= 2")
     f = _map(solution)
-    with f.session():
+    with f.session(backward=True):
         with torch.enable_grad():
             z = f.pack(solution.value).detach().requires_grad_()
             fz = f.on([t.detach() for t in f.tensors]).call(z)
