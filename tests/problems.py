@@ -54,3 +54,36 @@ class TanhCell(nn.Module):
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         return torch.tanh(z @ self.w.T + x @ self.u.T + self.b)
+
+
+def two_scales(batch: int = 5) -> Problem:
+    """A state of two tensors of different shape and scale, coupled linearly; a dict is solved by its values."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(batch, 1, generator=generator, dtype=torch.float64)
+    # u = 0.5 v / 1000 + x and v = 300 u (broadcast to 2 x 3): u = 0.15 u + x.
+    u = x / 0.85
+
+    def f(z: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+        u, v = z
+        return v.mean(dim=(1, 2))[:, None] * 5e-4 + x, (300 * u[:, :, None]).expand_as(v)
+
+    return Problem(
+        f, (torch.zeros_like(x), x.new_zeros(batch, 2, 3)), (x,), (u, (300 * u[:, :, None]).expand(-1, 2, 3))
+    )
+
+
+def rotation(batch: int = 3, radius: float = 1.2) -> Problem:
+    """z -> R z + x, R a quarter turn times `radius`: Picard iteration leaves on a spiral."""
+    turn = torch.tensor([[0.0, -radius], [radius, 0.0]], dtype=torch.float64)
+    x = torch.linspace(1, 2, 2 * batch, dtype=torch.float64).reshape(batch, 2)
+    expected = torch.linalg.solve(torch.eye(2, dtype=turn.dtype) - turn, x.T).T
+    return Problem(lambda z, x: z @ turn.to(z.dtype).T + x, torch.zeros_like(x), (x,), expected)
+
+
+def scalar(batch: int = 4) -> Problem:
+    """z -> c cos z, its solution by Newton's method."""
+    c = torch.linspace(0.2, 1.2, batch, dtype=torch.float64)[:, None]
+    z = torch.ones_like(c)
+    for _ in range(50):
+        z = z - (z - c * z.cos()) / (1 + c * z.sin())
+    return Problem(lambda z, c: c * torch.cos(z), torch.zeros_like(c), (c,), z)

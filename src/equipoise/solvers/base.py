@@ -178,7 +178,7 @@ class _Record:
             top = torch.finfo(size.dtype).max
             self.limit = torch.where(size.isfinite(), (size * DIVERGED_AT).clamp_max(top), torch.nan)
         sound = size <= self.limit  # False for NaN, too
-        converged = met & point.running
+        converged = met & point.running & size.isfinite()  # an infinite residual is within a share of infinity
         better = (error < self.best_error) & sound & point.running | converged
         if step == 1:
             better |= sound
