@@ -1,0 +1,104 @@
+"""Picard iteration: its exact counts on linear maps, damping, Banach's bound."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from problems import spectral
+from torch import Tensor
+
+import equipoise as eq
+
+
+def solve(slope: Tensor, x: Tensor, solver: eq.Picard, **options: Any) -> eq.Solution[Tensor]:
+    """z = slope z + x, one number per sample, from zero."""
+    return eq.fixed_point(lambda z, a, x: a * z + x, torch.zeros_like(x), slope, x, solver=solver, params=(), **options)
+
+
+@pytest.mark.parametrize("damping", [1.0, 0.6, 0.25])
+def test_errors_follow_the_closed_form(damping: float) -> None:
+    slope, x = torch.tensor([[-0.9], [0.1], [0.5], [0.9]]), torch.tensor([[1.0], [-2.0], [3.0], [1e-3]])
+    exact = x / (1 - slope)
+    rate = 1 - damping * (1 - slope)  # of the error, in every step
+    for steps in (1, 2, 7):
+        solution = solve(slope, x, eq.Picard(damping=damping, max_steps=steps, rtol=0), trace=True)
+        assert solution.trace is not None
+        k = torch.arange(steps)[:, None]
+        torch.testing.assert_close(solution.trace, (1 - slope.T) * exact.T.abs() * rate.T.abs() ** k)
+        torch.testing.assert_close(solution.value, exact * (1 - rate ** (steps - 1)))
+
+
+def test_counts_are_those_of_the_linear_rate() -> None:
+    slope, x, atol = torch.tensor([[0.1], [0.5], [0.9], [0.97]]), torch.ones(4, 1), 1e-6
+    solution = solve(slope, x, eq.Picard(max_steps=1000, rtol=0, atol=atol)).raise_for_status()
+    expected = [1 + math.ceil(math.log(atol) / math.log(a)) for a in slope[:, 0].tolist()]  # |r_k| = a^k
+    # At 0.1 the last residual is the tolerance itself, up to rounding.
+    assert solution.num_steps.tolist()[1:] == expected[1:]
+    assert int(solution.num_steps[0]) in (expected[0], expected[0] + 1)
+
+
+def test_damping_tames_an_oscillation_that_diverges_without() -> None:
+    slope, x = torch.tensor([[-1.5], [-2.9]]), torch.ones(2, 1)
+    wild = solve(slope, x, eq.Picard(max_steps=100))
+    assert wild.status.tolist() == [eq.Status.DIVERGED] * 2
+    # |r_k| = a^k: the first evaluation that exceeds 1e8 times the first one.
+    assert wild.num_steps.tolist() == [2 + math.floor(8 / math.log10(a)) for a in (1.5, 2.9)]
+    tame = solve(slope, x, eq.Picard(damping=0.5, max_steps=500, rtol=1e-10)).raise_for_status()
+    torch.testing.assert_close(tame.value, x / (1 - slope), rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize(("radius", "status"), [(1.0, eq.Status.MAX_STEPS), (1.5, eq.Status.DIVERGED)])
+def test_a_rotation_is_not_solved_and_keeps_its_best_iterate(radius: float, status: eq.Status) -> None:
+    turn = radius * torch.tensor([[0.0, -1.0], [1.0, 0.0]])
+    x = torch.randn(3, 2)
+    solution = eq.fixed_point(
+        lambda z, x: z @ turn.T + x, 0 * x, x, params=(), solver=eq.Picard(max_steps=60, rtol=0, atol=1e-9)
+    )
+    assert solution.status.tolist() == [status] * 3
+    assert bool((solution.residual <= x.norm(dim=1) * (1 + 1e-12)).all())
+
+
+@pytest.mark.parametrize("lipschitz", [0.0, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("damping", [1.0, 0.5])
+def test_the_bound_holds_for_the_error_and_not_only_for_the_residual(lipschitz: float, damping: float) -> None:
+    weight, x = spectral(6, lipschitz, torch.Generator().manual_seed(3)), torch.randn(5, 6)
+    weight = (weight + weight.T) / 2
+    weight *= lipschitz / torch.linalg.matrix_norm(weight, 2) if lipschitz else 1.0
+    exact = torch.linalg.solve(torch.eye(6) - weight, x.T).T
+    solver = eq.Picard(lipschitz=lipschitz, damping=damping, max_steps=5000, rtol=1e-3, atol=1e-4)
+    solution = eq.fixed_point(lambda z, x: z @ weight.T + x, 0 * x, x, params=(), solver=solver).raise_for_status()
+    image = solution.value @ weight.T + x
+    allowed = 1e-4 + 1e-3 * image.norm(dim=1)
+    assert bool(((solution.value - exact).norm(dim=1) <= allowed).all())
+    assert bool((solution.residual <= (1 - lipschitz) * allowed * (1 + 1e-12)).all())
+    # The same tolerance for the residual stops earlier, and its error is larger than asked for.
+    without = eq.Picard(damping=damping, max_steps=5000, rtol=1e-3, atol=1e-4)
+    crude = eq.fixed_point(lambda z, x: z @ weight.T + x, 0 * x, x, params=(), solver=without)
+    if lipschitz >= 0.9:
+        assert bool((crude.num_steps < solution.num_steps).all())
+        assert bool(((crude.value - exact).norm(dim=1) > allowed).any())
+
+
+def test_banachs_bound_is_attained_by_a_scaling_and_so_stops_no_later_than_it_must() -> None:
+    slope, x, atol = torch.full((1, 1), 0.9), torch.ones(1, 1), 1e-3
+    solution = solve(slope, x, eq.Picard(lipschitz=0.9, max_steps=500, rtol=0, atol=atol)).raise_for_status()
+    error = float((solution.value - 10).abs())
+    assert 0.9 * atol < error <= atol
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"damping": 0.0}, r"Picard\(damping=0.0\): must lie in \(0, 1\]"),
+        ({"damping": 1.5}, r"Picard\(damping=1.5\): must lie in"),
+        ({"damping": math.nan}, r"Picard\(damping=nan\): must lie in"),
+        ({"lipschitz": 1.0}, r"Picard\(lipschitz=1.0\): must lie in \[0, 1\); only a contraction has a bound"),
+        ({"lipschitz": -0.1}, r"Picard\(lipschitz=-0.1\): must lie in"),
+    ],
+)
+def test_fields_out_of_range(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        eq.Picard(**fields)
