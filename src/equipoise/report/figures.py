@@ -67,7 +67,8 @@ def curve(lines: Sequence[Mapping[str, Any]], name: str, label: str, fixed: int,
         if chosen:
             steps, values = ([line[key] for line in chosen] for key in ("step", name))
             called = "training" if split == "train" else split
-            axes.plot(steps, values, color=color, marker=marker if len(steps) <= FEW else None, label=called)
+            style = {"marker": marker} if len(steps) <= FEW else {"lw": 1.8 if len(steps) <= 10 * FEW else 0.9}
+            axes.plot(steps, values, color=color, label=called, **style)
     if fixed:
         axes.axvspan(0, min(fixed, last), color="#eceff3", lw=0, zorder=0, label="fixed depth")
     axes.set_xlim(0, last * 1.02)
