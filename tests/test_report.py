@@ -321,7 +321,7 @@ def test_the_same_run_gives_the_same_page(copy: Path) -> None:
     assert page_of(copy) == before
 
 
-@pytest.mark.parametrize("case", ["installed", "missing", "declined"])
+@pytest.mark.parametrize("case", [pytest.param("installed", marks=pytest.mark.slow), "missing", "declined"])
 def test_training_ends_with_a_report_where_the_extra_is_installed(
     run: Path, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
