@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from equipoise.train import Observer, Result
 
@@ -45,19 +46,27 @@ class PlainDisplay(Observer):
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+class TwoLines(Progress):
+    """A progress bar with the latest figures below it: beside it they would leave no room for it."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            yield Text(task.fields["figures"], no_wrap=True, overflow="ellipsis")
+
+
 class LiveDisplay(PlainDisplay):
     """A progress bar with the time left and the latest figures, and the plain lines above it."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
-        self.progress = Progress(
+        self.progress = TwoLines(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
             console=console,
             speed_estimate_period=120,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections.abc
 import dataclasses
 import difflib
 import inspect
@@ -16,11 +17,6 @@ import jsonargparse
 from equipoise.cli.errors import UsageError
 from equipoise.train import TrainConfig
 from equipoise.train.serialize import from_plain, known_classes, nearest, public_path, to_plain
-
-# A flag may name classes of this package and those that the running program has imported, and nothing else is imported.
-jsonargparse.set_parsing_settings(
-    docstring_parse_attribute_docstrings=True, import_path_denylist=["*"], import_path_allowlist=["equipoise"]
-)
 
 
 def parse(
@@ -53,12 +49,12 @@ def parse(
     plain = _choose_classes(to_plain(base), arguments)
     _check_names(plain, arguments, fields, own)
 
+    _allow_known_classes()
     parser = Parser(
         prog="equipoise",
         usage=usage,
         description=description,
         epilog=examples,
-        formatter_class=Formatter,
         allow_abbrev=False,
         add_help=False,
         exit_on_error=False,
@@ -80,7 +76,10 @@ def parse(
 
 
 class Parser(jsonargparse.ArgumentParser):
-    """Parser that tells an error in one line."""
+    """Parser that tells an error in one line; also of the help texts of classes, which jsonargparse makes itself."""
+
+    def __init__(self, *arguments: Any, **details: Any) -> None:
+        super().__init__(*arguments, **{"formatter_class": Formatter, "usage": argparse.SUPPRESS, **details})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = re.sub(r"<class '([\w.]+)'>", r"\1", " ".join(message.split()))
@@ -90,6 +89,7 @@ class Parser(jsonargparse.ArgumentParser):
         text = re.sub(
             r"Does not validate against.* Subtypes: \[(.*?)\] Errors: .* Given value: (.*)", _union_error, text
         )
+        text = re.sub(r"Expected a tuple\b", "Expected a list such as [16,32]", text)
         text = re.sub(r"typing\.Literal\[([^\]]*)\]", r"one of \1", text)
         raise UsageError(re.sub(r"Expected an? (.*?)\. Got value: ", r"expected \1, got ", text)) from ex
 
@@ -109,17 +109,19 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
         if action.dest.endswith(".help"):
             return "show the fields of a class"
         text = re.sub(r"\bNone\b", "null", " ".join((action.help or "").split()))  # as it is typed here
+        text = re.sub(r"\$([^$]*)\$", lambda formula: formula[1].replace("\\", ""), text)
         hint = getattr(action, "_typehint", None)
         family = _family(hint)
         if family is not None:
             text += f" One of {', '.join(sorted(known_classes(family)))}; its fields follow as --{action.dest}.FIELD."
         if hint is None or action.default is argparse.SUPPRESS:
-            return text
+            return text.replace("%", "%%")
         return f"{text} [{_shown(action.default)}]".replace("%", "%%")
 
     def _format_action(self, action: argparse.Action) -> str:
         # Whole groups from a file, as jsonargparse offers them, would be a second way to do what --config does.
-        if type(action).__name__ == "_ActionConfigLoad":
+        # A function cannot be given in words.
+        if type(action).__name__ == "_ActionConfigLoad" or _is_function(getattr(action, "_typehint", None)):
             return ""
         return super()._format_action(action)
 
@@ -179,6 +181,17 @@ def _spell(argument: str, own: Sequence[tuple[str, dict[str, Any]]]) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
+def _allow_known_classes() -> None:
+    """Flags may name classes of this package and those that the running program defines; nothing else is imported."""
+    families = filter(None, map(_family, typing.get_type_hints(TrainConfig).values()))
+    modules = {cls.__module__ for family in families for cls in known_classes(family).values()}
+    jsonargparse.set_parsing_settings(
+        docstring_parse_attribute_docstrings=True,
+        import_path_denylist=["*"],
+        import_path_allowlist=["equipoise", *sorted(modules)],
+    )
+
+
 def _values(arguments: Sequence[str]) -> dict[str, str]:
     """Flags without dashes and what follows them."""
     found = {}
@@ -198,9 +211,14 @@ def _choose_classes(plain: dict[str, Any], arguments: Sequence[str]) -> dict[str
     for name, hint in hints.items():
         family = _family(hint)
         chosen = values.get(name, "").rpartition(".")[2]
-        if family is None or not chosen or chosen in ("null", "None"):
+        if family is None:
             continue
         classes = known_classes(family)
+        asked = values.get(f"{name}.help", "").rpartition(".")[2]
+        if asked and not asked.startswith("-") and asked not in classes:
+            raise UsageError(f"--{name}.help: unknown class {asked!r}; {nearest(asked, classes)}")
+        if not chosen or chosen == "null":
+            continue
         if chosen not in classes:
             raise UsageError(f"--{name}: unknown class {chosen!r}; {nearest(chosen, classes)}")
         path, old = public_path(classes[chosen]), plain[name]
@@ -246,9 +264,13 @@ def _names(name: str, hint: Any, value: Any, values: dict[str, str]) -> set[str]
     else:
         return names
     for inner, inner_hint in typing.get_type_hints(cls).items():
-        if inner in {field.name for field in dataclasses.fields(cls)}:
+        if inner in {field.name for field in dataclasses.fields(cls)} and not _is_function(inner_hint):
             names |= _names(f"{name}.{inner}", inner_hint, inside.get(inner), values)
     return names
+
+
+def _is_function(hint: Any) -> bool:
+    return any(typing.get_origin(option) is collections.abc.Callable for option in typing.get_args(hint) or (hint,))
 
 
 def _nearest_flag(given: str, known: set[str]) -> str:
