@@ -5,7 +5,7 @@ from equipoise.fixed_point import fixed_point
 from equipoise.gradients import Gradient, Implicit, JacobianFree, Neumann, Phantom, Shine, Unrolled
 from equipoise.linalg import InverseEstimate
 from equipoise.map import Map, Point
-from equipoise.solution import ConvergenceError, ConvergenceWarning, Solution, Status
+from equipoise.solution import ConvergenceError, Solution, Status
 from equipoise.solvers import LBFGS, Anderson, Broyden, Picard, Solver, SteadyState
 
 __version__ = "0.1.0"
@@ -15,7 +15,6 @@ __all__ = [
     "Anderson",
     "Broyden",
     "ConvergenceError",
-    "ConvergenceWarning",
     "Gradient",
     "Implicit",
     "InverseEstimate",

@@ -35,10 +35,6 @@ class ConvergenceError(RuntimeError):
     """Raised by `Solution.raise_for_status` when a sample did not converge."""
 
 
-class ConvergenceWarning(UserWarning):
-    """Given where a solve that nobody inspects did not converge."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Solution(Generic[S]):
     r"""The answer to `z = f(z)` and all that the solve told about it.

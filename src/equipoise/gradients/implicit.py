@@ -62,10 +62,11 @@ class Implicit(Gradient):
         adjoint = adjoint.scaled(unit)
         w, preconditioner = self._start(adjoint, unit, scale, solution)
         answer = self.solver.solve(adjoint, w, preconditioner=preconditioner)
+        w = answer.value * scale
         if self.observe is not None:
             relative = torch.where(norm > 0, scale / norm, 0.0)[:, 0]
-            self.observe(dataclasses.replace(answer, residual=answer.residual * relative))
-        return answer.value * scale
+            self.observe(dataclasses.replace(answer, value=w, residual=answer.residual * relative))
+        return w
 
     def _start(
         self, adjoint: AdjointMap, g: Tensor, scale: Tensor, solution: Solution[Tensor]
