@@ -1,111 +1,197 @@
-"""Anderson acceleration against least squares by QR, and against its theory on affine maps."""
+"""Anderson acceleration: against least squares and GMRES in dense algebra, its restart, blocks and units."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
 
-import problems
 import pytest
 import torch
-from problems import TanhCell, spectral
+from problems import spectral
 from torch import Tensor
 
 import equipoise as eq
 
-
-class Recorder:
-    """Calls a map and keeps the points it was called at."""
-
-    def __init__(self, f: object) -> None:
-        self.f, self.points = f, []
-
-    def __call__(self, z: Tensor, *inputs: Tensor) -> Tensor:
-        self.points.append(z.clone())
-        return self.f(z, *inputs)
+Field = Callable[[Tensor], Tensor]
 
 
-def anderson_by_least_squares(f: object, z: Tensor, memory: int, mixing: float, num_steps: int) -> list[Tensor]:
-    """Points of one sample `(D,)`: weights that sum to one, of least residual, by `lstsq` on differences."""
-    points, images = [z], [f(z[None])[0]]
-    while len(points) < num_steps:
-        window = range(max(0, len(points) - memory), len(points))
-        residuals = torch.stack([images[i] - points[i] for i in window], dim=1)  # (D, m)
-        moved = torch.stack([points[i] + mixing * (images[i] - points[i]) for i in window], dim=1)
-        if len(window) == 1:
-            points.append(moved[:, 0])
-        else:
-            theta = torch.linalg.lstsq(residuals[:, 1:] - residuals[:, :-1], residuals[:, -1:]).solution
-            points.append(moved[:, -1] - ((moved[:, 1:] - moved[:, :-1]) @ theta)[:, 0])
-        images.append(f(points[-1][None])[0])
-    return points
-
-
-@pytest.mark.parametrize(("memory", "mixing"), [(5, 1.0), (3, 1.0), (4, 0.6), (2, 0.9), (1, 0.7)])
-def test_points_are_those_of_least_squares_also_when_the_memory_wraps_around(memory: int, mixing: float) -> None:
-    cell = TanhCell(d=12, norm=1.1)
-    x = torch.randn(3, 12)
-    solver = eq.Anderson(memory=memory, mixing=mixing, max_steps=9, rtol=0.0)
-    with torch.no_grad():
-        recorder = Recorder(cell)
-        eq.fixed_point(recorder, torch.zeros(3, 12), x, solver=solver, params=())
-        for row in range(3):
-            expected = anderson_by_least_squares(lambda z, r=row: cell(z, x[[r]]), torch.zeros(12), memory, mixing, 9)
-            found = [point[row] for point in recorder.points]
-            torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-6, atol=1e-8)
-
-
-def test_an_affine_map_is_solved_after_as_many_steps_as_dimensions() -> None:
-    generator = torch.Generator().manual_seed(0)
-    a, x = spectral(6, 3.0, generator), torch.randn(4, 6)
-    expected = torch.linalg.solve(torch.eye(6) - a, x.T).T
-    # Equivalent to GMRES: six dimensions, one step to start with, one evaluation to see that it is right.
-    solver = eq.Anderson(memory=8, max_steps=8, rtol=1e-8, growth=1e6)
-    solution = eq.fixed_point(lambda z, x: z @ a.T + x, torch.zeros(4, 6), x, solver=solver, params=())
-    torch.testing.assert_close(solution.raise_for_status().value, expected, rtol=1e-6, atol=1e-7)
-
-
-def test_a_residual_that_grows_too_much_sends_back_to_the_picard_step_of_the_best_point() -> None:
-    lengths = torch.tensor([4.0, 1.0, 2.0, 500.0, 1.0])
+def points(f: Field, z0: Tensor, solver: eq.Anderson, **options: Any) -> list[Tensor]:
+    """Where the solver evaluates a batch, step by step."""
     seen: list[Tensor] = []
 
-    def f(z: Tensor) -> Tensor:
+    def watched(z: Tensor) -> Tensor:
         seen.append(z.clone())
-        direction = torch.nn.functional.one_hot(torch.tensor(len(seen) % 5), 5)
-        return z + lengths[len(seen) - 1] * direction
+        return f(z)
 
-    with torch.no_grad():
-        eq.fixed_point(f, torch.zeros(1, 5), solver=eq.Anderson(max_steps=5, rtol=0.0, growth=10.0))
-    image_of_best = seen[1] + torch.nn.functional.one_hot(torch.tensor(2), 5)
-    torch.testing.assert_close(seen[4], image_of_best.to(seen[4].dtype))
+    solver.solve(eq.Map(watched, z0, **options), z0)
+    return seen
 
 
-def test_scaling_a_block_does_not_change_the_weights() -> None:
-    """With blocks, a state whose second part is measured in thousandths has the same iterates."""
-    problem = problems.affine(batch=3)
-    scale = torch.tensor([1.0, 1.0, 1.0, 1e3, 1e3, 1e3])
+def textbook(f: Field, z: Tensor, solver: eq.Anderson, steps: int) -> tuple[list[Tensor], int]:
+    """The same for one sample, by dense least squares; and how often it restarted."""
+    seen, restarts = [z], 0
+    history: list[tuple[Tensor, Tensor] | None] = []  # None: forgotten, though its place is not yet free
+    for _ in range(steps - 1):
+        history = [*history, (z, f(z[None])[0] - z)][-solver.memory :]
+        live = [pair for pair in history if pair is not None]
+        best = min(live, key=lambda pair: float(pair[1].norm()))
+        if float(live[-1][1].norm()) > solver.growth * float(best[1].norm()):
+            history = [pair if pair is best else None for pair in history]
+            live, restarts = [best], restarts + 1
+        zs, rs = (torch.stack(column, dim=1) for column in zip(*live, strict=True))  # (d, n)
+        n = zs.shape[1]
+        alpha = torch.nn.functional.one_hot(torch.tensor(n - 1), n).to(rs.dtype)
+        if n > 1:
+            # alpha = e_n - N gamma, where the columns of N sum to zero: no constraint is left.
+            null = torch.cat([torch.eye(n - 1), -torch.ones(1, n - 1)])
+            tall = torch.cat([rs, math.sqrt(solver.ridge) * torch.diag(rs.norm(dim=0))])
+            alpha = alpha - null @ torch.linalg.lstsq(tall @ null, tall[:, -1:], driver="gelsd").solution[:, 0]
+        z = (zs + solver.mixing * rs) @ alpha
+        seen.append(z)
+    return seen, restarts
 
-    def scaled(z: Tensor, x: Tensor) -> Tensor:
-        return problem.f(z / scale, x) * scale
 
-    def points(f: object) -> Tensor:
-        recorder = Recorder(f)
-        fmap = eq.Map(recorder, problem.z0, problem.inputs, params=(), blocks=(3, 3))
-        eq.Anderson(max_steps=7, rtol=0.0).solve(fmap, problem.z0)
-        return torch.stack(recorder.points)
-
-    torch.testing.assert_close(points(scaled) / scale, points(problem.f), rtol=1e-7, atol=1e-9)
+def tanh_map(d: int, norm: float) -> Field:
+    weight, b = spectral(d, norm, torch.Generator().manual_seed(5)), torch.linspace(-1, 1, d)
+    return lambda z: torch.tanh(z @ weight.T + b)
 
 
-def test_the_tolerance_does_not_change_what_the_ridge_means() -> None:
-    """A map in other units takes the same number of steps: the ridge is relative."""
-    cell, x = TanhCell(d=10, norm=0.95), torch.randn(4, 10)
-    solver = eq.Anderson(max_steps=100, rtol=1e-9, ridge=1e-6)
-    counts = [
-        eq.fixed_point(lambda z, x, s=s: s * cell(z / s, x).detach(), 0 * x, x, solver=solver, params=()).num_steps
-        for s in (1e-12, 1.0, 1e9)
-    ]
-    assert counts[0].tolist() == counts[1].tolist() == counts[2].tolist()
-    bare = dataclasses.replace(solver, ridge=0.0)
-    assert int(eq.fixed_point(cell, 0 * x, x, solver=bare).num_steps.max()) < int(
-        eq.fixed_point(cell, 0 * x, x, solver=eq.Picard(max_steps=400, rtol=1e-9)).raise_for_status().num_steps.max()
+@pytest.mark.parametrize("ridge", [0.0, 1e-4])
+@pytest.mark.parametrize("mixing", [1.0, 0.6])
+@pytest.mark.parametrize("memory", [2, 3, 5])
+def test_points_are_those_of_dense_least_squares_past_the_end_of_the_memory(
+    memory: int, mixing: float, ridge: float
+) -> None:
+    f, z0 = tanh_map(12, 0.95), torch.randn(3, 12)
+    steps = 4 * memory if ridge else 2 * memory + 2
+    solver = eq.Anderson(memory=memory, mixing=mixing, ridge=ridge, max_steps=steps, rtol=0)
+    seen = points(f, z0, solver)
+    assert len(seen) == steps
+    for row in range(3):
+        expected, _ = textbook(f, z0[row], solver, steps)
+        for k in range(1, steps):
+            # Relative to the step, down to rounding; normal equations square the condition, which a ridge bounds.
+            error, step = (expected[k] - z for z in (seen[k][row], expected[k - 1]))
+            assert float(error.norm()) < (1e-8 if ridge else 1e-5) * float(step.norm()) + 1e-14, k
+
+
+def gmres(matrix: Tensor, b: Tensor, steps: int) -> list[Tensor]:
+    """Iterates of GMRES for `matrix z = b` from zero: least squares over an orthonormal basis of each Krylov space."""
+    basis, iterates = (b / b.norm())[:, None], [torch.zeros_like(b)]
+    for _ in range(steps):
+        iterates.append(basis @ torch.linalg.lstsq(matrix @ basis, b[:, None]).solution[:, 0])
+        new = matrix @ basis[:, -1]
+        for _ in range(2):
+            new = new - basis @ (basis.T @ new)
+        basis = torch.cat([basis, (new / new.norm())[:, None]], dim=1)
+    return iterates
+
+
+@pytest.mark.parametrize("norm", [0.8, 3.0])
+def test_on_affine_maps_each_point_is_the_image_of_an_iterate_of_gmres(norm: float) -> None:
+    """Walker and Ni (2011), theorem 2.2, with the whole history kept; no contraction is needed."""
+    d, steps = 8, 6
+    a, b = spectral(d, norm, torch.Generator().manual_seed(7)), torch.randn(d)
+    solver = eq.Anderson(memory=d + 2, max_steps=steps, rtol=0, growth=math.inf)
+    seen = points(lambda z: z @ a.T + b, torch.zeros(1, d), solver)
+    for z, least in zip(seen[1:], gmres(torch.eye(d) - a, b, steps - 2), strict=True):
+        torch.testing.assert_close(z[0], a @ least + b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("d", [1, 2, 5, 10])
+@pytest.mark.parametrize("norm", [0.9, 3.0])
+def test_with_more_points_than_dimensions_affine_maps_end(d: int, norm: float) -> None:
+    a, b = spectral(d, norm, torch.Generator().manual_seed(d)), torch.randn(4, d)
+    solver = eq.Anderson(memory=d + 1, max_steps=d + 2, rtol=1e-6, growth=math.inf)
+    # The images of d + 1 points span the space; what comes next is the image of the solution.
+    solution = eq.fixed_point(
+        lambda z, b: z @ a.T + b, torch.zeros_like(b), b, solver=solver, params=()
+    ).raise_for_status()
+    exact = torch.linalg.solve(torch.eye(d) - a, b.T).T
+    torch.testing.assert_close(solution.value, exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mixing", [1.0, 0.4])
+def test_a_memory_of_one_point_is_picard(mixing: float) -> None:
+    f, z0 = tanh_map(6, 0.9), torch.randn(2, 6)
+    ours, theirs = (
+        eq.fixed_point(f, z0, solver=solver, trace=True).trace
+        for solver in (eq.Anderson(memory=1, mixing=mixing, rtol=0), eq.Picard(damping=mixing, rtol=0))
     )
+    assert ours is not None
+    assert theirs is not None
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e20])
+@pytest.mark.parametrize("ridge", [0.0, 1e-6])
+def test_units_of_the_state_change_nothing_but_the_units(scale: float, ridge: float) -> None:
+    f, z0 = tanh_map(8, 0.95), torch.randn(2, 8)
+    solver = eq.Anderson(memory=4, ridge=ridge, max_steps=12, rtol=0)
+    plain = points(f, z0, solver)
+    scaled = points(lambda z: f(z / scale) * scale, z0 * scale, solver)
+    for a, b in zip(plain, scaled, strict=True):
+        torch.testing.assert_close(b / scale, a, rtol=1e-6, atol=1e-7)
+
+
+def test_a_sample_whose_residual_grew_too_much_goes_back_to_its_best_point_and_forgets_the_others() -> None:
+    f, z0 = tanh_map(12, 3.0), torch.randn(6, 12)
+    solver = eq.Anderson(memory=4, mixing=0.9, ridge=1e-3, growth=1.2, max_steps=20, rtol=0)
+    seen, restarts = points(f, z0, solver), []
+    for row in range(6):
+        expected, count = textbook(f, z0[row], solver, 20)
+        restarts.append(count)
+        torch.testing.assert_close(torch.stack([z[row] for z in seen]), torch.stack(expected), rtol=1e-6, atol=1e-6)
+    assert len(set(restarts)) > 1, "the rows must restart at different steps for this test to say something"
+
+
+def test_blocks_of_other_units_are_weighed_alike() -> None:
+    f, z0, unit = tanh_map(6, 0.95), torch.randn(2, 6), torch.tensor([1.0] * 2 + [1e6] * 4)
+    scaled = lambda z: f(z / unit) * unit  # noqa: E731
+    solver = eq.Anderson(memory=4, ridge=1e-6, max_steps=10, rtol=0)
+    plain = points(f, z0, solver, blocks=(2, 4))
+    apart = points(scaled, z0 * unit, solver, blocks=(2, 4))
+    together = points(scaled, z0 * unit, solver)
+    torch.testing.assert_close(torch.stack(apart) / unit, torch.stack(plain), rtol=1e-7, atol=1e-8)
+    assert float((together[5] / unit - plain[5]).norm()) > 1e-3 * float((plain[5] - plain[4]).norm())
+
+
+def test_the_ridge_tempers_the_acceleration_towards_equal_weights() -> None:
+    """With an overwhelming ridge the weights are inverse to the squared residuals, and nothing else."""
+    f, z0 = tanh_map(6, 0.9), torch.randn(1, 6)
+    *before, last = points(f, z0, eq.Anderson(memory=4, ridge=1e8, max_steps=5, rtol=0))
+    images = torch.cat([f(z) for z in before])
+    weights = (images - torch.cat(before)).square().sum(dim=1).reciprocal()
+    torch.testing.assert_close(last[0], weights @ images / weights.sum(), rtol=1e-6, atol=1e-7)
+
+
+def test_a_memory_longer_than_the_solve_is_not_reserved() -> None:
+    shapes = []
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Watched(eq.Anderson):
+        def init(self, point: eq.Point) -> Any:
+            memory = super().init(point)
+            shapes.append(tuple(memory.images.shape))
+            return memory
+
+    eq.fixed_point(torch.cos, torch.zeros(2, 3), solver=Watched(memory=10**9, max_steps=5))
+    assert shapes == [(2, 5, 3)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"memory": 0}, r"Anderson\(memory=0\): must be >= 1; 1 is Picard iteration"),
+        ({"mixing": 0.0}, r"Anderson\(mixing=0.0\): must lie in \(0, 1\]"),
+        ({"mixing": 1.1}, r"Anderson\(mixing=1.1\): must lie in"),
+        ({"ridge": -1e-9}, r"Anderson\(ridge=-1e-09\): must be >= 0"),
+        ({"ridge": math.nan}, r"Anderson\(ridge=nan\): must be >= 0"),
+        ({"growth": 1.0}, r"Anderson\(growth=1.0\): must be > 1"),
+    ],
+)
+def test_fields_out_of_range(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        eq.Anderson(**fields)
