@@ -6,11 +6,13 @@ import dataclasses
 import json
 import os
 import pathlib
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 import equipoise as eq
 from equipoise.models import MDEQConfig
@@ -109,22 +111,38 @@ def timeless(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if "seconds" not in key} for line in lines]
 
 
+class GroupNorm(nn.GroupNorm):
+    """Takes the place of BatchNorm2d where the images of a batch are not to look at each other."""
+
+    def __init__(self, channels: int, affine: bool = True) -> None:
+        super().__init__(1, channels, affine=affine)
+
+
 def main() -> None:
-    """Train, or go on, in another process: its arguments are the configuration as JSON and the run folder."""
+    """Train, or go on, in another process: its arguments are the configuration as JSON and the run folder.
+
+    The variable `TOY_DIES` names the step on which it kills itself; `TOY_ALONE` replaces BatchNorm.
+    """
 
     class Announce(Observer):
         def started(self, *_: object) -> None:
             print("started", flush=True)
 
+        def stepped(self, line: dict[str, Any]) -> None:
+            if str(line["step"]) == os.environ.get("TOY_DIES"):
+                os.kill(os.getpid(), signal.SIGKILL)
+
     torch.set_num_threads(1)
+    if "TOY_ALONE" in os.environ:
+        nn.BatchNorm2d = GroupNorm  # type: ignore[assignment, misc]
     config = from_plain(TrainConfig, json.loads(sys.argv[1]))
     fit(config, run_dir=pathlib.Path(sys.argv[2]), resume=True, observer=Announce())
 
 
 def command(config: TrainConfig, run_dir: pathlib.Path) -> list[str]:
     """The command line of `main`; its process needs the environment `ENVIRONMENT`."""
-    call = "from train.toy import main; main()"
-    return [sys.executable, "-W", "ignore", "-c", call, json.dumps(to_plain(config)), str(run_dir)]
+    return [sys.executable, "-W", "ignore", str(WORKER), json.dumps(to_plain(config)), str(run_dir)]
 
 
+WORKER = pathlib.Path(__file__).with_name("worker.py")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}

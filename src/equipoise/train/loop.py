@@ -272,6 +272,9 @@ class _Trainer:
 
     def _evaluate(self, name: str, split: Split) -> dict[str, Any]:
         start = time.perf_counter()
+        if self.fabric.world_size > 1:  # batch statistics differ; those of the first process are saved
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, 0)
         sums = evaluate_sums(self.fabric, self.objective, split, self.config)
         if not sums.isfinite().all():
             self._stop(f"the loss of the {name} images after {self.place.step} steps")

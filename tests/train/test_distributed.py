@@ -1,0 +1,149 @@
+"""Two processes train, log and resume like one that is given both halves of each batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from train.toy import ENVIRONMENT, MODEL, PLAIN, Toy, command, timeless
+
+from equipoise.models import MDEQClassifier
+from equipoise.train import SGD, TrainConfig, checkpoint, evaluate
+from equipoise.train.data import generator, mix
+from equipoise.train.run import read_lines
+
+CONFIG = dataclasses.replace(
+    PLAIN,
+    data=Toy(validation_fraction=0.2),
+    optimizer=SGD(lr=0.05),
+    ema_decay=0.9,
+    precision="64-true",
+    accelerator="cpu",
+    log_every=4,
+    checkpoint_every=1,
+)
+"""Three steps in each of two epochs; seven images for validation, fifteen for the test: no process gets half."""
+TWO = dataclasses.replace(CONFIG, devices=2, strategy="ddp")
+TRAINED = [name for name, _ in MDEQClassifier(MODEL).named_parameters()]
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def launch(config: TrainConfig, run_dir: pathlib.Path, torchrun: bool = False, **variables: str) -> int:
+    """Trains, or goes on, in processes of their own; the exit status."""
+    line = command(config, run_dir)
+    if torchrun:
+        options = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        line = [sys.executable, "-W", "ignore", *options, *line[-3:]]
+    done = subprocess.run(line, env={**ENVIRONMENT, **variables}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 or variables, done.stderr[-4000:]
+    return done.returncode
+
+
+def state(run_dir: pathlib.Path) -> checkpoint.State:
+    found, problems = checkpoint.read_newest_state(run_dir / "checkpoints")
+    assert found is not None
+    assert not problems
+    return found
+
+
+def by_hand(steps: int) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Weights and losses of one process that averages the gradients of the halves of each batch.
+
+    Each half has its own batch statistics and its own dropout, as on a device of its own.
+    """
+    split = CONFIG.data.load().train
+    torch.manual_seed(mix(0))
+    torch.set_default_dtype(torch.float32)
+    model = MDEQClassifier(MODEL, solver=CONFIG.solver, gradient=CONFIG.gradient).double()
+    torch.set_default_dtype(torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)
+    losses = []
+    for step in range(steps):
+        epoch, batch = divmod(step, 3)
+        rows = torch.randperm(29, generator=generator(0, epoch))[8 * batch : 8 * batch + 8]
+        total = 0.0
+        for rank in (0, 1):
+            half = rows[rank::2]
+            torch.manual_seed(mix(0, step, rank, 3))
+            images = CONFIG.data.prepare(split.images[half]).double()  # type: ignore[attr-defined]
+            loss = F.cross_entropy(model(images), split.labels[half]) / 2  # type: ignore[attr-defined]
+            loss.backward()
+            total += loss.item()
+        for group in optimizer.param_groups:
+            group["lr"] = CONFIG.schedule.lr(step, 6, 0.05)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return {name: value.detach() for name, value in model.named_parameters()}, losses
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("together") / "run"
+    launch(TWO, folder)
+    return folder
+
+
+def test_two_processes_take_the_steps_of_one(together: pathlib.Path) -> None:
+    weights, losses = by_hand(6)
+    found = state(together)
+    for name in TRAINED:
+        torch.testing.assert_close(found.tensors[f"model.{name}"], weights[name], rtol=1e-6, atol=1e-9, msg=name)
+    lines = read_lines(together)
+    counts = [(line["kind"], line["split"], line["step"], line["count"]) for line in lines]
+    assert counts == [
+        ("epoch", "train", 3, 24),
+        ("epoch", "validation", 3, 7),
+        ("step", "train", 4, 32),
+        ("epoch", "train", 6, 24),
+        ("epoch", "validation", 6, 7),
+        ("epoch", "test", 6, 15),
+    ]
+    train = [line["loss"] for line in lines if line["split"] == "train"]
+    means = [sum(losses[a:b]) / (b - a) for a, b in ((0, 3), (0, 4), (3, 6))]
+    assert train == pytest.approx(means, rel=1e-5)
+
+
+def test_the_result_is_that_of_the_saved_model(together: pathlib.Path) -> None:
+    found = json.loads((together / "result.json").read_text())
+    assert found["world_size"] == 2
+    model = checkpoint.load(together / "model.safetensors")
+    again = evaluate(model, CONFIG.data.load().test, CONFIG)
+    assert again["count"] == 15
+    assert found["test_accuracy"] == again["accuracy"]
+    assert found["test_loss"] == pytest.approx(again["loss"], rel=1e-6)
+    assert found["mean_steps"] == pytest.approx(again["mean_steps"])
+
+
+@pytest.mark.parametrize("torchrun", [False, True], ids=["launched by Fabric", "launched by torchrun"])
+def test_two_processes_that_were_killed_go_on(torchrun: bool, together: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    for step in ("2", "6"):
+        assert launch(TWO, tmp_path / "run", torchrun, TOY_DIES=step) != 0
+    assert state(tmp_path / "run").facts["place"]["step"] == 5
+    launch(TWO, tmp_path / "run", torchrun)
+    found, expected = state(tmp_path / "run"), state(together)
+    for name, value in expected.tensors.items():
+        torch.testing.assert_close(found.tensors[name], value, rtol=1e-9, atol=1e-12, msg=name)
+    ours, theirs = (timeless(read_lines(folder)) for folder in (tmp_path / "run", together))
+    for one, other in zip(ours, theirs, strict=True):
+        for key, value in other.items():
+            assert one[key] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), key
+
+
+def test_without_batch_statistics_two_processes_equal_one(tmp_path: pathlib.Path) -> None:
+    model = dataclasses.replace(MODEL, dropout=0.0)
+    for count, config in enumerate((CONFIG, TWO), 1):
+        launch(dataclasses.replace(config, model=model), tmp_path / str(count), TOY_ALONE="1")
+    one, two = state(tmp_path / "1"), state(tmp_path / "2")
+    for name, value in one.tensors.items():
+        torch.testing.assert_close(two.tensors[name], value, rtol=1e-6, atol=1e-9, msg=name)
+    for ours, theirs in zip(read_lines(tmp_path / "1"), read_lines(tmp_path / "2"), strict=True):
+        assert ours["count"] == theirs["count"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
