@@ -8,6 +8,7 @@ import json
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -300,7 +301,10 @@ def _read_image(path: Path, config: TrainConfig, invert: bool) -> tuple[torch.Te
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
-    image = open_image(content, str(path))
+    with warnings.catch_warnings():
+        # Pillow warns of large images and refuses huge ones; the first are as good as others here.
+        warnings.filterwarnings("ignore", ".*could be decompression bomb")
+        image = open_image(content, str(path))
     channels, size, _ = config.data.shape
     before = f"{image.width}x{image.height} {image.mode}"
     converted = to_mode(image, channels)

@@ -109,7 +109,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
         if action.dest.endswith(".help"):
             return "show the fields of a class"
         text = re.sub(r"\bNone\b", "null", " ".join((action.help or "").split()))  # as it is typed here
-        text = re.sub(r"\$([^$]*)\$", lambda formula: formula[1].replace("\\", ""), text)
+        text = _without_tex(text)
         hint = getattr(action, "_typehint", None)
         family = _family(hint)
         if family is not None:
@@ -117,6 +117,9 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
         if hint is None or action.default is argparse.SUPPRESS:
             return text.replace("%", "%%")
         return f"{text} [{_shown(action.default)}]".replace("%", "%%")
+
+    def start_section(self, heading: str | None) -> None:
+        super().start_section(_without_tex(heading) if heading else heading)
 
     def _format_action(self, action: argparse.Action) -> str:
         # Whole groups from a file, as jsonargparse offers them, would be a second way to do what --config does.
@@ -133,6 +136,10 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
             name = _type_name(hint)
             return lambda size: (name,) * size
         return super()._metavar_formatter(action, default_metavar)
+
+
+def _without_tex(text: str) -> str:
+    return re.sub(r"\$([^$]*)\$", lambda formula: formula[1].replace("\\", ""), text)
 
 
 def _shown(value: Any) -> str:
