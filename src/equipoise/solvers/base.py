@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import numbers
 from typing import Any, ClassVar
 
 import torch
@@ -58,6 +59,7 @@ class Solver(abc.ABC):
         patience: a sample is STALLED after so many evaluations without a better point; None: never.
 
     Raises:
+        TypeError: a field is no number, or no integer where one is counted.
         ValueError: a field is out of its range.
     """
 
@@ -73,7 +75,16 @@ class Solver(abc.ABC):
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        if isinstance(self.max_steps, bool) or not isinstance(self.max_steps, int) or self.max_steps < 0:
+        for option in dataclasses.fields(self):
+            value = getattr(self, option.name)
+            kind, _, optional = getattr(option.type, "__name__", str(option.type)).partition(" | ")
+            wanted = {"int": numbers.Integral, "float": numbers.Real}.get(kind)
+            if wanted is None or (optional and value is None):
+                continue
+            if isinstance(value, bool) or not isinstance(value, wanted):
+                needs = ("an integer" if kind == "int" else "a number") + (" or None" if optional else "")
+                raise TypeError(f"{name}({option.name}={value!r}): must be {needs}")
+        if self.max_steps < 0:
             raise ValueError(f"{name}(max_steps={self.max_steps!r}): must be an integer >= 0")
         for field in ("rtol", "atol"):
             value = getattr(self, field)
