@@ -113,6 +113,7 @@ class Map:
         self.dtype = torch.float32 if first.dtype in (torch.bfloat16, torch.float16) else first.dtype
         self.tensors, self.input_layout = InputLayout.flatten(inputs, self.batch)
         self.declared = isinstance(f, nn.Module) or params is not None
+        self.owner = f if isinstance(f, nn.Module) and params is None else None  # whose parameters `params` are
         if params is None:
             params = tuple(f.parameters()) if isinstance(f, nn.Module) else ()
         self.params = tuple(p for p in params if p.requires_grad)
@@ -217,6 +218,8 @@ class Map:
         if torch.compiler.is_compiling():
             yield
             return
+        if backward:
+            self._check_parameters()
         kind = self.device.type
         # What a parametrisation cached with tracking off must not serve evaluations that are tracked, nor the other
         # way round; equilibria may be nested, so the caller's cache is put aside and not only extended.
@@ -240,6 +243,16 @@ class Map:
                 parametrize._cache = outer
                 for module in frozen:
                     module.training = True
+
+    def _check_parameters(self) -> None:
+        """Refuse a module whose parameters were exchanged since the solve: gradients would be zero, silently."""
+        current = set() if self.owner is None else {id(p) for p in self.owner.parameters()}
+        if self.owner is not None and any(id(p) not in current for p in self.params):
+            raise RuntimeError(
+                "the cell's parameters are not those of the solve, say because functional_call put them back; instead, "
+                "solve fixed_point(lambda z, x: functional_call(cell, params, (z, x)), z0, x, "
+                "params=[*params.values()])"
+            )
 
 
 class DescentMap(Map):

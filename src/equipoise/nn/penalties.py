@@ -35,6 +35,8 @@ def jacobian_penalty(solution: Solution, num_probes: int = 1) -> Tensor:
         z = f.pack(solution.value).detach().requires_grad_()
         fz = f.call(z)
         total = z.new_zeros(())
+        if not fz.requires_grad:  # the map ignores its state, and so does all that it depends on
+            return total
         for _ in range(num_probes):
             probe = torch.randn_like(fz)
             (product,) = torch.autograd.grad(fz, z, probe, create_graph=True, materialize_grads=True)
