@@ -45,7 +45,7 @@ def interrupt(config: TrainConfig, run_dir: pathlib.Path, step: int, *, resume: 
     [
         pytest.param(FULL, (3,), id="within an epoch"),
         pytest.param(FULL, (1, 2, 5, 8), id="four times, before the first and the last checkpoint too"),
-        pytest.param(SGD_RUN, (6,), id="from the end of an epoch"),
+        pytest.param(SGD_RUN, (7,), id="from the end of an epoch"),
         pytest.param(ADAMW_RUN, (7,), id="weights in channels-last order"),
         pytest.param(DOUBLE_RUN, (4, 6), id="double precision, checkpoints at every other step, stopped in an epoch"),
     ],
