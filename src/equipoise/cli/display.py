@@ -98,8 +98,9 @@ def describe(line: Mapping[str, Any], total: int) -> str:
     """A line of the log for people."""
     place = f"step {line['step']}/{total}  " if line["split"] == "train" else ""
     lr = f"  lr {line['lr']:.2e}" if "lr" in line else ""
+    epoch = line["epoch"] + (line["split"] != "test")  # they are counted from zero, and the test comes after the last
     return (
-        f"epoch {line['epoch'] + 1 if line['split'] == 'train' else line['epoch']:>3}  {line['split']:<10}  {place}"
+        f"epoch {epoch:>3}  {line['split']:<10}  {place}"
         f"loss {line['loss']:.4f}  accuracy {line['accuracy']:.4f}  solver steps {line['mean_steps']:.1f}  "
         f"converged {line['converged']:.1%}{lr}  {line['seconds']:.1f} s"
     )
