@@ -400,10 +400,19 @@ def test_best_is_the_least_error_in_units_of_the_tolerance() -> None:
     solution = eq.fixed_point(f, torch.zeros(1, 1), solver=eq.Picard(max_steps=3, rtol=0.01))
     assert solution.status.tolist() == [eq.Status.CONVERGED]
     assert solution.value.item() == 1000.0
-    # Not converged, the same order counts: |r| / |f(z)| is 1, 0.999 and 0.002.
-    solution = eq.fixed_point(f, torch.zeros(1, 1), solver=eq.Picard(max_steps=3, rtol=0.001))
+    # Not converged, the same order counts, up to the first residual: |r| and |f(z)| are 3, 3; then 2, 5; then 2.5, 7.5.
+    lengths = iter([3.0, 2.0, 2.5])
+    with torch.no_grad():
+        solution = eq.fixed_point(lambda z: z + next(lengths), torch.zeros(1, 1), solver=eq.Picard(max_steps=3))
     assert solution.status.tolist() == [eq.Status.MAX_STEPS]
-    assert solution.value.item() == 1000.0
+    assert solution.value.item() == 5.0
+
+
+def test_a_point_with_a_larger_residual_than_the_start_is_not_better() -> None:
+    # On z -> 1.05 z + 1 the residual grows for ever, but relative to f(z) it falls from 1 to 0.05.
+    solution = eq.fixed_point(lambda z: 1.05 * z + 1, torch.zeros(1, 1), solver=eq.Picard(max_steps=600))
+    assert solution.status.tolist() == [eq.Status.DIVERGED]
+    assert (solution.value.item(), solution.residual.item()) == (0.0, 1.0)
 
 
 @every_solver_with_inverse

@@ -177,7 +177,7 @@ class _Record:
         self.best_step = torch.zeros_like(self.num_steps)
         self.best_size = torch.full((b,), torch.inf, dtype=z0.dtype, device=device)
         self.best_error = torch.full_like(self.best_size, torch.inf)
-        self.limit = self.best_size
+        self.first = self.limit = self.best_size
         self.failures = torch.zeros_like(self.num_steps)  # unsound points in a row
         self.left: list[tuple[Tensor, tuple[Tensor, ...], LowRank | None]] = []
         self.trace: list[Tensor] | None = [] if trace else None
@@ -186,11 +186,13 @@ class _Record:
         """Judge a point: error in units of the tolerance, best iterate, status; flags are read on the host only."""
         size, error, met = self._measure(point)
         if step == 1:
+            self.first = size
             top = torch.finfo(size.dtype).max
             self.limit = torch.where(size.isfinite(), (size * DIVERGED_AT).clamp_max(top), torch.nan)
         sound = size <= self.limit  # False for NaN, too
         converged = met & point.running & size.isfinite()  # an infinite residual is within a share of infinity
-        better = (error < self.best_error) & sound & point.running | converged
+        # Where an iteration blows up, f(z) does, too, and the error relative to it may fall: not better than the start.
+        better = (error < self.best_error) & (size <= self.first) & point.running | converged
         if step == 1:
             better |= sound
         self._keep(point, step, better, size, error)
@@ -267,8 +269,8 @@ class _Record:
         results = tuple(x[gone] for x in (self.best_z, self.status, self.best_size, self.num_steps))
         self.left.append((self.rows[gone], results, self._inverse(parted, self.best_step[gone])))
         for name in (
-            "rows", "running", "status", "num_steps", "best_z", "best_step", "best_size", "best_error", "limit",
-            "failures",
+            "rows", "running", "status", "num_steps", "best_z", "best_step", "best_size", "best_error", "first",
+            "limit", "failures",
         ):  # fmt: skip
             setattr(self, name, getattr(self, name)[keep])
         return keep, memory
