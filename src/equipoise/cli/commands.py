@@ -23,7 +23,7 @@ from equipoise.cli.flags import parse
 from equipoise.gradients import JacobianFree
 from equipoise.train import CheckpointError, TrainConfig, checkpoint, fit
 from equipoise.train import evaluate as evaluate_split
-from equipoise.train.loop import to_device
+from equipoise.train.evaluation import to_device
 from equipoise.train.readers import DataError, open_image, resize_and_crop, to_mode, to_tensor
 from equipoise.train.recipes import RECIPES
 from equipoise.train.run import RunError, config_yaml, new_folder, read_config

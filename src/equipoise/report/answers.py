@@ -12,7 +12,7 @@ from torch import Tensor
 from equipoise.models import MDEQClassifier
 from equipoise.train import DataError, TrainConfig
 from equipoise.train.data import Split
-from equipoise.train.loop import make_fabric, to_device
+from equipoise.train.evaluation import make_fabric, to_device
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,131 @@
+"""Evaluation, and what it shares with training: devices, batches as the model takes them, sums and means."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from equipoise.models import MDEQClassifier
+from equipoise.solvers import Solver
+from equipoise.train.config import TrainConfig
+from equipoise.train.data import Split
+from equipoise.train.objectives import SUMS, Classification
+from equipoise.train.run import RunError
+
+
+def evaluate(
+    model: MDEQClassifier, split: Split, config: TrainConfig, *, solver: Solver | None = None
+) -> dict[str, float]:
+    """Loss, accuracy and solver statistics of a model on a split.
+
+    Args:
+        model: a classifier.
+        split: images, from `config.data.load()`.
+        config: of its run: batch size, precision and device are read from it.
+        solver: in place of the configured one.
+
+    Returns:
+        `loss`, `accuracy`, `mean_steps`, `converged`, `residual` and `count`.
+    """
+    fabric = make_fabric(config)
+    fabric.launch()
+    objective = Classification(model, eval_solver=solver or config.eval_solver).to(fabric.device)
+    with surroundings(config, fabric.device):
+        found = means(evaluate_sums(fabric, objective, split, config))
+    del found["penalty"]
+    return found
+
+
+@torch.no_grad()
+def evaluate_sums(fabric: Any, objective: Classification, split: Split, config: TrainConfig) -> Tensor:
+    """Sums of an objective over a split, over all processes."""
+    objective.eval()
+    total = torch.zeros(len(SUMS), dtype=torch.float64, device=fabric.device)
+    batches = split.batches(config.eval_batch_size, rank=fabric.global_rank, world_size=fabric.world_size)
+    for images, labels in batches:
+        if len(labels):
+            images, labels = to_device(config, images, labels, fabric.device)
+            with fabric.autocast():
+                total += objective(images, labels)[1]
+    return fabric.all_reduce(total, reduce_op="sum") if fabric.world_size > 1 else total
+
+
+def means(sums: Tensor) -> dict[str, Any]:
+    """Sums over images as means."""
+    values = dict(zip(SUMS, sums.tolist(), strict=True))
+    count = max(1.0, values["count"])
+    return {
+        "count": int(values["count"]),
+        "loss": values["loss"] / count,
+        "accuracy": values["correct"] / count,
+        "mean_steps": values["steps"] / count,
+        "converged": values["converged"] / count,
+        "residual": values["residual"] / count,
+        "penalty": values["penalty"] / count,
+    }
+
+
+def to_device(
+    config: TrainConfig, images: Tensor, labels: Tensor, device: torch.device, crops: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """A batch as the model takes it, augmented if there is a source of randomness."""
+    if device.type == "cuda":
+        images, labels = images.pin_memory(), labels.pin_memory()
+    prepared = config.data.prepare(images.to(device, non_blocking=True), crops)
+    if config.precision == "64-true":
+        prepared = prepared.double()
+    if config.channels_last:
+        prepared = prepared.contiguous(memory_format=torch.channels_last)
+    return prepared, labels.to(device, non_blocking=True)
+
+
+def make_fabric(config: TrainConfig) -> Any:
+    """Lightning Fabric on the devices that a configuration, or torchrun, names.
+
+    Raises:
+        RunError: the extra `train` is not installed, or the devices do not exist.
+    """
+    try:
+        from lightning_fabric import Fabric
+    except ImportError as error:
+        raise RunError("training needs Lightning Fabric: pip install 'equipoise[train]'") from error
+    devices, nodes = config.devices, config.num_nodes
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = int(os.environ["WORLD_SIZE"]) // devices
+    return Fabric(
+        accelerator=config.accelerator,
+        devices=devices,
+        num_nodes=nodes,
+        strategy=config.strategy,
+        precision=config.precision,
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """What a result was computed on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+@contextlib.contextmanager
+def surroundings(config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """The caller's random state and switches decide nothing, and are as before when the run is over."""
+    before, dtype = torch.are_deterministic_algorithms_enabled(), torch.get_default_dtype()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            torch.set_default_dtype(torch.float32)
+            if config.deterministic and device.type == "cuda":
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+                torch.use_deterministic_algorithms(True)
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before)
+            torch.set_default_dtype(dtype)
