@@ -122,8 +122,9 @@ def test_the_table_of_epochs_shows_the_log(run: Path) -> None:
     lines = [line for line in read_lines(run) if line["kind"] == "epoch"]
     assert len(rows) == len(lines) == 5  # training and validation twice, test
     for row, line in zip(rows, lines, strict=True):
-        _, split, step, *numbers = re.findall("<td>(.*?)</td>", row)
+        epoch, split, step, *numbers = re.findall("<td>(.*?)</td>", row)
         assert (split, int(step)) == (line["split"], line["step"])
+        assert int(epoch) == min(line["epoch"] + 1, 2), "training and validation of an epoch have the same number"
         loss, accuracy, steps, converged, residual, seconds = (float(number.removesuffix("%")) for number in numbers)
         assert loss == pytest.approx(line["loss"], abs=0.000051)
         assert accuracy == pytest.approx(100 * line["accuracy"], abs=0.0051)

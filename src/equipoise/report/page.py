@@ -102,7 +102,7 @@ def render(
             ("epoch", "split", "step", "loss", "accuracy", "solver steps", "converged", "residual", "seconds"),
             [
                 (
-                    *(x["epoch"] + (x["split"] == "train"), x["split"], x["step"], f"{x['loss']:.4f}"),
+                    *(x["epoch"] + (x["split"] != "test"), x["split"], x["step"], f"{x['loss']:.4f}"),
                     *(f"{x['accuracy']:.2%}", f"{x['mean_steps']:.2f}", f"{x['converged']:.1%}"),
                     *(f"{x['residual']:.2e}", f"{x['seconds']:.1f}"),
                 )

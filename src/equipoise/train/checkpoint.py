@@ -23,6 +23,7 @@ from equipoise.train.serialize import from_plain, nearest, to_plain
 
 MODELS = {"MDEQClassifier": (MDEQClassifier, MDEQConfig)}
 KEEP = 2  # resumable checkpoints in a run folder
+CHECKSUM = "crc32"  # of the tensors, among the facts in a file
 
 
 class CheckpointError(ValueError):
@@ -92,13 +93,16 @@ def load(path: str | os.PathLike[str]) -> MDEQClassifier:
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The facts saved with a model: its class, configuration, solver, gradient, and what was passed as `about`."""
-    return _facts(Path(path))
+    facts = _facts(Path(path))
+    facts.pop(CHECKSUM, None)
+    return facts
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Write tensors and JSON facts to one safetensors file, atomically, with a checksum."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = {"equipoise": json.dumps(facts), "crc32": str(_checksum(plain))}
+    # One entry, for safetensors writes several in random order: equal content is to give equal files.
+    header = {"equipoise": json.dumps({**facts, CHECKSUM: _checksum(plain)})}
     write_atomic(path, to_bytes(plain, header))
 
 
@@ -111,7 +115,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     facts = _facts(path)
     with _readable(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, the handle is no mapping
-        if file.metadata().get("crc32") != str(_checksum(tensors)):
+        if facts.pop(CHECKSUM, None) != _checksum(tensors):
             raise CheckpointError(f"{path} is damaged: its checksum is wrong")
     return tensors, facts
 
