@@ -27,6 +27,8 @@ from equipoise.report.page import EXAMPLES, examples, render
 from equipoise.train import Digits, Pretraining, TrainConfig, checkpoint, fit, recipes
 from equipoise.train.run import read_lines
 
+pytestmark = pytest.mark.slow  # each test trains: together they take too long for the fast set
+
 CONFIG = dataclasses.replace(
     recipes.mdeq_digits(),
     data=Digits(validation_fraction=0.1),

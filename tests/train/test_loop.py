@@ -22,6 +22,8 @@ from equipoise.train.data import generator, mix
 from equipoise.train.objectives import SUMS, Classification, Moment
 from equipoise.train.run import read_config, read_lines
 
+pytestmark = pytest.mark.slow  # each test trains: together they take too long for the fast set
+
 
 def test_the_loop_equals_one_written_by_hand(tmp_path: pathlib.Path) -> None:
     """Order, crops, dropout, smoothing, penalty, clipping, schedule and average, all from their formulas."""

@@ -19,6 +19,8 @@ from train.toy import ENVIRONMENT, FULL, PLAIN, Interrupt, Interrupted, Run, Toy
 from equipoise.train import SGD, AdamW, Result, RunError, TrainConfig, checkpoint, fit
 from equipoise.train.run import read_config, read_lines
 
+pytestmark = pytest.mark.slow  # each test trains: together they take too long for the fast set
+
 SGD_RUN = dataclasses.replace(PLAIN, optimizer=SGD(lr=0.05), tensorboard=True)
 ADAMW_RUN = dataclasses.replace(FULL, optimizer=AdamW(lr=0.01, weight_decay=0.1), channels_last=True, log_every=5)
 DOUBLE_RUN = dataclasses.replace(FULL, precision="64-true", stop_after=7, checkpoint_every=2)
