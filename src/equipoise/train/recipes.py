@@ -30,7 +30,7 @@ def mdeq_digits() -> TrainConfig:
 
 
 def mdeq_fashion_mnist() -> TrainConfig:
-    """MDEQ with SHINE gradients on Fashion-MNIST: at most half an hour on two CPU cores."""
+    """MDEQ with SHINE gradients on Fashion-MNIST: about half an hour on two CPU cores."""
     return TrainConfig(
         name="mdeq-fashion-mnist",
         data=FashionMNIST(validation_fraction=0.05, flip=True),
