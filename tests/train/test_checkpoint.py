@@ -22,7 +22,7 @@ from torch import nn
 from train.toy import MODEL, PLAIN, Interrupt
 
 import equipoise as eq
-from equipoise import train
+from equipoise import files, train
 from equipoise.models import MDEQClassifier
 from equipoise.train import SGD, Adam, AdamW, CheckpointError, Optimizer, checkpoint, fit
 from equipoise.train.loop import Average
@@ -92,9 +92,9 @@ def test_a_watcher_is_left_out_of_the_file_and_what_changes_a_result_is_refused(
 
 def rewritten(path: pathlib.Path, change: Callable[[dict[str, Any]], Any]) -> bytes:
     """The file with other facts, and a checksum that fits."""
-    tensors, facts = checkpoint.read_tensors(path)
+    tensors, facts = files.read_tensors(path)
     changed = change(facts)
-    checkpoint.write_tensors(path, tensors, facts if changed is None else changed)
+    files.write_tensors(path, tensors, facts if changed is None else changed)
     return path.read_bytes()
 
 
@@ -154,7 +154,7 @@ def test_foreign_tensors_are_refused(metadata: dict[str, str] | None, reason: st
 def test_equal_content_gives_equal_files(saved: pathlib.Path) -> None:
     before = saved.read_bytes()
     for _ in range(8):  # random order would be seen with a chance of 1 - 2^-8
-        checkpoint.write_tensors(saved, *checkpoint.read_tensors(saved))
+        files.write_tensors(saved, *files.read_tensors(saved))
         assert saved.read_bytes() == before
 
 
@@ -224,7 +224,7 @@ def test_a_file_has_its_name_only_when_all_of_it_is_on_the_disk(
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", lambda *paths: (events.append("replace"), replaced(*paths)))
-    checkpoint.write_atomic(path, b"x" * 12345)
+    files.write_atomic(path, b"x" * 12345)
     assert events[:2] == [("content", False, 12345), "replace"]
     assert events[2][:2] == ("folder", True)
     assert path.read_bytes() == b"x" * 12345
@@ -269,8 +269,8 @@ def test_an_optimizer_goes_on_as_if_it_had_not_been_saved(optimizer: Optimizer, 
         second.step()
         if number in (2, 5):
             tensors, facts = checkpoint.pack_optimizer(second)
-            checkpoint.write_tensors(tmp_path / "state", tensors, {"facts": json.loads(json.dumps(facts))})
-            tensors, facts = checkpoint.read_tensors(tmp_path / "state")
+            files.write_tensors(tmp_path / "state", tensors, {"facts": json.loads(json.dumps(facts))})
+            tensors, facts = files.read_tensors(tmp_path / "state")
             second = optimizer.build([two])
             checkpoint.unpack_optimizer(second, tensors, facts["facts"])
         assert torch.equal(one, two)

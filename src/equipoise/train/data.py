@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from equipoise.files import DataError
 from equipoise.train import readers
-from equipoise.train.readers import DataError
 
 TEST_SEED = 20_210_601  # of the fixed permutations that carve test and validation images out of a data set
 

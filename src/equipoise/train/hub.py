@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from equipoise.files import DataError, data_root
 from equipoise.train.data import Split, Splits, TensorSplit, batch_indices, carve, generator, mix
 from equipoise.train.readers import (
-    DataError,
-    data_root,
     open_image,
     random_resized_crop,
     resize_and_crop,

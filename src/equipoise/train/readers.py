@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import math
-import os
 import struct
 import zlib
 from pathlib import Path
@@ -15,20 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from equipoise.files import DataError, data_root
+
 if TYPE_CHECKING:
     from PIL import Image
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
-
-
-class DataError(ValueError):
-    """Data that is missing or damaged; the message says what was looked for and what to do."""
-
-
-def data_root() -> Path | None:
-    """The folder that `EQUIPOISE_DATA` names, if any."""
-    value = os.environ.get("EQUIPOISE_DATA")
-    return Path(value) if value else None
 
 
 def find_idx(root: str | None) -> Path | None:
