@@ -1,0 +1,7 @@
+"""Hyperparameters tuned by gradient, with the interface of scikit-learn."""
+
+try:
+    import scipy  # noqa: F401
+    import sklearn  # noqa: F401
+except ImportError as error:
+    raise ImportError("the estimators need scikit-learn and SciPy: pip install 'equipoise[estimators]'") from error

@@ -1,0 +1,154 @@
+"""A design matrix, dense or sparse, as a linear operator that is differentiable to any order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+import torch
+from torch import Tensor
+
+
+class _Product(torch.autograd.Function):
+    """`v -> v A^T` for a constant sparse `A`; its derivative is the same function of `A^T`, so any order exists."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, matrix: scipy.sparse.csr_array, transposed: scipy.sparse.csr_array) -> Tensor:
+        ctx.matrices = transposed, matrix
+        array = v.detach().numpy()
+        # One right-hand side has a loop of its own in SciPy; several go through the matrix together.
+        out = (matrix @ array[0])[None] if len(array) == 1 else np.ascontiguousarray((matrix @ array.T).T)
+        return torch.from_numpy(out)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        return _Product.apply(g, *ctx.matrices), None, None
+
+
+class Design:
+    r"""A design matrix as a linear operator on flat states, differentiable to any order.
+
+    A state holds one coefficient vector for each output and, with `intercept`, the intercepts after them. The scores of
+    output $c$ are
+
+    $$ s_c = (X - \mathbf 1 \mu^\top)\, \operatorname{diag}(\sigma)^{-1} z_c + b_c \mathbf 1 $$
+
+    with $\mu$ = `offset` and $\sigma$ = `scale`, applied to the state and not to the matrix: sparse data stays sparse.
+    A sparse matrix is kept in rows and in columns, so that both products run along the memory.
+
+    Args:
+        features: `(n, d)` NumPy array, torch tensor or SciPy sparse matrix.
+        outputs: number of scores of a sample, k.
+        intercept: whether each output has an intercept.
+        offset: `(d,)` what is subtracted from each column; None: nothing.
+        scale: `(d,)` what each column is divided by; None: one.
+        dtype: of the products; None: that of floating features, else float64.
+
+    Raises:
+        TypeError: features or dtype of another kind.
+        ValueError: shapes that do not fit; a scale that is not positive.
+
+    Example:
+        >>> import scipy.sparse, torch
+        >>> design = Design(scipy.sparse.csr_array([[1.0, 0.0], [0.0, 2.0]]), intercept=True)
+        >>> design.scores(torch.tensor([[3.0, 4.0, 0.5]], dtype=torch.float64))
+        tensor([[[3.5000, 8.5000]]], dtype=torch.float64)
+    """
+
+    def __init__(
+        self,
+        features: Any,
+        *,
+        outputs: int = 1,
+        intercept: bool = False,
+        offset: Tensor | None = None,
+        scale: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        sparse = scipy.sparse.issparse(features)
+        if not sparse and not isinstance(features, (np.ndarray, Tensor)):
+            kind = type(features).__name__
+            raise TypeError(f"features must be a NumPy array, a tensor or a SciPy sparse matrix, got {kind}")
+        if features.ndim != 2:
+            raise ValueError(f"features must be a matrix (n, d), got shape {tuple(features.shape)}")
+        if dtype is None:
+            dtype = {"float32": torch.float32}.get(str(features.dtype).removeprefix("torch."), torch.float64)
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"Design(dtype={dtype}): must be torch.float32 or torch.float64")
+        if outputs < 1:
+            raise ValueError(f"Design(outputs={outputs!r}): must be >= 1")
+        self.dtype = dtype
+        self.outputs = outputs
+        self.intercept = intercept
+        self.num_rows, self.num_features = (int(size) for size in features.shape)
+        if sparse:
+            digits = np.float32 if dtype == torch.float32 else np.float64
+            self._matrix: Any = scipy.sparse.csr_array(features, dtype=digits)
+            self._transposed = scipy.sparse.csr_array(self._matrix.T)
+        else:
+            self._matrix = torch.as_tensor(features).to(dtype)
+            self._transposed = None
+        self.offset = self._column(offset, "offset")
+        self.scale = self._column(scale, "scale")
+        if self.scale is not None and not bool((self.scale > 0).all()):
+            raise ValueError("scale must be positive in every column; give constant columns the scale 1")
+
+    def _column(self, value: Tensor | None, name: str) -> Tensor | None:
+        if value is not None and value.shape != (self.num_features,):
+            raise ValueError(f"{name} must have one number per feature, ({self.num_features},), got {value.shape}")
+        return None if value is None else value.to(self.dtype)
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the matrix is sparse."""
+        return self._transposed is not None
+
+    @property
+    def num_coefficients(self) -> int:
+        """Number of coefficients of a state, `k d`: what penalties apply to."""
+        return self.outputs * self.num_features
+
+    @property
+    def size(self) -> int:
+        """Size of a flat state, `D = k d`, with intercepts `k (d + 1)`."""
+        return self.num_coefficients + (self.outputs if self.intercept else 0)
+
+    def select(self, rows: Any) -> Design:
+        """The same operator on some rows: an index array or a mask, as for the matrix itself."""
+        features = self._matrix[np.asarray(rows)] if self.sparse else self._matrix[torch.as_tensor(rows)]
+        return Design(
+            features,
+            outputs=self.outputs,
+            intercept=self.intercept,
+            offset=self.offset,
+            scale=self.scale,
+            dtype=self.dtype,
+        )
+
+    def coefficients(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """What the state means on the columns as they are: coefficients `(B, k, d)` and intercepts `(B, k)`."""
+        if z.ndim != 2 or z.shape[1] != self.size or z.dtype != self.dtype:
+            raise ValueError(
+                f"the state of this design is (B, {self.size}) in {self.dtype}, got {tuple(z.shape)} in {z.dtype}"
+            )
+        weights = z[:, : self.num_coefficients].unflatten(1, (self.outputs, self.num_features))
+        if self.scale is not None:
+            weights = weights / self.scale
+        intercepts = z[:, self.num_coefficients :] if self.intercept else z.new_zeros(len(z), self.outputs)
+        if self.offset is not None:
+            intercepts = intercepts - weights @ self.offset
+        return weights, intercepts
+
+    def scores(self, z: Tensor) -> Tensor:
+        """Scores of all rows: `(B, D) -> (B, k, n)`."""
+        weights, intercepts = self.coefficients(z)
+        flat = weights.flatten(0, 1)
+        if self._transposed is None:
+            products = flat @ self._matrix.T
+        elif flat.device.type != "cpu":
+            raise ValueError(f"a sparse design works on the CPU, got a state on {flat.device}; move it, or densify X")
+        else:
+            products = _Product.apply(flat, self._matrix, self._transposed)
+        scores = products.unflatten(0, (len(z), self.outputs))
+        return scores if not self.intercept and self.offset is None else scores + intercepts[:, :, None]
