@@ -1,6 +1,7 @@
 """Equilibrium models in PyTorch: solve, differentiate, train and certify fixed points."""
 
-from equipoise import nn
+from equipoise import bilevel, nn
+from equipoise.bilevel import minimize_outer
 from equipoise.fixed_point import fixed_point
 from equipoise.gradients import Gradient, Implicit, JacobianFree, Neumann, Phantom, Shine, Unrolled
 from equipoise.linalg import InverseEstimate
@@ -30,6 +31,8 @@ __all__ = [
     "Status",
     "SteadyState",
     "Unrolled",
+    "bilevel",
     "fixed_point",
+    "minimize_outer",
     "nn",
 ]

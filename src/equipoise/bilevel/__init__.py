@@ -1,0 +1,28 @@
+"""Bilevel optimization: hyperparameters that minimize an outer loss of the solution of an inner problem."""
+
+from equipoise.bilevel.inner import Inner, InnerLoss, InnerMap
+from equipoise.bilevel.minimize import minimize_outer
+from equipoise.bilevel.solution import OuterSolution, OuterStatus, OuterStep
+from equipoise.bilevel.steps import HoagStep, Proposal, StepRule, Trial
+from equipoise.bilevel.tolerances import Cubic, Exact, Exponential, Quadratic, Tolerance
+from equipoise.bilevel.trust_region import TrustRegion
+
+__all__ = [
+    "Cubic",
+    "Exact",
+    "Exponential",
+    "HoagStep",
+    "Inner",
+    "InnerLoss",
+    "InnerMap",
+    "OuterSolution",
+    "OuterStatus",
+    "OuterStep",
+    "Proposal",
+    "Quadratic",
+    "StepRule",
+    "Tolerance",
+    "Trial",
+    "TrustRegion",
+    "minimize_outer",
+]

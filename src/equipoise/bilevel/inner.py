@@ -1,0 +1,83 @@
+"""Inner problems: what the state of a bilevel problem solves for given hyperparameters."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from equipoise.map import DescentMap, Map
+
+
+class _Joint(Map):
+    """Rows stay in the batch to the end: the caller's functions may hold tensors of each row, say data of a fold."""
+
+    @property
+    def droppable(self) -> bool:
+        return False
+
+
+class _JointDescent(_Joint, DescentMap):
+    """The same of an objective."""
+
+
+class Inner(abc.ABC):
+    """An inner problem: a map of the state for each choice of the hyperparameters."""
+
+    @abc.abstractmethod
+    def map(self, z0: Any, hyper: Sequence[Tensor]) -> Map:
+        """The map whose fixed point is sought, on states like `z0`; its `params` are the hyperparameters."""
+
+
+@dataclasses.dataclass(frozen=True)
+class InnerLoss(Inner):
+    r"""The state minimizes a loss: $z^*(\theta) = \arg\min_z\ \ell(z) + P(z, \theta)$.
+
+    Args:
+        loss: $\ell$, called as `loss(z)`, or as `loss(z, *hyper)` if there is no `penalty`; it returns one number for
+            each row of `z`, `(B,)`.
+        penalty: $P$, called as `penalty(z, *hyper)`, `(B,)`. Giving it apart from the loss tells what changes with the
+            hyperparameters.
+
+    Raises:
+        TypeError: an argument is no function.
+    """
+
+    loss: Callable[..., Tensor]
+    penalty: Callable[..., Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if not callable(self.loss) or not (self.penalty is None or callable(self.penalty)):
+            raise TypeError("InnerLoss(loss, penalty): must be functions of the state that return (B,)")
+
+    def map(self, z0: Any, hyper: Sequence[Tensor]) -> Map:
+        def objective(z: Any) -> Tensor:
+            if self.penalty is None:
+                return self.loss(z, *hyper)
+            return self.loss(z) + self.penalty(z, *hyper)
+
+        return _JointDescent(objective, z0, params=tuple(hyper))
+
+
+@dataclasses.dataclass(frozen=True)
+class InnerMap(Inner):
+    r"""The state is a fixed point: $z^* = f(z^*, \theta)$.
+
+    Args:
+        f: called as `f(z, *hyper)`, it returns a state like `z`.
+
+    Raises:
+        TypeError: `f` is no function.
+    """
+
+    f: Callable[..., Any]
+
+    def __post_init__(self) -> None:
+        if not callable(self.f):
+            raise TypeError(f"InnerMap(f={self.f!r}): must be a function f(z, *hyper)")
+
+    def map(self, z0: Any, hyper: Sequence[Tensor]) -> Map:
+        return _Joint(lambda z: self.f(z, *hyper), z0, params=tuple(hyper))
