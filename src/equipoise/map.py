@@ -39,6 +39,7 @@ class Point:
         value: `(b,)` objective at `z` if the map is a descent map, else None.
         pull: `v -> J^T v` on the kept graph, else None.
         blocks: sizes of the parts of the state that converge separately, None for one.
+        bare: `(b, D)` the residual where `r` is that times a preconditioner, else None.
     """
 
     z: Tensor
@@ -49,6 +50,12 @@ class Point:
     value: Tensor | None = None
     pull: Callable[[Tensor], Tensor] | None = None
     blocks: tuple[int, ...] | None = None
+    bare: Tensor | None = None
+
+    @property
+    def residual(self) -> Tensor:
+        """`f(z) - z`, even where `r` is preconditioned."""
+        return self.r if self.bare is None else self.bare
 
     def vjp(self, v: Tensor) -> Tensor:
         """`J^T v` at this point, `(b, D) -> (b, D)`; only where the solver declares `uses_vjp`."""

@@ -21,7 +21,9 @@ class Implicit(Gradient):
 
     $$ w = J^\top w + g, \qquad \frac{dL}{d\theta} = w^\top \frac{\partial f}{\partial \theta} $$
 
-    The right-hand side is scaled to norm one, so that the accuracy does not depend on the scale of the loss.
+    The right-hand side is scaled to norm one, so that the accuracy does not depend on the scale of the loss: the
+    solver's `atol` is one of the relative residual $\|J^\top w + g - w\| / \|g\|$, its `rtol` one relative to
+    $\|J^\top w + g\|$. For the first alone: `solver=GMRES(rtol=0, atol=1e-6)`.
 
     Args:
         solver: of the adjoint equation, a fixed point like any other; its `max_steps` counts products $J^\top w$.
@@ -56,16 +58,14 @@ class Implicit(Gradient):
 
     def cotangent(self, adjoint: AdjointMap, g: Tensor, solution: Solution[Tensor]) -> Tensor:
         norm = torch.linalg.vector_norm(g, dim=1, keepdim=True)
-        # A power of two scales without rounding.
-        scale = torch.where(norm > 0, torch.exp2(torch.ceil(torch.log2(norm))), 1.0)
+        scale = torch.where(norm > 0, norm, 1.0)
         unit = g / scale
         adjoint = adjoint.scaled(unit)
         w, preconditioner = self._start(adjoint, unit, scale, solution)
         answer = self.solver.solve(adjoint, w, preconditioner=preconditioner)
         w = answer.value * scale
         if self.observe is not None:
-            relative = torch.where(norm > 0, scale / norm, 0.0)[:, 0]
-            self.observe(dataclasses.replace(answer, value=w, residual=answer.residual * relative))
+            self.observe(dataclasses.replace(answer, value=w))
         return w
 
     def _start(

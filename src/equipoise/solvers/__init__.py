@@ -3,6 +3,7 @@
 from equipoise.solvers.anderson import Anderson
 from equipoise.solvers.base import Solver
 from equipoise.solvers.broyden import Broyden
+from equipoise.solvers.krylov import CG
 from equipoise.solvers.lbfgs import LBFGS
 from equipoise.solvers.picard import Picard
 from equipoise.solvers.steady_state import SteadyState
@@ -10,6 +11,7 @@ from equipoise.solvers.steppers import BS3, VCAB3, Classical, Euler, Stepper, Ts
 
 __all__ = [
     "BS3",
+    "CG",
     "LBFGS",
     "VCAB3",
     "Anderson",

@@ -109,6 +109,23 @@ class Solver(abc.ABC):
         """Largest residual norm at which a sample stops, from the norm of its `f(z)`: `(b,) -> (b,)`."""
         return size * self.rtol + self.atol
 
+    def measure(self, r: Tensor, fz: Tensor, blocks: tuple[int, ...] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Residual norm, error in units of the tolerance (the worst block's), and whether it is met, each `(b,)`."""
+        if blocks is None:
+            size = torch.linalg.vector_norm(r, dim=1)
+            allowed = self.tolerance(torch.linalg.vector_norm(fz, dim=1))
+            return size, self._error(size, allowed), size <= allowed
+        sizes, images = (
+            torch.stack([torch.linalg.vector_norm(part, dim=1) for part in x.split(blocks, dim=1)]) for x in (r, fz)
+        )
+        allowed = self.tolerance(images)
+        size = torch.linalg.vector_norm(sizes, dim=0)
+        return size, self._error(sizes, allowed).amax(dim=0), (sizes <= allowed).all(dim=0)
+
+    def _error(self, size: Tensor, allowed: Tensor) -> Tensor:
+        # The least residual need not be the least error: f(z), and so the tolerance, differs from point to point.
+        return size if self.rtol == 0 and self.atol == 0 else size / allowed
+
     @torch.no_grad()
     def solve(
         self, f: Map, z0: Tensor, *, preconditioner: InverseEstimate | None = None, trace: bool = False
@@ -119,7 +136,7 @@ class Solver(abc.ABC):
             f: the map on flat states.
             z0: `(B, D)` start.
             preconditioner: an estimate of `(I - J)^{-1}` known beforehand. The solver is shown the residual times this
-                estimate; samples are still judged by the residual itself.
+                estimate, `point.r`, beside the residual, `point.residual`, by which samples are still judged.
             trace: record the residual of every evaluation.
 
         Returns:
@@ -159,7 +176,7 @@ class Solver(abc.ABC):
 
 def _preconditioned(point: Point, estimate: InverseEstimate) -> Point:
     r = estimate.mv(point.r)
-    return dataclasses.replace(point, fz=point.z + r, r=r)
+    return dataclasses.replace(point, fz=point.z + r, r=r, bare=point.r)
 
 
 class _Record:
@@ -184,7 +201,7 @@ class _Record:
 
     def observe(self, point: Point, step: int) -> None:
         """Judge a point: error in units of the tolerance, best iterate, status; flags are read on the host only."""
-        size, error, met = self._measure(point)
+        size, error, met = self.solver.measure(point.r, point.fz, point.blocks)
         if step == 1:
             self.first = size
             top = torch.finfo(size.dtype).max
@@ -215,24 +232,6 @@ class _Record:
             self.running = point.running & ~stopped
             if self.on_host:
                 self.num_running = int(self.running.sum())
-
-    def _measure(self, point: Point) -> tuple[Tensor, Tensor, Tensor]:
-        """Residual norm, error in units of the tolerance (the worst block's), and whether it is met, each `(b,)`."""
-        if point.blocks is None:
-            size = torch.linalg.vector_norm(point.r, dim=1)
-            allowed = self.solver.tolerance(torch.linalg.vector_norm(point.fz, dim=1))
-            return size, self._error(size, allowed), size <= allowed
-        sizes, images = (
-            torch.stack([torch.linalg.vector_norm(part, dim=1) for part in x.split(point.blocks, dim=1)])
-            for x in (point.r, point.fz)
-        )
-        allowed = self.solver.tolerance(images)
-        size = torch.linalg.vector_norm(sizes, dim=0)
-        return size, self._error(sizes, allowed).amax(dim=0), (sizes <= allowed).all(dim=0)
-
-    def _error(self, size: Tensor, allowed: Tensor) -> Tensor:
-        # The least residual need not be the least error: f(z), and so the tolerance, differs from point to point.
-        return size if self.solver.rtol == 0 and self.solver.atol == 0 else size / allowed
 
     def _keep(self, point: Point, step: int, better: Tensor, size: Tensor, error: Tensor) -> None:
         if self.on_host and bool(better.all()):
