@@ -254,6 +254,23 @@ def test_a_matrix_of_many_classes_has_no_names(num_classes: int) -> None:
     assert (">class-7</text>" in svg) == (num_classes <= 20)
 
 
+def test_an_unfinished_run_is_reported_as_of_its_newest_checkpoint(copy: Path) -> None:
+    """The same model, without the files that the end of a run writes: all but the time and the banner are the same."""
+
+    def cards() -> dict[str, str]:
+        return {name: value for value, name in re.findall(r"<div><b>([^<]*)</b><span>([^<]*)</span>", page_of(copy))}
+
+    finished = cards()
+    assert "Not finished" not in page_of(copy)
+    for name in ("result.json", "model.safetensors"):
+        (copy / name).unlink()
+    write_report(copy)
+    assert "<p><b>Not finished: all below is of the checkpoint at step 10 of 10.</b></p>" in page_of(copy)
+    seconds = "seconds of training and test"
+    assert {**cards(), seconds: ""} == {**finished, seconds: ""}
+    assert page_of(copy).count("<svg ") == 9
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -264,12 +281,18 @@ def without_key(path: Path) -> None:
     path.write_text(json.dumps(content))
 
 
+def test_a_run_without_result_and_checkpoint_has_no_report(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / "result.json").unlink()
+    shutil.rmtree(copy / "checkpoints")
+    assert main(["report", str(copy)]) == 1
+    assert "has neither a result nor a checkpoint to report on" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
         ("config.yaml", Path.unlink, "not a run folder: it has no config.yaml"),
         ("config.yaml", lambda path: path.write_text("name: [\n"), "config.yaml is not valid YAML"),
-        ("result.json", Path.unlink, "has no result.json: its run is not finished"),
         ("result.json", truncate, "metrics.jsonl or result.json is damaged"),
         ("result.json", without_key, "metrics.jsonl or result.json is damaged .*'mean_steps'"),
         ("metrics.jsonl", Path.unlink, "metrics.jsonl or result.json is damaged"),

@@ -19,8 +19,8 @@ from train.toy import PLAIN, Interrupt, Interrupted, timeless
 
 from equipoise.cli import commands, main
 from equipoise.cli.display import LiveDisplay
-from equipoise.train import TrainConfig, fit, load
-from equipoise.train.run import config_yaml, read_config, read_lines
+from equipoise.train import FashionMNIST, RunError, TrainConfig, fit, load, recipes
+from equipoise.train.run import RunFolder, config_yaml, read_config, read_lines
 
 TINY = (
     *("--model.channels", "[8,8]", "--model.head_channels", "[2,2]", "--model.final_channels", "8"),
@@ -146,6 +146,19 @@ def test_only_a_run_can_be_resumed_and_only_as_it_was(toy: str, capsys: pytest.C
         assert re.fullmatch(rf"equipoise: error: {said}.*\n", capsys.readouterr().err)
     assert not pathlib.Path("nowhere").exists()
     assert main(["train", "--resume", "--run-dir", "half", "--log_every", "2", "--no-report"]) == 0
+
+
+def test_a_run_goes_on_after_its_data_moved() -> None:
+    """Where the data lies may differ, what is in it may not: images of another size are another configuration."""
+    config = dataclasses.replace(recipes.mdeq_fashion_mnist(), data=FashionMNIST(root="old"))
+    folder = RunFolder(pathlib.Path("run"), config, writes=True, note=print)
+    folder.claim(resume=False, overwrite=False)
+    moved = dataclasses.replace(config, data=FashionMNIST(root="new"))
+    dataclasses.replace(folder, config=moved).claim(resume=True, overwrite=False)
+    assert read_config("run/config.yaml") == moved
+    other = dataclasses.replace(config, data=FashionMNIST(root="new", flip=True))
+    with pytest.raises(RunError, match=r"data\.flip was False and is True now\. Drop"):
+        dataclasses.replace(folder, config=other).claim(resume=True, overwrite=False)
 
 
 def test_naming_the_recipe_resumes_the_run_with_its_own_flags(

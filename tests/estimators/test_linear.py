@@ -244,7 +244,7 @@ def test_nonlinear_least_squares_against_scipy() -> None:
     def residuals(w: np.ndarray) -> np.ndarray:
         return np.concatenate([y - 1 / (1 + np.exp(-x @ w)), np.sqrt(alpha) * w])
 
-    tight = {name: 1e-14 for name in ("ftol", "xtol", "gtol")}
+    tight = dict.fromkeys(("ftol", "xtol", "gtol"), 1e-14)
     np.testing.assert_allclose(z[0], scipy.optimize.least_squares(residuals, np.zeros(D), **tight).x, atol=1e-6)
 
 

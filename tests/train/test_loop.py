@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import platform
 from typing import Any
 
 import pytest
@@ -17,7 +18,18 @@ from train.toy import FULL, MODEL, PLAIN, Interrupt, Run, Toy, timeless
 import equipoise as eq
 from equipoise.models import MDEQClassifier
 from equipoise.nn import jacobian_penalty
-from equipoise.train import SGD, JacobianPenalty, NonFiniteLoss, Pretraining, Schedule, checkpoint, evaluate, fit, loop
+from equipoise.train import (
+    SGD,
+    JacobianPenalty,
+    NonFiniteLoss,
+    Observer,
+    Pretraining,
+    Schedule,
+    checkpoint,
+    evaluate,
+    fit,
+    loop,
+)
 from equipoise.train.data import generator, mix
 from equipoise.train.objectives import SUMS, Classification, Moment
 from equipoise.train.run import read_config, read_lines
@@ -166,6 +178,22 @@ def test_pretraining_applies_the_map_a_fixed_number_of_times(tmp_path: pathlib.P
     steps = [line["mean_steps"] for line in read_lines(tmp_path) if line["kind"] == "step"]
     assert steps[:4] == [3.0] * 4
     assert 3 < max(steps[4:]) <= 4
+
+
+@pytest.mark.parametrize(("native", "notes"), [(True, 0), (False, 1)])
+def test_emulated_bf16_is_said_to_be_slow(
+    native: bool, notes: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    class Listener(Observer):
+        def noted(self, text: str) -> None:
+            said.append(text)
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512" if native else "AVX2")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    fit(dataclasses.replace(PLAIN, stop_after=1, precision="bf16-mixed"), run_dir=tmp_path, observer=Listener())
+    assert ["--precision 32-true is faster" in text for text in said] == [True] * notes
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

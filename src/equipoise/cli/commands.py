@@ -272,7 +272,7 @@ def report(arguments: list[str]) -> int:
         arguments,
         RECIPES["mdeq-digits"](),
         usage="equipoise report RUN [flags]",
-        description="Write report.html into the folder of a finished run: learning curves, solver statistics,\n"
+        description="Write report.html into the folder of a run, finished or not: learning curves, solver statistics,\n"
         "residuals per solver step, mistakes and confusion matrix, in one file that needs no network.",
         examples="examples:\n  equipoise report runs/demo\n  equipoise report runs/demo --images 10000\n",
         own=own,

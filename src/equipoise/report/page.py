@@ -15,19 +15,22 @@ from typing import Any
 from matplotlib.figure import Figure
 from PIL import Image
 
+from equipoise.models import MDEQClassifier
 from equipoise.report.answers import Answers, look
 from equipoise.report.figures import confusion_map, curve, decay, step_counts, to_svg
-from equipoise.train import RunError, TrainConfig, checkpoint
+from equipoise.train import RunError, TrainConfig, checkpoint, evaluate
+from equipoise.train.data import Splits
+from equipoise.train.evaluation import summary
 from equipoise.train.run import config_yaml, read_config, read_lines
 
 EXAMPLES, MIXUPS = 24, 12  # images and rows shown
 
 
 def write_report(run_dir: str | os.PathLike[str], *, max_images: int = 2000) -> Path:
-    """Write `report.html` into the folder of a finished run, atomically; the page needs no network.
+    """Write `report.html` into the folder of a run, atomically; the page needs no network.
 
     Args:
-        run_dir: folder of the run.
+        run_dir: folder of the run; of one that is not finished the newest whole checkpoint is looked at.
         max_images: test images to look at; so many are taken at random if there are more.
 
     Returns:
@@ -35,7 +38,7 @@ def write_report(run_dir: str | os.PathLike[str], *, max_images: int = 2000) -> 
 
     Raises:
         ValueError: `max_images` is less than 1.
-        RunError: the folder holds no finished run, or its log or result is damaged.
+        RunError: the folder holds neither a result nor a checkpoint, or its log or result is damaged.
         CheckpointError: the model is missing or damaged.
         DataError: the data of the run is missing.
     """
@@ -45,21 +48,47 @@ def write_report(run_dir: str | os.PathLike[str], *, max_images: int = 2000) -> 
     if not (folder / "config.yaml").is_file():
         raise RunError(f"{folder} is not a run folder: it has no config.yaml")
     config = read_config(folder / "config.yaml")
-    if not (folder / "result.json").is_file():
-        raise RunError(
-            f"{folder} has no result.json: its run is not finished; equipoise train --run-dir {folder} --resume goes on"
-        )
-    model = checkpoint.load(folder / "model.safetensors")
     splits = config.data.load()
+    finished = (folder / "result.json").is_file()
+    if finished:
+        model, state = checkpoint.load(folder / "model.safetensors"), None
+    else:
+        state, problems = checkpoint.read_newest_state(folder / "checkpoints")
+        if state is None:
+            raise RunError("; ".join([*problems, f"{folder} has neither a result nor a checkpoint to report on"]))
+        model = checkpoint.model_of_state(state, config.model, config.solver, config.gradient)
     answers = look(model, splits.test, config, max_images)
     try:
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        if state is None:
+            result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        else:
+            result = _so_far(model, state, splits, config)
         page = render(config, read_lines(folder), result, answers, splits.classes)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         what = f"{type(error).__name__}: {error}"
         raise RunError(f"{folder}: metrics.jsonl or result.json is damaged or of another version ({what})") from error
     checkpoint.write_atomic(folder / "report.html", page.encode())
     return folder / "report.html"
+
+
+def _so_far(model: MDEQClassifier, state: checkpoint.State, splits: Splits, config: TrainConfig) -> dict[str, Any]:
+    """What `result.json` would hold had the run ended at a checkpoint, and that it did not."""
+    place = state.facts["place"]
+    steps_per_epoch = len(splits.train) // config.batch_size
+    facts = summary(
+        config,
+        evaluate(model, splits.test, config),
+        steps=place["step"],
+        steps_per_epoch=steps_per_epoch,
+        seconds=place["seconds"],
+        backward_share=place["backward_seconds"] / place["seconds"],
+        parameters=sum(p.numel() for p in model.parameters()),
+        device=next(model.parameters()).device,
+        world_size=1,
+    )
+    total = min(steps_per_epoch * config.epochs, config.stop_after or steps_per_epoch * config.epochs)
+    at = f"step {place['step']:,} of {total:,}"
+    return {**facts, "unfinished": f"Not finished: all below is of the checkpoint at {at}."}
 
 
 def render(
@@ -80,6 +109,7 @@ def render(
     fixed = config.pretraining
     return PAGE.substitute(
         title=_text(result["recipe"]),
+        unfinished=f"<p><b>{_text(result['unfinished'])}</b></p>" if "unfinished" in result else "",
         cards="".join(f"<div><b>{_text(value)}</b><span>{name}</span></div>" for name, value in _cards(result)),
         facts="".join(f"<dt>{name}</dt><dd>{_text(value)}</dd>" for name, value in _facts(config, result)),
         shaded=f" Shaded: the first {fixed.steps:,} steps, with {fixed.depth} applications of f."
@@ -199,7 +229,8 @@ def _testing(config: TrainConfig, answers: Answers) -> Titled:
 
 
 def _last_epoch(lines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    return [line for line in lines if line["kind"] == "epoch" and line["split"] == "train"][-1]
+    train = [line for line in lines if line["split"] == "train"]
+    return ([line for line in train if line["kind"] == "epoch"] or train)[-1]  # none in a run stopped in its first
 
 
 def _text(value: Any) -> str:
@@ -265,7 +296,7 @@ pre { overflow-x: auto; font-size: 12.5px }
 @media (max-width: 600px) { main { padding: 16px 8px } section, details { padding: 16px 12px } }
 </style></head><body><main>
 <h1>$title</h1><p>A training run of an equilibrium model: what it learned, and how its fixed points were solved.</p>
-<section id="run"><h2>Run</h2><div class="cards">$cards</div><dl class="facts">$facts</dl></section>
+$unfinished<section id="run"><h2>Run</h2><div class="cards">$cards</div><dl class="facts">$facts</dl></section>
 <section id="learning"><h2>Learning</h2><p>Means over the images since the point before.$shaded</p>
 <div class="figures">$learning</div></section>
 <section id="training-solver"><h2>Solver during training</h2><p>How hard the fixed points were to find while the weights

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import equipoise
 from equipoise.models import MDEQClassifier
 from equipoise.solvers import Solver
 from equipoise.train.config import TrainConfig
@@ -71,6 +72,51 @@ def means(sums: Tensor) -> dict[str, Any]:
     }
 
 
+def summary(
+    config: TrainConfig,
+    tested: Mapping[str, Any],
+    *,
+    steps: int,
+    steps_per_epoch: int,
+    seconds: float,
+    backward_share: float,
+    parameters: int,
+    device: torch.device,
+    world_size: int,
+) -> dict[str, Any]:
+    """What `result.json` holds: what was found on the test images, and how the run came there.
+
+    Args:
+        config: of the run.
+        tested: means over the test images, as `means` gives them.
+        steps: optimizer steps made.
+        steps_per_epoch: optimizer steps that pass over the training images once.
+        seconds: of training and test.
+        backward_share: share of the training time that went into gradients.
+        parameters: number of trained numbers.
+        device: that the result was computed on.
+        world_size: number of processes.
+    """
+    return {
+        "test_accuracy": tested["accuracy"],
+        "test_loss": tested["loss"],
+        "mean_steps": tested["mean_steps"],
+        "converged": tested["converged"],
+        "residual": tested["residual"],
+        "seconds": seconds,
+        "backward_share": backward_share,
+        "steps": steps,
+        "epochs": steps / steps_per_epoch,
+        "parameters": parameters,
+        "seed": config.seed,
+        "recipe": config.name,
+        "device": device_name(device),
+        "world_size": world_size,
+        "torch": torch.__version__,
+        "equipoise": equipoise.__version__,
+    }
+
+
 def to_device(
     config: TrainConfig, images: Tensor, labels: Tensor, device: torch.device, crops: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -106,6 +152,11 @@ def make_fabric(config: TrainConfig) -> Any:
         strategy=config.strategy,
         precision=config.precision,
     )
+
+
+def bf16_is_native() -> bool:
+    """Whether the CPU has instructions with which bfloat16 pays; on x86-64 that takes AVX-512 at the least."""
+    return platform.machine() not in ("x86_64", "AMD64") or "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
 def device_name(device: torch.device) -> str:

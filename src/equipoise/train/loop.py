@@ -13,12 +13,19 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-import equipoise
 from equipoise.models import MDEQClassifier
 from equipoise.train import checkpoint
 from equipoise.train.config import TrainConfig
 from equipoise.train.data import Split, Splits, generator, mix
-from equipoise.train.evaluation import device_name, evaluate_sums, make_fabric, means, surroundings, to_device
+from equipoise.train.evaluation import (
+    bf16_is_native,
+    evaluate_sums,
+    make_fabric,
+    means,
+    summary,
+    surroundings,
+    to_device,
+)
 from equipoise.train.objectives import SUMS, Classification, Moment
 from equipoise.train.run import RunFolder, new_folder
 from equipoise.train.serialize import to_plain
@@ -134,6 +141,8 @@ def fit(
     if main:
         folder.claim(resume=resume, overwrite=overwrite)
     fabric.barrier()
+    if config.precision == "bf16-mixed" and fabric.device.type == "cpu" and not bf16_is_native():
+        observer.noted("this CPU computes in bf16 by emulation, several times slower: --precision 32-true is faster")
     with surroundings(config, fabric.device):
         try:
             return _Trainer(fabric, config, splits, folder, observer).run(resume)
@@ -183,7 +192,18 @@ class _Trainer:
         start = time.perf_counter()
         line = self._evaluate("test", self.splits.test)
         self._log(line)
-        facts = self._result(line, parameters, time.perf_counter() - start)
+        place = self.place
+        facts = summary(
+            self.config,
+            line,
+            steps=place.step,
+            steps_per_epoch=self.steps_per_epoch,
+            seconds=place.seconds + time.perf_counter() - start,
+            backward_share=place.backward_seconds / place.seconds if place.seconds else 0.0,
+            parameters=parameters,
+            device=self.fabric.device,
+            world_size=self.fabric.world_size,
+        )
         if self.folder.writes:
             about = {
                 "data": to_plain(self.config.data),
@@ -371,27 +391,6 @@ class _Trainer:
             yield
         finally:
             self.average.swap(self.model)
-
-    def _result(self, line: dict[str, Any], parameters: int, seconds: float) -> dict[str, Any]:
-        place = self.place
-        return {
-            "test_accuracy": line["accuracy"],
-            "test_loss": line["loss"],
-            "mean_steps": line["mean_steps"],
-            "converged": line["converged"],
-            "residual": line["residual"],
-            "seconds": place.seconds + seconds,
-            "backward_share": place.backward_seconds / place.seconds if place.seconds else 0.0,
-            "steps": place.step,
-            "epochs": place.step / self.steps_per_epoch,
-            "parameters": parameters,
-            "seed": self.config.seed,
-            "recipe": self.config.name,
-            "device": device_name(self.fabric.device),
-            "world_size": self.fabric.world_size,
-            "torch": torch.__version__,
-            "equipoise": equipoise.__version__,
-        }
 
 
 class Average:

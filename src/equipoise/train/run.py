@@ -16,6 +16,7 @@ from equipoise.train.serialize import from_plain, to_plain
 # What may differ when a run is continued: where and how it is executed and logged.
 FREE = {"name", "accelerator", "devices", "num_nodes", "strategy", "eval_batch_size"}
 FREE |= {"log_every", "checkpoint_every", "tensorboard"}
+PLACES = {"data.root", "data.source"}  # data may have moved; that it is the same is the caller's word
 
 
 class RunError(ValueError):
@@ -130,6 +131,8 @@ class RunFolder:
                     f"{self.path} cannot be resumed with another configuration: {'; '.join(differences)}. Drop these "
                     "flags, or start a new run in another --run-dir"
                 )
+            if read_config(found) != self.config:  # in what is free
+                write_config(self.config, found)
             return
         self.path.mkdir(parents=True, exist_ok=True)
         for old in (*checkpoint.states(self.checkpoints), *self._own_files()):
@@ -202,6 +205,6 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             found += _differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append(f"{(prefix + key).replace('.init_args', '')} was {a} and is {b} now")
+        elif a != b and (name := (prefix + key).replace(".init_args", "")) not in PLACES:
+            found.append(f"{name} was {a} and is {b} now")
     return found
