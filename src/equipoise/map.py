@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ class Point:
         pull: `v -> J^T v` on the kept graph, else None.
         blocks: sizes of the parts of the state that converge separately, None for one.
         bare: `(b, D)` the residual where `r` is that times a preconditioner, else None.
+        map: the map that was evaluated, which knows the structure of the state.
     """
 
     z: Tensor
@@ -51,6 +53,7 @@ class Point:
     pull: Callable[[Tensor], Tensor] | None = None
     blocks: tuple[int, ...] | None = None
     bare: Tensor | None = None
+    map: Map | None = None
 
     @property
     def residual(self) -> Tensor:
@@ -63,11 +66,11 @@ class Point:
             raise RuntimeError("this point kept no graph: a solver that calls vjp must set uses_vjp = True")
         return self.pull(v)
 
-    def gradient(self, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Gradient `(b, D)` of `loss(z, rows) -> (b,)` at this point."""
-        with torch.enable_grad():
-            z = self.z.detach().requires_grad_()
-            return torch.autograd.grad(loss(z, self.rows).sum(), z)[0]
+    def gradient(self, loss: Callable[[Any, Tensor], Tensor]) -> Tensor:
+        """Gradient `(b, D)` of `loss(z, rows) -> (b,)` at this point, `z` in the structure that the map takes."""
+        if self.map is None:
+            raise RuntimeError("this point is of a map on flat vectors, which has no outer loss")
+        return self.map.slope(loss, self.z, self.rows)
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -186,26 +189,29 @@ class Map:
             assert self.seeds is not None
             layer.seeds = self.seeds + 0x85EBCA6B * (number + 1)
         try:
-            state = self.unpack(z)
-            if self.autocast is None:
-                return self.f(state, *self.input_layout.unflatten(self.tensors))
-            else:
-                with torch.autocast(self.autocast[0], dtype=self.autocast[1]):
-                    return self.f(state, *self.input_layout.unflatten(self.tensors))
+            with self._casting():
+                return self.f(self.unpack(z), *self.input_layout.unflatten(self.tensors))
         finally:
             for layer in self.seeded:
                 layer.seeds = None
+
+    def _casting(self) -> contextlib.AbstractContextManager[object]:
+        """The autocast state in which the map was made."""
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.autocast[0], dtype=self.autocast[1])
 
     def evaluate(self, z: Tensor, rows: Tensor, running: Tensor, *, graph: bool = False) -> Point:
         """Evaluate once, without tracking; with `graph` the point can pull cotangents back."""
         if not graph:
             fz = self.call(z)
-            return Point(z, fz, fz - z, rows, running, blocks=self.blocks)
+            return Point(z, fz, fz - z, rows, running, blocks=self.blocks, map=self)
         with torch.enable_grad():
             leaf = z.detach().requires_grad_()
             tracked = self.on([t.detach() for t in self.tensors]).call(leaf)
         fz = tracked.detach()
-        return Point(z, fz, fz - z, rows, running, pull=lambda v: self.pull(tracked, leaf, v), blocks=self.blocks)
+        pull = functools.partial(self.pull, tracked, leaf)
+        return Point(z, fz, fz - z, rows, running, pull=pull, blocks=self.blocks, map=self)
 
     def pull(self, fz: Tensor, z: Tensor, v: Tensor) -> Tensor:
         """`J^T v` on a kept graph from `z` to `fz`, counted."""
@@ -213,6 +219,22 @@ class Map:
         if not fz.requires_grad:  # the map ignores its state
             return torch.zeros_like(z)
         return torch.autograd.grad(fz, z, v, retain_graph=True, materialize_grads=True)[0]
+
+    def slope(self, loss: Callable[[Any, Tensor], Tensor], z: Tensor, rows: Tensor) -> Tensor:
+        """Gradient `(b, D)` of another loss of the state, `loss(z, rows) -> (b,)`, in the autocast state of `f`.
+
+        Raises:
+            ValueError: the loss does not return one number per row.
+        """
+        with torch.enable_grad(), self._casting():
+            leaf = z.detach().requires_grad_()
+            value = loss(self.unpack(leaf), rows)
+            if not isinstance(value, Tensor) or value.shape != rows.shape:
+                shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"the outer loss must return one number per row, ({len(rows)},), got {shape}")
+            if not value.requires_grad:  # the loss ignores the state
+                return torch.zeros_like(z)
+            return torch.autograd.grad(value.sum(), leaf, materialize_grads=True)[0]
 
     @contextlib.contextmanager
     def session(self, *, backward: bool = False) -> Iterator[None]:
@@ -288,7 +310,7 @@ class DescentMap(Map):
         if not readable(value) or not bool(value.isfinite().all()):
             # Automatic differentiation follows the formula out of the domain of h: log(-1) is NaN, its slope is not.
             gradient = torch.where(value.isfinite()[:, None], gradient, torch.nan)
-        return Point(z, z - gradient, -gradient, rows, running, value=value, blocks=self.blocks)
+        return Point(z, z - gradient, -gradient, rows, running, value=value, blocks=self.blocks, map=self)
 
     def _value_and_gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
         higher = torch.is_grad_enabled()

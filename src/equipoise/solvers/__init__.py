@@ -1,5 +1,6 @@
 """Solvers of `z = f(z)`, one algorithm a file."""
 
+from equipoise.solvers.adjoint_broyden import AdjointBroyden
 from equipoise.solvers.anderson import Anderson
 from equipoise.solvers.base import Solver
 from equipoise.solvers.broyden import Broyden
@@ -14,6 +15,7 @@ __all__ = [
     "CG",
     "LBFGS",
     "VCAB3",
+    "AdjointBroyden",
     "Anderson",
     "Broyden",
     "Classical",

@@ -175,8 +175,14 @@ class Solver(abc.ABC):
 
 
 def _preconditioned(point: Point, estimate: InverseEstimate) -> Point:
+    """The point of the map `z + P (f(z) - z)`, `P` the estimate."""
     r = estimate.mv(point.r)
-    return dataclasses.replace(point, fz=point.z + r, r=r, bare=point.r)
+
+    def pull(v: Tensor) -> Tensor:
+        w = estimate.rmv(v)
+        return v - w + point.vjp(w)
+
+    return dataclasses.replace(point, fz=point.z + r, r=r, bare=point.r, pull=None if point.pull is None else pull)
 
 
 class _Record:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 
 from equipoise.gradients import Unrolled
 from equipoise.models import MDEQClassifier
-from equipoise.nn import jacobian_penalty
+from equipoise.nn import frozen, jacobian_penalty
 from equipoise.solution import Solution
-from equipoise.solvers import Picard, Solver
+from equipoise.solvers import AdjointBroyden, Picard, Solver
 from equipoise.train.config import JacobianPenalty, Pretraining
 
 SUMS = ("count", "loss", "correct", "steps", "converged", "residual", "penalty")
@@ -37,6 +38,9 @@ class Classification(nn.Module):
     r"""Cross-entropy of a classifier, with the Jacobian penalty and the fixed-depth steps of equilibrium training.
 
     $$ L = \mathrm{CE}(\mathrm{model}(x), y) + \gamma \, \frac{1}{D} \|J(z^*)\|_F^2 $$
+
+    A solver that is aware of the outer problem, `AdjointBroyden` with a `cadence`, is told the cross-entropy of each
+    sample while it solves, in training alone. The head is frozen then: its statistics and random numbers are untouched.
 
     Args:
         model: classifier that tells its solution.
@@ -73,9 +77,9 @@ class Classification(nn.Module):
         Returns:
             Scalar loss to differentiate, and the sums over the batch named in `SUMS`, float64 `(7,)`.
         """
-        with self._solving(moment):
+        with self._solving(moment, labels):
             logits, solution = self.model.classify(images)
-        logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        logits = _precise(logits)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing if moment is not None else 0.0)
         count = torch.as_tensor(len(labels), device=loss.device)
         penalty = torch.zeros((), device=loss.device)
@@ -95,13 +99,25 @@ class Classification(nn.Module):
         )
         return total, torch.stack([value.detach().to(torch.float64) for value in sums])
 
-    def _solving(self, moment: Moment | None) -> contextlib.AbstractContextManager[object]:
+    def _solving(self, moment: Moment | None, labels: Tensor) -> contextlib.AbstractContextManager[object]:
         deq = self.model.deq
         if moment is None:
             return deq.using(solver=self.eval_solver) if self.eval_solver is not None else contextlib.nullcontext()
         if moment.step < self.pretraining.steps:
             return deq.using(solver=Picard(max_steps=0), gradient=Unrolled(steps=self.pretraining.depth))
-        return contextlib.nullcontext()
+        if not isinstance(deq.solver, AdjointBroyden) or deq.solver.cadence is None:
+            return contextlib.nullcontext()
+
+        def outer(z: Any, rows: Tensor) -> Tensor:
+            with frozen(self.model.head):
+                logits = _precise(self.model.head(z))
+            return F.cross_entropy(logits, labels[rows], label_smoothing=self.label_smoothing, reduction="none")
+
+        return deq.using(solver=dataclasses.replace(deq.solver, outer=outer))
+
+
+def _precise(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
 def relative_residual(solution: Solution) -> Tensor:

@@ -15,20 +15,22 @@ from typing import Any
 
 from torch import Tensor
 
+UNSAVED = ("observe", "outer")  # fields that hold functions
+
 
 def to_plain(value: Any) -> Any:
     """A configuration as dicts, lists, strings, numbers and None.
 
     A plain dataclass becomes the dict of its fields; a member of an abstract family (a solver, a gradient, a data
-    source, an optimizer) becomes `{"class_path": ..., "init_args": {...}}`. A function `observe` becomes None: it only
-    watches, and changes no result.
+    source, an optimizer) becomes `{"class_path": ..., "init_args": {...}}`. The functions `observe` and `outer` become
+    None: the one only watches, the other belongs to one batch, and the objective sets it anew.
 
     Raises:
         ValueError: the value has no plain form, such as a tensor or another function.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         contents = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        fields = {name: None if name == "observe" else to_plain(content) for name, content in contents.items()}
+        fields = {name: None if name in UNSAVED else to_plain(content) for name, content in contents.items()}
         if isinstance(value, abc.ABC):
             return {"class_path": public_path(type(value)), "init_args": fields}
         return fields
