@@ -392,6 +392,18 @@ def test_the_shared_q_improves_with_the_inner_tolerance() -> None:
     assert slope > 3
 
 
+@pytest.mark.parametrize("cadence", [1, 5])
+def test_awareness_of_the_held_out_loss_corrects_the_hypergradient(cadence: int) -> None:
+    solver = dataclasses.replace(SOLVER, atol=1e-6)
+    vanilla = quality(solver)
+    aware = quality(dataclasses.replace(solver, cadence=cadence, outer=lambda z, rows: held_out_loss(z)))
+    error, cosine, slope = (ours / theirs for ours, theirs in zip(aware, vanilla, strict=True))
+    assert error < 0.5
+    assert cosine > 1
+    assert slope < 0.5
+    assert aware[2] < 0.02
+
+
 def test_the_shared_q_improves_with_the_memory() -> None:
     errors = [quality(dataclasses.replace(SOLVER, atol=1e-6, memory=memory))[0] for memory in (5, 20, 100)]
     assert errors == sorted(errors, reverse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import collections.abc
 import dataclasses
 import difflib
 import inspect
@@ -16,7 +15,7 @@ import jsonargparse
 
 from equipoise.cli.errors import UsageError
 from equipoise.train import TrainConfig
-from equipoise.train.serialize import from_plain, known_classes, nearest, public_path, to_plain
+from equipoise.train.serialize import from_plain, known_classes, nearest, needs_python, public_path, to_plain
 
 
 def parse(
@@ -123,8 +122,8 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 
     def _format_action(self, action: argparse.Action) -> str:
         # Whole groups from a file, as jsonargparse offers them, would be a second way to do what --config does.
-        # A function cannot be given in words.
-        if type(action).__name__ == "_ActionConfigLoad" or _is_function(getattr(action, "_typehint", None)):
+        # A function cannot be given in words, nor can tensors.
+        if type(action).__name__ == "_ActionConfigLoad" or needs_python(getattr(action, "_typehint", None)):
             return ""
         return super()._format_action(action)
 
@@ -271,13 +270,9 @@ def _names(name: str, hint: Any, value: Any, values: dict[str, str]) -> set[str]
     else:
         return names
     for inner, inner_hint in typing.get_type_hints(cls).items():
-        if inner in {field.name for field in dataclasses.fields(cls)} and not _is_function(inner_hint):
+        if inner in {field.name for field in dataclasses.fields(cls)} and not needs_python(inner_hint):
             names |= _names(f"{name}.{inner}", inner_hint, inside.get(inner), values)
     return names
-
-
-def _is_function(hint: Any) -> bool:
-    return any(typing.get_origin(option) is collections.abc.Callable for option in typing.get_args(hint) or (hint,))
 
 
 def _nearest_flag(given: str, known: set[str]) -> str:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from equipoise.linalg import LowRank, readable, row_dots
+from equipoise.linalg import readable
 from equipoise.map import Point
+from equipoise.solution import Solution
 from equipoise.solvers.base import Solver
+from equipoise.solvers.pairs import NEVER, Pairs, SecantInverse, dots
 
-NEVER = torch.iinfo(torch.int64).max
 NOISE = 1e3  # rounding errors, relative to the largest value seen, below which a change is taken from the slopes
 
 
@@ -25,11 +27,10 @@ class _Memory:
     noise: Tensor  # (b,) values that differ by less are told apart by the slopes; infinite: slopes alone
     search: Tensor  # (b, 3) slope at the base, length of the trial under way in units of the direction, trials so far
     bracket: Tensor  # (b, 6) left end: step, change of the objective since the base, slope; right end: the same
-    pairs: Tensor  # (b, 2m + 2, D): s_0, y_0, s_1, y_1, ... divided by the root of s.y, in m + 1 slots
-    factor: Tensor  # (b, m + 1, m + 1) float64, inverse of R_ij = s_i . y_j, i not younger than j
-    gram: Tensor  # (b, m + 1, m + 1) float64, y_i . y_j
-    learned: Tensor  # (b, m + 1) number of the evaluation that taught each pair, or NEVER
-    spare: Tensor  # (b,) slot that the next pair goes to
+    pairs: Pairs
+    taken: Tensor  # (b,) steps accepted; minus one before the first point, which ends a step of length zero
+    probing: Tensor  # (b,) whether the point under way is an outer-aware probe
+    reach: Tensor  # (b,) length of the first probe; infinite before
     absorbed: int = 0  # points absorbed
 
 
@@ -50,6 +51,15 @@ class LBFGS(Solver):
     rounding only, the change of $h$ is taken from the slopes, as if $h$ were quadratic along $d$: the approximate
     Wolfe condition. So it also solves linear systems with a symmetric positive definite $I - J$.
 
+    Outer-problem awareness: after every `cadence` accepted steps one evaluation goes to the probe $z_k + e$ and teaches
+    the pair $(e, r(z_k) - r(z_k + e))$, so that $M$ becomes right in the direction that the derivative of an outer
+    loss $L$ needs:
+
+    $$ e = t M_k \nabla L(z_k), \qquad \|e\| = \min(\|s\|, \delta / j^2) $$
+
+    for the $j$-th probe, with $s$ the last step and $\delta$ the length of the first probe: the sum of the lengths is
+    finite. If $h$ is strongly convex, then $M \nabla L$ tends to the exact $(I - J)^{-1} \nabla L$.
+
     Args:
         memory: number of pairs (s, y) held; at least `max_steps` if the inverse is to serve the backward pass.
         armijo: $c_1$.
@@ -57,9 +67,17 @@ class LBFGS(Solver):
         guard: a pair is learned only if $s^\top y$ exceeds `guard` $\|s\| \|y\|$.
         scaled: take $\gamma$ as above; otherwise $M_0 = I$.
         max_trials: of one search; then the last trial is taken if it is lower, else values are no longer heeded.
+        cadence: accepted steps from one probe to the next; without `outer` there are none. Each is one evaluation and
+            takes one place in the memory.
+        outer: `outer(z, rows) -> (b,)`, the loss $L$ on states like the map's; `rows` are the numbers of these samples
+            in the batch.
+        pairs: s and y, each `(B, k, D)`, oldest first, known before the first point, say `pairs_of` an earlier solve;
+            zeros are skipped. They must be true of this map: pairs of another objective give an inverse of that one,
+            and a search that is misled. Where the Hessian changed by a known $\Delta$ between the solves,
+            $y + \Delta s$ is the pair of the new objective.
 
     Raises:
-        ValueError: a field is out of its range.
+        ValueError: a field is out of its range; `outer` without `cadence`; when solving, pairs of another shape.
 
     Example:
         >>> import torch, equipoise as eq
@@ -72,7 +90,8 @@ class LBFGS(Solver):
         True
 
     Source: Nocedal and Wright, Numerical Optimization (2006), sections 3.5 and 7.2; inverse: Byrd, Nocedal and Schnabel
-    (1994), theorem 2.2; slopes alone: Hager and Zhang (2005), section 2; bracket: Lewis and Overton (2013), section 4.
+    (1994), theorem 2.2; slopes alone: Hager and Zhang (2005), section 2; bracket: Lewis and Overton (2013), section 4;
+    outer-problem awareness: Ramzi et al. (2022), section 2.3, with the guard of all pairs.
     """
 
     memory: int = 10
@@ -81,6 +100,9 @@ class LBFGS(Solver):
     guard: float = 1e-10
     scaled: bool = True
     max_trials: int = 20
+    cadence: int | None = None
+    outer: Callable[[Any, Tensor], Tensor] | None = None
+    pairs: tuple[Tensor, Tensor] | None = dataclasses.field(default=None, repr=False, compare=False)
 
     keeps_inverse: ClassVar[bool] = True
     supports_projection: ClassVar[bool] = False  # a search needs the points that it named
@@ -98,11 +120,15 @@ class LBFGS(Solver):
             )
         if not self.guard >= 0:
             raise ValueError(f"LBFGS(guard={self.guard!r}): must be >= 0, so that the inverse stays positive definite")
+        if self.cadence is not None and self.cadence < 1:
+            raise ValueError(f"LBFGS(cadence={self.cadence!r}): must be >= 1, or None for no probes")
+        if self.outer is not None and self.cadence is None:
+            raise ValueError("LBFGS(outer=...) without cadence: set how many steps lie between probes, say cadence=5")
 
     def init(self, point: Point) -> _Memory:
-        b, size = point.z.shape
-        slots = max(1, min(self.memory, self.max_steps)) + 1
+        b = len(point.z)
         zeros = torch.zeros(b, 3, dtype=torch.float64, device=point.z.device)
+        taken = torch.full((b,), -1, device=point.z.device)
         return _Memory(
             base=point.z,
             residual=point.r,
@@ -111,11 +137,10 @@ class LBFGS(Solver):
             noise=torch.full_like(zeros[:, 0], torch.inf if point.value is None else 0.0),
             search=zeros,
             bracket=zeros.new_zeros(b, 6),
-            pairs=point.z.new_zeros(b, 2 * slots, size),
-            factor=zeros.new_zeros(b, slots, slots),
-            gram=zeros.new_zeros(b, slots, slots),
-            learned=torch.full((b, slots), NEVER, device=zeros.device),
-            spare=torch.zeros(b, dtype=torch.int64, device=zeros.device),
+            pairs=self._carried(point),
+            taken=taken,
+            probing=taken == 0,
+            reach=torch.full_like(zeros[:, 0], torch.inf),
         )
 
     def propose(self, memory: _Memory, point: Point) -> Tensor:
@@ -124,40 +149,69 @@ class LBFGS(Solver):
         start, step, trials = memory.search.unbind(dim=1)
         lower = trial.isfinite().all(dim=1) & (trial[:, 1] <= self.armijo * step * start)
         met = lower & (trial[:, 2].abs() <= -self.wolfe * start)
-        accepted = met | (lower & (trials + 1 >= self.max_trials))
-        failed = ~met & (trials + 1 == self.max_trials)
-        begun = accepted | failed
+        accepted = ~memory.probing & (met | (lower & (trials + 1 >= self.max_trials)))
+        failed = ~memory.probing & ~met & (trials + 1 == self.max_trials)
+        begun = accepted | failed | memory.probing
         if not readable(trial) or not bool(begun.all()):
             self._narrow(memory, trial, lower)
         if not readable(trial) or bool(begun.any()):
             self._advance(memory, point, accepted, begun, failed)
         return torch.addcmul(memory.base, memory.search[:, 1:2].to(point.z.dtype), memory.direction)
 
-    def inverse(self, memory: _Memory, step: Tensor) -> LowRank:
-        # Pairs are evicted from the old end and disregarded from the young one, and the inverse of a triangular matrix
-        # without its first or last rows and columns is its inverse without them.
-        used = min(memory.absorbed, memory.learned.shape[1])
-        learned = memory.learned[:, :used]
-        known = learned <= step[:, None]
-        factor = memory.factor[:, :used, :used] * (known[:, :, None] & known[:, None, :])
-        gram = memory.gram[:, :used, :used]
-        gamma = torch.ones_like(memory.noise)
-        if self.scaled:
-            newest = torch.where(known, learned, -1).argmax(dim=1, keepdim=True)
-            square = gram.diagonal(dim1=1, dim2=2).gather(1, newest)[:, 0]
-            gamma = torch.where(known.any(dim=1), 1 / square, gamma)
-        core = gram.new_zeros(len(gram), 2 * used, 2 * used)
-        mixed = factor * gamma[:, None, None]
-        core[:, ::2, ::2] = torch.bmm(factor.mT, torch.baddbmm(factor, gram, mixed))
-        core[:, 1::2, ::2] = -mixed
-        core[:, ::2, 1::2] = -mixed.mT
-        return LowRank(gamma, memory.pairs[:, : 2 * used], core)
+    def inverse(self, memory: _Memory, step: Tensor) -> SecantInverse:
+        return memory.pairs.inverse(step, scaled=self.scaled)
+
+    @staticmethod
+    def pairs_of(solution: Solution[Any]) -> tuple[Tensor, Tensor] | None:
+        """The pairs behind the inverse of an L-BFGS solve, for the field `pairs` of another.
+
+        Args:
+            solution: of an L-BFGS solve.
+
+        Returns:
+            s and y, each `(B, k, D)`, oldest first and scaled to s.y = 1; samples with fewer than k begin with zeros.
+            None if the solve took no steps.
+
+        Raises:
+            TypeError: the inverse is not one of L-BFGS.
+        """
+        if solution.inverse is None:
+            return None
+        found = []
+        for rows, part in solution.inverse.parts:
+            if not isinstance(part, SecantInverse):
+                raise TypeError(f"pairs_of: the inverse must be that of an LBFGS solve, got {type(part).__name__}")
+            found.append((rows, *part.pairs()))
+        batch, count = solution.inverse.batch, max(s.shape[1] for _, s, _ in found)
+        joined = found[0][1].new_zeros(2, batch, count, found[0][1].shape[2])
+        for rows, s, y in found:
+            joined[0, rows, count - s.shape[1] :] = s
+            joined[1, rows, count - s.shape[1] :] = y
+        return joined[0], joined[1]
+
+    def _carried(self, point: Point) -> Pairs:
+        """The memory of pairs at the first point: those of an earlier solve."""
+        if self.pairs is None:
+            return Pairs.empty(point.z, max(1, min(self.memory, self.max_steps)))
+        s, y = self.pairs
+        b, size = point.z.shape
+        if s.ndim != 3 or s.shape != y.shape or s.shape[::2] != (b, size):
+            raise ValueError(
+                f"LBFGS(pairs=...): s and y must be of shape ({b}, k, {size}), "
+                f"got {tuple(s.shape)} and {tuple(y.shape)}"
+            )
+        count = s.shape[1]
+        known = Pairs.empty(point.z, max(1, min(self.memory, self.max_steps + count)))
+        for i in range(count):
+            s_i, y_i = s[:, i].to(point.z), y[:, i].to(point.z)
+            known.learn(s_i, y_i, number=i + 1 - count, rows=point.running, guard=self.guard)
+        return known
 
     @staticmethod
     def _trial(memory: _Memory, point: Point) -> Tensor:
         """What the point says of the objective along its row's direction: step, change, slope, `(b, 3)`."""
         start, step, _ = memory.search.unbind(dim=1)
-        slope = -_dot(point.r, memory.direction)
+        slope = -dots(point.r, memory.direction)
         change = step * (start + slope) / 2
         if point.value is not None:
             difference = (point.value - memory.value).to(change.dtype)
@@ -190,53 +244,52 @@ class LBFGS(Solver):
         """Begin a new search: where a trial was accepted from there, after the last trial from the same base."""
         base = torch.where(accepted[:, None], point.z, memory.base)
         residual = torch.where(accepted[:, None], point.r, memory.residual)
-        self._learn(memory, base - memory.base, memory.residual - residual, point.running)
+        there, answer = base, residual
+        if self.outer is not None:  # a probe teaches, but does not move
+            there = torch.where(memory.probing[:, None], point.z, base)
+            answer = torch.where(memory.probing[:, None], point.r, residual)
+        step = there - memory.base
+        memory.pairs.learn(step, memory.residual - answer, number=memory.absorbed, rows=point.running, guard=self.guard)
         memory.base, memory.residual = base, residual
         if point.value is not None:
             memory.value = torch.where(accepted, point.value, memory.value)
             unit = NOISE * torch.finfo(point.value.dtype).eps
             memory.noise = torch.maximum(memory.noise, unit * memory.value.abs())
-        direction = self.inverse(memory, torch.full_like(memory.spare, NEVER - 1)).mv(residual)
-        square, slope = _dot(residual, residual), -_dot(residual, direction)
+        inverse = self.inverse(memory, torch.full_like(memory.taken, NEVER - 1))
+        direction = inverse.mv(residual)
+        square, slope = dots(residual, residual), -dots(residual, direction)
         # A search that fails on a smooth objective was misled by rounding: from then on the slopes judge alone. If
         # they fail, too, the gradient is followed until it leads to something lower.
         plain = (failed & ~accepted & memory.noise.isinf()) | ~(slope < 0)
         memory.noise = memory.noise.masked_fill(failed, torch.inf)
         # Nothing is known of the scale along a bare gradient: no step longer than one.
-        unknown = plain | (memory.learned == NEVER).all(dim=1)
-        step = torch.where(unknown, square.rsqrt().clamp_max(1), 1.0)
+        unknown = plain | memory.pairs.none
+        part = torch.where(unknown, square.rsqrt().clamp_max(1), 1.0)
         slope = torch.where(plain, -square, slope)
         direction = torch.where(plain[:, None], residual, direction)
         trials = torch.where(plain, float(self.max_trials), 0.0)
         zero, begun = torch.zeros_like(slope), begun[:, None]
         ends = torch.stack([zero, zero, slope, zero + torch.inf, zero, zero], dim=1)
         memory.bracket = torch.where(begun, ends, memory.bracket)
-        memory.search = torch.where(begun, torch.stack([slope, step, trials], dim=1), memory.search)
+        memory.search = torch.where(begun, torch.stack([slope, part, trials], dim=1), memory.search)
         memory.direction = torch.where(begun, direction, memory.direction)
+        memory.taken = memory.taken + accepted
+        memory.probing = torch.zeros_like(memory.probing)
+        if self.outer is not None and self.cadence is not None:
+            due = accepted & point.running & (memory.taken > 0) & (memory.taken % self.cadence == 0)
+            if not readable(due) or bool(due.any()):
+                self._probe(memory, point, inverse, dots(step, step).sqrt(), due)
 
-    def _learn(self, memory: _Memory, s: Tensor, y: Tensor, running: Tensor) -> None:
-        """Store a pair in the rows where the objective is convex enough along it."""
-        curvature = _dot(s, y)
-        keep = running & (curvature > self.guard * (_dot(s, s) * _dot(y, y)).sqrt())
-        pair = torch.stack([s, y], dim=1) * torch.where(keep, curvature.rsqrt(), 0.0).to(s.dtype)[:, None, None]
-        rows, slot = torch.arange(len(s), device=s.device), memory.spare
-        used = min(memory.absorbed, memory.learned.shape[1])
-        memory.pairs.unflatten(1, (-1, 2))[rows, slot] = pair
-        products = row_dots(pair[:, 1], memory.pairs[:, : 2 * used]).to(memory.gram.dtype)
-        memory.gram[rows, slot, :used] = products[:, 1::2]
-        memory.gram[rows, :used, slot] = products[:, 1::2]
-        # R grows by a column that ends in one, and so does its inverse.
-        known = (memory.learned[:, :used] != NEVER).to(products.dtype)
-        column = torch.bmm(memory.factor[:, :used, :used], (products[:, ::2] * known)[:, :, None])[:, :, 0]
-        memory.factor[rows, slot] = 0.0
-        memory.factor[rows, :used, slot] = -column * known
-        memory.factor[rows, slot, slot] = 1.0
-        memory.learned[rows, slot] = torch.where(keep, memory.absorbed, NEVER)
-        # The oldest pair makes room for the next one, though not in rows that stopped: they keep nothing new.
-        memory.spare = torch.where(keep, (slot + 1) % memory.learned.shape[1], slot)
-        memory.learned[rows, memory.spare] = NEVER
-
-
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    """Row by row, in float64: `(b, D), (b, D) -> (b,)`."""
-    return torch.linalg.vecdot(x, y).to(torch.float64)
+    def _probe(self, memory: _Memory, point: Point, inverse: SecantInverse, length: Tensor, due: Tensor) -> None:
+        """Where it is `due`, let a probe come before the search that was begun from this point."""
+        assert self.outer is not None
+        assert self.cadence is not None
+        direction = inverse.mv(point.gradient(self.outer))
+        memory.reach = torch.where(due & memory.reach.isinf(), length, memory.reach)
+        length = torch.minimum(length, memory.reach * (memory.taken // self.cadence).double().square().reciprocal())
+        scale = length / dots(direction, direction).sqrt()
+        memory.probing = due & scale.isfinite() & (scale > 0)  # not where the outer gradient is zero or NaN
+        probing = memory.probing[:, None]
+        whole = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64, device=scale.device)
+        memory.search = torch.where(probing, whole, memory.search)
+        memory.direction = torch.where(probing, scale.to(direction.dtype)[:, None] * direction, memory.direction)

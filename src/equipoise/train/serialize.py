@@ -15,22 +15,20 @@ from typing import Any
 
 from torch import Tensor
 
-UNSAVED = ("observe", "outer")  # fields that hold functions
-
 
 def to_plain(value: Any) -> Any:
     """A configuration as dicts, lists, strings, numbers and None.
 
     A plain dataclass becomes the dict of its fields; a member of an abstract family (a solver, a gradient, a data
-    source, an optimizer) becomes `{"class_path": ..., "init_args": {...}}`. The functions `observe` and `outer` become
-    None: the one only watches, the other belongs to one batch, and the objective sets it anew.
+    source, an optimizer) becomes `{"class_path": ..., "init_args": {...}}`. A field that is a function becomes None: it
+    watches, or belongs to the data of one call.
 
     Raises:
-        ValueError: the value has no plain form, such as a tensor or another function.
+        ValueError: the value has no plain form, such as a tensor or a function that is no field.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         contents = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        fields = {name: None if name in UNSAVED else to_plain(content) for name, content in contents.items()}
+        fields = {name: None if callable(content) else to_plain(content) for name, content in contents.items()}
         if isinstance(value, abc.ABC):
             return {"class_path": public_path(type(value)), "init_args": fields}
         return fields
@@ -119,7 +117,7 @@ def _from_union(hint: Any, value: Any, where: str) -> Any:
     if value is None and type(None) in options:
         return None
     # Tensors and functions have no plain form; what remains is at most one type that can be read.
-    readable = [option for option in options if option not in (type(None), Tensor) and not _is_function(option)]
+    readable = [option for option in options if option not in (type(None), Tensor) and not needs_python(option)]
     if not readable:
         raise ValueError(f"{where} cannot be given in a file; set it in Python")
     if len(readable) == 1:
@@ -132,8 +130,13 @@ def _from_union(hint: Any, value: Any, where: str) -> Any:
     raise ValueError(f"{where} must be {hint}, got {value!r}")
 
 
-def _is_function(hint: Any) -> bool:
-    return typing.get_origin(hint) is collections.abc.Callable
+def needs_python(hint: Any) -> bool:
+    """Whether a field of this type is a function or a tuple of tensors, which have no plain form."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return any(
+        typing.get_origin(option) is collections.abc.Callable or Tensor in typing.get_args(option)
+        for option in (typing.get_args(hint) if union else (hint,))
+    )
 
 
 def _from_dict(cls: type, value: Any, where: str) -> Any:
