@@ -64,7 +64,7 @@ def along(v: Tensor) -> Outer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recorder(eq.LBFGS):
-    """Notes each evaluation of a batch of one: whether it is a probe, the base of its search, its point, the inverse."""
+    """Notes each evaluation of a batch of one: whether it is a probe, base of the search, point, inverse."""
 
     log: list[tuple[bool, Tensor, eq.Point, Tensor]] = dataclasses.field(default_factory=list)
 

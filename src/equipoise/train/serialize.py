@@ -20,15 +20,19 @@ def to_plain(value: Any) -> Any:
     """A configuration as dicts, lists, strings, numbers and None.
 
     A plain dataclass becomes the dict of its fields; a member of an abstract family (a solver, a gradient, a data
-    source, an optimizer) becomes `{"class_path": ..., "init_args": {...}}`. A field that is a function becomes None: it
-    watches, or belongs to the data of one call.
+    source, an optimizer) becomes `{"class_path": ..., "init_args": {...}}`. A function, where the
+    field is one for functions, becomes None: it watches, or belongs to the data of one call.
 
     Raises:
-        ValueError: the value has no plain form, such as a tensor or a function that is no field.
+        ValueError: the value has no plain form, such as a tensor or a function in another field.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         contents = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        fields = {name: None if callable(content) else to_plain(content) for name, content in contents.items()}
+        hints = typing.get_type_hints(type(value))
+        fields = {
+            name: None if callable(content) and needs_python(hints[name]) else to_plain(content)
+            for name, content in contents.items()
+        }
         if isinstance(value, abc.ABC):
             return {"class_path": public_path(type(value)), "init_args": fields}
         return fields
@@ -87,11 +91,11 @@ def from_plain(hint: Any, value: Any, where: str = "") -> Any:
 
 
 def known_classes(family: type) -> dict[str, type]:
-    """The concrete classes of an abstract family that are loaded, by name."""
+    """The concrete public classes of an abstract family that are loaded, by name."""
     found: dict[str, type] = {}
     cls: type
     for cls in family.__subclasses__():
-        if not inspect.isabstract(cls):
+        if not inspect.isabstract(cls) and not cls.__name__.startswith("_"):
             found[cls.__name__] = cls
         found.update(known_classes(cls))
     return found
