@@ -21,7 +21,7 @@ def to_plain(value: Any) -> Any:
 
     A plain dataclass becomes the dict of its fields; a member of an abstract family (a solver, a gradient, a data
     source, an optimizer) becomes `{"class_path": ..., "init_args": {...}}`. A function, where the
-    field is one for functions, becomes None: it watches, or belongs to the data of one call.
+    field is one for functions, becomes None: `observe` only watches, `outer` belongs to one batch.
 
     Raises:
         ValueError: the value has no plain form, such as a tensor or a function in another field.
