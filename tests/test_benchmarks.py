@@ -41,3 +41,34 @@ def test_solver_cost(tmp_path: pathlib.Path) -> None:
     assert figures["tanh/implicit/cosine"] > 0.9999
     assert figures["mixed/easy_steps"] < figures["mixed/hard_steps"] / 3
     assert figures["mixed/row_evaluations_ratio"] < 0.7
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_backward_cost(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("lightning_fabric")
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("sklearn")
+    target, picture = tmp_path / "backward.json", tmp_path / "backward.png"
+    command = [sys.executable, "benchmarks/backward_cost.py", "--quick", "--json", str(target), "--plot", str(picture)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert run.returncode == 0, run.stderr
+    figures = json.loads(target.read_text())["figures"]
+    for variant in ("original/full", "original/1", "jfb/0", "jfb/1", "shine/0", "shine/1", "shine-opa/0"):
+        for key in ("test_accuracy", "backward_ms", "backward_ratio", "vjps", "cosine", "radius_median"):
+            assert f"digits/{variant}/{key}" in figures
+    # What is counted, not timed, is the same on every machine.
+    assert [figures[f"digits/{variant}/vjps"] for variant in ("jfb/0", "shine/0", "shine-opa/0")] == [0, 0, 0]
+    assert [figures[f"digits/{variant}/1/vjps"] for variant in ("original", "jfb", "shine")] == [2, 2, 2]
+    assert 2 < figures["digits/original/full/vjps"] <= 21
+    assert figures["digits/jfb/full/cosine"] > figures["digits/jfb/0/cosine"]
+    assert {f"digits/{variant}/fallback_rate" for variant in ("shine/0", "shine-opa/0")} <= figures.keys()
+    assert picture.stat().st_size > 10_000
+
+    # A record that is complete is neither trained nor measured again; one of another setting is not mixed with it.
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert again.returncode == 0, again.stderr
+    assert json.loads(target.read_text())["figures"] == figures
+    other = subprocess.run([*command, "--threads", "2"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert other.returncode != 0
+    assert "threads" in other.stderr
