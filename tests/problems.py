@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+import equipoise as eq
+
+VANILLA = eq.Shine(fallback_ratio=math.inf)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,3 +94,70 @@ def scalar(batch: int = 4) -> Problem:
     for _ in range(50):
         z = z - (z - c * z.cos()) / (1 + c * z.sin())
     return Problem(lambda z, c: c * torch.cos(z), torch.zeros_like(c), (c,), z)
+
+
+@dataclasses.dataclass(frozen=True)
+class Toy:
+    """`f(z) = tanh(W z + b)` or `W z + b`, one problem a row, and the loss `|z - t|^2 / 2`."""
+
+    w: Tensor  # (B, d, d)
+    b: Tensor  # (B, d)
+    t: Tensor  # (B, d)
+    linear: bool = False
+
+    def f(self, z: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        u = torch.bmm(w, z[..., None])[..., 0] + b
+        return u if self.linear else torch.tanh(u)
+
+    def solve(self, solver: eq.Solver, gradient: eq.gradients.Gradient = VANILLA) -> Answer:
+        b = self.b.clone().requires_grad_()
+        solution = eq.fixed_point(self.f, torch.zeros_like(b), self.w, b, solver=solver, gradient=gradient, params=())
+        z = solution.value.detach()
+        (grad,) = torch.autograd.grad(solution.value, b, z - self.t)
+        slope = torch.ones_like(z) if self.linear else 1 - self.f(z, self.w, self.b) ** 2
+        # df/db is the slope, so the adjoint vector that was used can be read off the gradient.
+        return Answer(solution, z - self.t, grad / slope, slope[..., None] * self.w)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    solution: eq.Solution[Tensor]
+    g: Tensor  # (B, d) cotangent of z
+    w: Tensor  # (B, d) adjoint vector that the gradient used
+    jacobian: Tensor  # (B, d, d)
+
+    @property
+    def exact(self) -> Tensor:
+        return torch.linalg.solve(torch.eye(self.g.shape[1]) - self.jacobian.mT, self.g)
+
+    @property
+    def inverse(self) -> eq.linalg.InverseEstimate:
+        assert self.solution.inverse is not None
+        return self.solution.inverse
+
+    @property
+    def error(self) -> Tensor:
+        return (self.w - self.exact).norm(dim=1) / self.exact.norm(dim=1)
+
+    @property
+    def adjoint_residual(self) -> Tensor:
+        return (torch.bmm(self.jacobian.mT, self.w[..., None])[..., 0] + self.g - self.w).norm(dim=1)
+
+
+@functools.cache
+def toy(rho: float, linear: bool = False, d: int = 100, seeds: int = 20) -> Toy:
+    rows = []
+    for seed in range(seeds):
+        state = np.random.RandomState(seed)
+        w, b, t = state.randn(d, d), state.randn(d), state.randn(d)
+        rows.append((w * (rho / np.linalg.norm(w, 2)), b, t))
+    w, b, t = (torch.tensor(np.stack(column)) for column in zip(*rows, strict=True))
+    return Toy(w, b, t, linear)
+
+
+def broyden(tol: float = 0.0, steps: int = 200) -> eq.Broyden:
+    return eq.Broyden(max_steps=steps, memory=max(steps, 1), rtol=0, atol=tol)
+
+
+def median(x: Tensor) -> float:
+    return float(np.median(x.numpy()))

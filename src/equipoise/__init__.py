@@ -7,12 +7,13 @@ from equipoise.gradients import Gradient, Implicit, JacobianFree, Neumann, Phant
 from equipoise.linalg import InverseEstimate
 from equipoise.map import Map, Point
 from equipoise.solution import ConvergenceError, Solution, Status
-from equipoise.solvers import CG, LBFGS, AdjointBroyden, Anderson, Broyden, Picard, Solver, SteadyState
+from equipoise.solvers import CG, GMRES, LBFGS, AdjointBroyden, Anderson, Broyden, Picard, Solver, SteadyState
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CG",
+    "GMRES",
     "LBFGS",
     "AdjointBroyden",
     "Anderson",

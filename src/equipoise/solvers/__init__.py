@@ -4,7 +4,7 @@ from equipoise.solvers.adjoint_broyden import AdjointBroyden
 from equipoise.solvers.anderson import Anderson
 from equipoise.solvers.base import Solver
 from equipoise.solvers.broyden import Broyden
-from equipoise.solvers.krylov import CG
+from equipoise.solvers.krylov import CG, GMRES
 from equipoise.solvers.lbfgs import LBFGS
 from equipoise.solvers.picard import Picard
 from equipoise.solvers.steady_state import SteadyState
@@ -13,6 +13,7 @@ from equipoise.solvers.steppers import BS3, VCAB3, Classical, Euler, Stepper, Ts
 __all__ = [
     "BS3",
     "CG",
+    "GMRES",
     "LBFGS",
     "VCAB3",
     "AdjointBroyden",
