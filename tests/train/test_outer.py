@@ -1,0 +1,154 @@
+"""Training with a solver that is aware of the loss: what it is told, when, and that the head does not notice."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from train.toy import FULL, MODEL, PLAIN, Interrupt, Interrupted, timeless
+
+import equipoise as eq
+from equipoise.cli import main
+from equipoise.models import MDEQClassifier
+from equipoise.train import Pretraining, evaluate, fit
+from equipoise.train.objectives import Classification, Moment
+from equipoise.train.run import config_yaml, read_config, read_lines
+from equipoise.train.serialize import from_plain, to_plain
+
+AWARE = eq.AdjointBroyden(max_steps=6, memory=8, rtol=0, cadence=2)
+LABELS = torch.tensor([0, 2, 1, 1, 0])
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    return torch.randn(5, 1, 4, 4, generator=torch.Generator().manual_seed(1)), LABELS
+
+
+def model(**fields: Any) -> MDEQClassifier:
+    torch.manual_seed(0)
+    return MDEQClassifier(dataclasses.replace(MODEL, **fields), solver=AWARE, gradient=eq.Shine(fallback_ratio=1.8))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_the_solver_is_told_the_loss_of_each_sample_of_the_frozen_head(
+    smoothing: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[Any, Tensor, Tensor]] = []
+    gradient = eq.Point.gradient
+
+    def noted(self: eq.Point, loss: Any) -> Tensor:
+        assert self.map is not None
+        rows = torch.tensor([3, 0])
+        z = tuple(level[rows] for level in self.map.unpack(self.z))
+        told.append((z, rows, loss(z, rows)))
+        return gradient(self, loss)
+
+    monkeypatch.setattr(eq.Point, "gradient", noted)
+    classifier = model()
+    for norm in classifier.head.modules():  # statistics that a first step would change
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = 0.5
+    loss, _ = Classification(classifier, label_smoothing=smoothing)(*batch(), Moment(0, 0, 0))
+    loss.backward()
+    assert len(told) == 2  # after two and four steps of the five
+    assert classifier.training
+    statistics = {k: v for k, v in classifier.head.state_dict().items() if "num_batches" in k}
+    assert {int(v) for v in statistics.values()} == {1}, "the head's own pass, and no other, is learned from"
+    fresh = model().eval()
+    for z, rows, value in told:
+        logits = fresh.head(z)
+        expected = nn.functional.cross_entropy(logits, LABELS[rows], label_smoothing=smoothing, reduction="none")
+        torch.testing.assert_close(value, expected)
+
+
+def test_the_inverse_is_exact_from_the_left_where_the_loss_leads() -> None:
+    """The direction of the last outer-aware update of the solve of a model, against the Jacobian."""
+    classifier = model(dropout=0.0).double()
+    for norm in classifier.head.modules():  # the head's own pass, which follows, must not change what is compared
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = 0.0
+    objective = Classification(classifier)
+    captured: list[eq.Solution[Any]] = []
+    classify = classifier.classify
+
+    def spied(images: Tensor) -> Any:
+        logits, solution = classify(images)
+        captured.append(solution)
+        return logits, solution
+
+    classifier.classify = spied  # type: ignore[method-assign]
+    classifier.deq.solver = eq.AdjointBroyden(max_steps=60, memory=120, rtol=1e-9, cadence=1)
+    objective(*batch(), Moment(0, 0, 0))
+    classifier.deq.solver = dataclasses.replace(classifier.deq.solver, cadence=None)
+    objective(*batch(), Moment(0, 0, 0))
+    errors = []
+    for solution in captured:
+        solution.raise_for_status()
+        assert solution.inverse is not None
+        f = solution.map
+        z = f.pack(solution.value).detach().requires_grad_()
+        with eq.nn.frozen(classifier.head):
+            value = nn.functional.cross_entropy(classifier.head(f.unpack(z)), LABELS, reduction="sum")
+        (g,) = torch.autograd.grad(value, z)
+        w = solution.inverse.rmv(g)
+        (product,) = torch.autograd.grad(f.call(z), z, w)
+        errors.append(float(((product + g - w).norm(dim=1) / g.norm(dim=1)).max()))
+    assert errors[0] < 1e-3 < errors[1]
+
+
+def test_neither_in_evaluation_nor_in_fixed_depth_steps_nor_without_cadence(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[None] = []
+    gradient = eq.Point.gradient
+
+    def noted(self: eq.Point, loss: Any) -> Tensor:
+        calls.append(None)
+        return gradient(self, loss)
+
+    monkeypatch.setattr(eq.Point, "gradient", noted)
+    objective = Classification(model(), pretraining=Pretraining(steps=1, depth=2))
+    objective(*batch(), Moment(0, 0, 0))
+    with torch.no_grad():
+        objective.eval()(*batch())
+    objective.train().model.deq.solver = dataclasses.replace(AWARE, cadence=None)
+    objective(*batch(), Moment(1, 0, 0))
+    assert not calls
+    objective.model.deq.solver = AWARE
+    objective(*batch(), Moment(1, 0, 0))
+    assert len(calls) == 2
+    assert objective.model.deq.solver is AWARE
+
+
+def test_the_loss_is_no_part_of_a_configuration() -> None:
+    solver = dataclasses.replace(AWARE, outer=lambda z, rows: z.sum(1))
+    assert from_plain(eq.Solver, to_plain(solver)) == AWARE
+
+
+@pytest.mark.slow
+def test_a_run_logs_is_resumed_bit_for_bit_and_evaluated(tmp_path: pathlib.Path) -> None:
+    config = dataclasses.replace(FULL, solver=AWARE, gradient=eq.Shine(fallback_ratio=1.8))
+    whole = fit(config, run_dir=tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        fit(config, run_dir=tmp_path / "parts", observer=Interrupt(3))
+    resumed = fit(config, run_dir=tmp_path / "parts", resume=True)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], value), name
+    assert timeless(read_lines(resumed.run_dir)) == timeless(read_lines(whole.run_dir))
+    assert evaluate(whole.model, config.data.load().test, config)["accuracy"] == whole.test["test_accuracy"]
+    plain = fit(dataclasses.replace(config, solver=dataclasses.replace(AWARE, cadence=None)), run_dir=tmp_path / "no")
+    assert plain.history[-1]["loss"] != whole.history[-1]["loss"], "the updates must have changed something"
+
+
+@pytest.mark.slow
+def test_the_command_line_sets_the_cadence(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("toy.yaml").write_text(config_yaml(PLAIN))
+    arguments = ["--config", "toy.yaml", "--solver", "AdjointBroyden", "--solver.cadence", "2", "--gradient", "Shine"]
+    assert main(["train", *arguments, "--run-dir", "run", "--no-report"]) == 0
+    solver = read_config("run/config.yaml").solver
+    assert isinstance(solver, eq.AdjointBroyden)
+    assert (solver.cadence, solver.outer) == (2, None)
+    assert main(["evaluate", "run"]) == 0
