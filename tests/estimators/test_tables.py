@@ -16,7 +16,7 @@ from sklearn.datasets import dump_svmlight_file, load_breast_cancer
 from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.utils import Bunch
 
-from equipoise.estimators.columns import Encoding
+from equipoise.estimators.encoding import Encoding
 from equipoise.estimators.tables import read_rows, read_table
 from equipoise.files import DataError
 

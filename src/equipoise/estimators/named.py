@@ -13,7 +13,7 @@ from sklearn.datasets import fetch_20newsgroups, load_breast_cancer, load_diabet
 from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.preprocessing import normalize
 
-from equipoise.estimators.columns import read_columns, to_strings
+from equipoise.estimators.encoding import read_columns, to_strings
 from equipoise.estimators.matrices import read_libsvm
 from equipoise.files import DataError, data_root
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from equipoise.estimators.columns import TEXT, Encoding, has_columns, read_columns, to_numbers, to_strings
+from equipoise.estimators.encoding import TEXT, Encoding, has_columns, read_columns, to_numbers, to_strings
 from equipoise.estimators.matrices import Matrix, read_libsvm, read_npz, to_labels
 from equipoise.estimators.named import NAMED
 from equipoise.files import DataError
