@@ -13,6 +13,7 @@ from equipoise.map import Point
 from equipoise.solvers.base import Solver
 
 REACH = 1e4  # largest residual of a probe, in units of the first one; a solve is called divergent far beyond
+ENOUGH = 0.3  # part of a vector that is left by Gram-Schmidt, above which it is orthogonal to rounding
 UNKNOWN = 1e4  # norm of A that is reckoned with before there is a product
 
 
@@ -181,7 +182,7 @@ class GMRES(Solver):
         >>> solution.converged.item(), solution.num_evals
         (True, 4)
 
-    Source: Saad and Schultz (1986), Gram-Schmidt twice; with the preconditioned vectors held: Saad (1993).
+    Source: Saad and Schultz (1986), Gram-Schmidt twice if need be; with the preconditioned vectors held: Saad (1993).
     """
 
     memory: int = 20
@@ -263,12 +264,15 @@ class GMRES(Solver):
         basis = memory.basis[:, :used]
         held = torch.arange(used, device=rows.device) <= place[:, None]
         u = torch.addcmul(-point.residual, size, basis[:, 0]) / scale
-        column = torch.zeros_like(memory.along)
-        for _ in range(2):
+        column, rest = torch.zeros_like(memory.along), torch.zeros_like(memory.size)
+        for again in (False, True):
+            # Once is enough where little cancels.
+            if again and readable(rest) and not bool((point.running & ~(rest > ENOUGH * _norm(column))).any()):
+                break
             products = row_dots(u, basis) * held
             u = u - row_sums(products, basis)
             column[:, :used] += products
-        rest = _norm(u)
+            rest = _norm(u)
         column[rows, place + 1] = rest
         total = torch.linalg.vector_norm(column, dim=1)
         below = 1 / rest.clamp_min(torch.finfo(u.dtype).tiny).to(u.dtype)[:, None]
