@@ -72,3 +72,26 @@ def test_backward_cost(tmp_path: pathlib.Path) -> None:
     other = subprocess.run([*command, "--threads", "2"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert other.returncode != 0
     assert "threads" in other.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_inversion_quality(tmp_path: pathlib.Path) -> None:
+    for package in ("matplotlib", "sklearn", "lightning_fabric"):
+        pytest.importorskip(package)
+    target, plot = tmp_path / "quality.json", tmp_path / "quality.png"
+    command = [sys.executable, "benchmarks/inversion_quality.py", "--quick", "--json", str(target), "--plot", str(plot)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert run.returncode == 0, run.stderr
+    figures = json.loads(target.read_text())
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in tmp_path.iterdir()} == {"quality.json", "quality.png"}
+    for search in ("nearly exact", "default"):
+        off, aware = (figures[f"lbfgs/{search}, {opa}/prescribed/cosine_median"] for opa in ("OPA off", "OPA 5"))
+        assert aware > 0.9999 > off
+        assert figures[f"lbfgs/{search}, OPA 5/krylov/cosine_min"] > 0.999999
+    for step in (0, 2):
+        assert figures[f"mdeq/{step}/reference_images"] > 0
+        assert figures[f"mdeq/{step}/reference_residual_adjoint"] < 1e-6
+        for name in ("Jacobian-free", "SHINE, adjoint Broyden, OPA 5", "SHINE refined by 5 steps"):
+            assert -1 <= figures[f"mdeq/{step}/{name}/cosine"] <= 1

@@ -52,8 +52,8 @@ class LBFGS(Solver):
     Wolfe condition. So it also solves linear systems with a symmetric positive definite $I - J$.
 
     Outer-problem awareness: after the first accepted step, and again after every `cadence` more, one evaluation goes to
-    the probe $z_k + e$ and teaches the pair $(e, r(z_k) - r(z_k + e))$, so that $M$ becomes right in the direction that the derivative of an outer
-    loss $L$ needs:
+    the probe $z_k + e$ and teaches the pair $(e, r(z_k) - r(z_k + e))$, so that $M$ becomes right in the direction that
+    the derivative of an outer loss $L$ needs:
 
     $$ e = t M_k \nabla L(z_k), \qquad \|e\| = \min(\|s\|, \delta / j^2) $$
 
