@@ -199,7 +199,6 @@ def train(steps: list[int], count: int) -> dict[int, dict[str, float]]:
             with torch.no_grad():
                 answers = copy.deepcopy(model).eval()(images[:count]).argmax(1)
             figures[step]["accuracy"] = float((answers == labels[:count]).double().mean())
-            print(step, {key: f"{value:.4g}" for key, value in figures[step].items()}, flush=True)
         batch = torch.randint(len(images), (RECIPE.batch_size,))
         loss, _ = objective(images[batch], labels[batch], Moment(step=step, epoch=0, seed=0))
         optimizer.zero_grad()
@@ -224,6 +223,13 @@ def table(inversions: dict[str, Inversion]) -> str:
         for kind in KINDS:
             lines.append(row.format(name, kind, *five(inversion, kind), f"{inversion.evals:.0f}"))
     lines += [row.format(f"published, {name}", kind, *values, "") for (name, kind), values in PUBLISHED.items()]
+    return "\n".join(lines)
+
+
+def course(training: dict[int, dict[str, float]]) -> str:
+    lines = ["{:<34}".format("MDEQ: median cosine at step") + "".join(f"{step:>8}" for step in training)]
+    for name in ESTIMATORS:
+        lines.append(f"{name:<34}" + "".join(f"{found[f'{name}/cosine']:>8.4f}" for found in training.values()))
     return "\n".join(lines)
 
 
@@ -256,12 +262,15 @@ def plot(inversions: dict[str, Inversion], training: dict[int, dict[str, float]]
             axes.set(title=f"L-BFGS, {awareness}", xlabel="ratio of norms, estimate to exact", xlim=(0.94, 1.13))
             axes.set(yscale="log", ylim=(FLOOR / 3, 0.03))
             axes.invert_yaxis()
+            axes.minorticks_off()
         left.set_ylabel("1 - cosine with the exact product, at least 1e-9")
         left.legend(loc="upper right")
         for (name, _), color in zip(ESTIMATORS.items(), (GRAY, ORANGE, BLUE, RED, PURPLE, GREEN), strict=True):
             steps = list(training)
             values = [training[step][f"{name}/cosine"] for step in steps]
-            right.plot(steps, values, color=color, marker="o", ms=4, label=name)
+            # Two lines nearly hide behind others.
+            dashed = {"ls": "--", "zorder": 3} if name in ("SHINE, Broyden", "Neumann, 5 products") else {}
+            right.plot(steps, values, color=color, marker="o", ms=4, label=name, **dashed)
         right.set(title="MDEQ on digits", xlabel="training step", ylabel="cosine with the exact adjoint, median")
         right.set_ylim(top=1.005)
         right.legend(loc="best", fontsize=8)
@@ -281,6 +290,7 @@ def main() -> None:
     inversions = {name: invert(solver, runs) for name, solver in SETTINGS.items()}
     print(table(inversions), flush=True)
     training = train([0, 2], 4) if args.quick else train([0, 60, 100, 160, 240, 320, 440], 48)
+    print(course(training))
     figures: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "device": platform.machine(),
