@@ -2,6 +2,7 @@
 
 from equipoise.bilevel.inner import Inner, InnerLoss, InnerMap
 from equipoise.bilevel.minimize import minimize_outer
+from equipoise.bilevel.search import grid_search, random_search
 from equipoise.bilevel.solution import OuterSolution, OuterStatus, OuterStep
 from equipoise.bilevel.steps import HoagStep, Proposal, StepRule, Trial
 from equipoise.bilevel.tolerances import Cubic, Exact, Exponential, Quadratic, Tolerance
@@ -24,5 +25,7 @@ __all__ = [
     "Tolerance",
     "Trial",
     "TrustRegion",
+    "grid_search",
     "minimize_outer",
+    "random_search",
 ]

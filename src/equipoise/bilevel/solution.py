@@ -45,7 +45,8 @@ class OuterStep:
         step: its number, from 1.
         hyper: the hyperparameters.
         value: the outer loss, summed over the rows.
-        gradient_norm: Euclidean norm of the hypergradient; NaN where the point was rejected and none was computed.
+        gradient_norm: Euclidean norm of the hypergradient; NaN where none was computed: at a rejected point,
+            and in a search.
         tolerance: relative tolerance of the inner solve.
         inner_converged: whether all rows met it.
         num_evals: evaluations of the inner problem so far.

@@ -52,7 +52,7 @@ class TrustRegion(StepRule):
     """
 
     radius: float = 2.0
-    rtol: float = 1e-6
+    rtol: float = 1e-5
     least_radius: float = 1e-3
 
     def __post_init__(self) -> None:
