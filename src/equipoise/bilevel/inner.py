@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from equipoise.map import DescentMap, Map
@@ -60,6 +61,36 @@ class InnerLoss(Inner):
             return self.loss(z) + self.penalty(z, *hyper)
 
         return _JointDescent(objective, z0, params=tuple(hyper))
+
+    def hessian_change(
+        self, f: Map, z: Tensor, s: Tensor, before: Sequence[Tensor], after: Sequence[Tensor]
+    ) -> Tensor | None:
+        """Products of vectors with the change of the Hessian from one choice of hyperparameters to another.
+
+        Args:
+            f: a map of this problem.
+            z: `(B, D)` flat state at which the penalty's Hessian is taken; it does not matter if that is quadratic.
+            s: `(B, k, D)` vectors.
+            before: hyperparameters.
+            after: other hyperparameters.
+
+        Returns:
+            `(B, k, D)`; None if there is no penalty apart from the loss.
+        """
+        if self.penalty is None:
+            return None
+        with torch.enable_grad():
+            leaf = z.detach().requires_grad_()
+            state = f.unpack(leaf)
+            change = self.penalty(state, *after).sum() - self.penalty(state, *before).sum()
+            gradient = torch.autograd.grad(change, leaf, create_graph=True, materialize_grads=True)[0]
+        if not gradient.requires_grad:  # the penalty is linear
+            return torch.zeros_like(s)
+        columns = [
+            torch.autograd.grad(gradient, leaf, column, retain_graph=True, materialize_grads=True)[0]
+            for column in s.unbind(dim=1)
+        ]
+        return torch.stack(columns, dim=1)
 
 
 @dataclasses.dataclass(frozen=True)

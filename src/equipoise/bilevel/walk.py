@@ -18,8 +18,9 @@ from equipoise.bilevel.steps import StepRule, Trial
 from equipoise.fixed_point import solve_map
 from equipoise.gradients import Gradient, Implicit, JacobianFree, Unrolled
 from equipoise.gradients.base import AdjointMap
+from equipoise.map import Map
 from equipoise.solution import Solution, Status
-from equipoise.solvers import Solver
+from equipoise.solvers import LBFGS, AdjointBroyden, Solver
 
 MOST_MISSING = 0.1  # of the outer loss: what may be put down to an inexact inner solve
 
@@ -60,6 +61,8 @@ class Walk:
         self.solver, self.gradient, self.observe = solver, gradient, observe
         self.layout = HyperLayout.of(hyper0)
         self.z = z0  # where the next inner solve starts
+        self.pairs: tuple[Tensor, Tensor] | None = None  # what L-BFGS learned there, with
+        self.taught: tuple[Tensor, ...] = ()  # these hyperparameters
         self.began = time.perf_counter()
         self.num_evals = self.num_vjps = 0
         self.history: list[OuterStep] = []
@@ -86,7 +89,7 @@ class Walk:
             size = float(torch.linalg.vector_norm(first.r)) / math.sqrt(f.batch)
             self.scale = size if math.isfinite(size) else 0.0
         self.watched: list[tuple[Tensor, Tensor]] = []
-        solver = self._inner_solver(f.dtype)
+        solver = self._informed(self._inner_solver(f.dtype), f, start)
         gradient = JacobianFree() if self.gradient is None else self._watched(self.gradient, f.dtype)
         with torch.set_grad_enabled(self.gradient is not None):
             self.inner_solution = solve_map(f, self.z, solver=solver, gradient=gradient)
@@ -105,6 +108,19 @@ class Walk:
         share = 1.0 if self.sensitivity is None else self.sensitivity[0] / max(self.sensitivity[1], 1e-300)
         relative = min(max(self.tolerance * share, least), 0.1)
         return dataclasses.replace(self.solver, rtol=0.0, atol=relative * self.scale)
+
+    def _informed(self, solver: Solver, f: Map, start: Tensor) -> Solver:
+        """The solver with what is known beside the map: the outer loss, and the pairs of the last solve."""
+        hyper = tuple(part.detach() for part in self.hyper)
+        if isinstance(solver, (AdjointBroyden, LBFGS)) and solver.cadence is not None:
+            solver = dataclasses.replace(solver, outer=lambda z, rows: self.outer(z, *hyper))
+        if isinstance(solver, LBFGS) and isinstance(self.inner, InnerLoss) and self.pairs is not None:
+            # The Hessian changed by that of the penalty: y + (P''(new) - P''(old)) s is the pair of the new objective.
+            s, y = self.pairs
+            change = self.inner.hessian_change(f, start, s, self.taught, hyper)
+            if change is not None:
+                solver = dataclasses.replace(solver, pairs=(s, y + change))
+        return solver
 
     def _watched(self, gradient: Gradient, dtype: torch.dtype) -> Gradient:
         if isinstance(gradient, Unrolled):  # has no adjoint vector
@@ -125,6 +141,8 @@ class Walk:
     def move(self) -> None:
         """Start later inner solves here."""
         self.z = _detached(self.inner_solution.value)
+        if isinstance(self.solver, LBFGS):
+            self.pairs, self.taught = LBFGS.pairs_of(self.inner_solution), tuple(part.detach() for part in self.hyper)
 
     def judge(self, step: StepRule, memory: Any) -> Trial:
         """Let the step rule see the value; if it accepts, take the hypergradient, else return to the last point."""
