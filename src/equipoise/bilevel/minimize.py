@@ -26,7 +26,7 @@ def minimize_outer(
     z0: Any,
     hyper0: Tensor | Sequence[Tensor],
     bounds: tuple[Bound, Bound] | None = None,
-    solver: Solver = LBFGS(max_steps=1000, memory=30),
+    solver: Solver = LBFGS(max_steps=1000, memory=60),
     gradient: Gradient = Shine(fallback_ratio=math.inf),
     tolerance: Tolerance = Exponential(),
     step: StepRule = TrustRegion(),

@@ -25,7 +25,6 @@ class _Model:
     radius: float
     at: Trial | None = None  # the last accepted point
     predicted: float = 0.0
-    learned: bool = False  # whether the scale of the model comes from a pair
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,9 +34,10 @@ class TrustRegion(StepRule):
     $$ \min_s\ G^\top s + \tfrac12 s^\top B s, \qquad \theta + s \in [\text{low}, \text{high}], \quad
        \|s\|_\infty \le \Delta $$
 
-    $B$ is a damped BFGS matrix. A point is accepted if the outer loss falls by a share of what the model predicts, up
-    to the error that the inner tolerance leaves in it; otherwise the walk returns to the last accepted point, which
-    needs no new solve, and the region shrinks. With one hyperparameter this is a safeguarded secant method.
+    $B$ is a damped BFGS matrix, at first the multiple of the identity for which the first step ends on the region. A
+    point is accepted if the outer loss falls by a share of what the model predicts, up to the error that the inner
+    tolerance leaves in it; otherwise the walk returns to the last accepted point, which needs no new solve, and the
+    region shrinks. With one hyperparameter this is a safeguarded secant method.
 
     Args:
         radius: the first $\Delta$; the first step has this length in its largest component.
@@ -134,9 +134,6 @@ class TrustRegion(StepRule):
         curvature = float(s @ y)
         if not float(s @ s) > 0:
             return
-        if not memory.learned and curvature > 0:
-            memory.hessian = torch.eye(len(s), dtype=s.dtype) * (float(y @ y) / curvature)
-            memory.learned = True
         image = memory.hessian @ s
         modelled = float(s @ image)
         if curvature < DAMPING * modelled:

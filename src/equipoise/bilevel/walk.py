@@ -103,11 +103,11 @@ class Walk:
         least = _least(dtype)
         if isinstance(self.inner, InnerMap):
             return dataclasses.replace(self.solver, rtol=max(self.tolerance, least), atol=0.0)
-        # The error that a residual r leaves in the outer loss is w . r to first order, w the adjoint vector. Where the
-        # penalty rules the Hessian, this is the factor exp(l - l_0) of the published code.
-        share = 1.0 if self.sensitivity is None else self.sensitivity[0] / max(self.sensitivity[1], 1e-300)
-        relative = min(max(self.tolerance * share, least), 0.1)
-        return dataclasses.replace(self.solver, rtol=0.0, atol=relative * self.scale)
+        # The error that a residual r leaves in the outer loss is w . r to first order, w the adjoint vector: the longer
+        # it grew, the smaller the residual must be. Where the penalty rules the Hessian, this is the factor
+        # exp(l - l_0) of the published code; but never above one, for then z need not move at all.
+        share = 1.0 if self.sensitivity is None else self.sensitivity[0] / max(self.sensitivity)
+        return dataclasses.replace(self.solver, rtol=0.0, atol=max(self.tolerance * share, least) * self.scale)
 
     def _informed(self, solver: Solver, f: Map, start: Tensor) -> Solver:
         """The solver with what is known beside the map: the outer loss, and the pairs of the last solve."""
@@ -179,7 +179,7 @@ class Walk:
         for w, r in self.watched:  # one pair, or none
             size = float(torch.linalg.vector_norm(w))
             self.adjoint = w
-            self.sensitivity = (self.sensitivity[0] if self.sensitivity else size, size)
+            self.sensitivity = (self.sensitivity[0] if self.sensitivity else max(size, 1e-300), size)
             self.missing = float((w * r).sum())
             self.noise = abs(self.missing) / max(float(torch.linalg.vector_norm(r)), 1e-300)
         return gradient
@@ -204,7 +204,9 @@ class Walk:
             seconds=time.perf_counter() - self.began,
         )
         self.history.append(line)
-        key = (not converged, not accepted, trial.value if math.isfinite(trial.value) else math.inf)
+        # An inexact solution may have a low outer loss by chance: the higher of both values counts.
+        value = max(line.value, trial.value) if math.isfinite(trial.value) else math.inf
+        key = (not converged, not accepted, value)
         if self.best is None or key < self.best[0]:
             self.best = (key, line, _detached(self.inner_solution.value))
         if self.observe is not None:
