@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from gradients.test_shine import VANILLA, Toy, median, toy
+from problems import VANILLA, Answer, Toy, median, toy
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
@@ -25,7 +25,7 @@ class Published(eq.AdjointBroyden):
         return super().inverse(dataclasses.replace(memory, learned=learned), step)
 
 
-def aware(problem: Toy, tol: float, cadence: int | None, kind: type[eq.AdjointBroyden] = eq.AdjointBroyden) -> Any:
+def aware(problem: Toy, tol: float, cadence: int | None, kind: type[eq.AdjointBroyden] = eq.AdjointBroyden) -> Answer:
     def outer(z: Tensor, rows: Tensor) -> Tensor:
         return (z - problem.t[rows]).square().sum(1) / 2
 
@@ -36,7 +36,7 @@ def aware(problem: Toy, tol: float, cadence: int | None, kind: type[eq.AdjointBr
     return answer
 
 
-def cosine(answer: Any) -> float:
+def cosine(answer: Answer) -> float:
     return median(cosine_similarity(answer.w, answer.exact))
 
 

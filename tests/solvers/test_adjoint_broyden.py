@@ -6,10 +6,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from problems import spectral
+from problems import spectral, toy
 from torch import Tensor
 
 import equipoise as eq
@@ -136,26 +135,11 @@ def test_the_length_of_a_direction_does_not_matter() -> None:
         torch.testing.assert_close(inverse, inverse_other, rtol=1e-9, atol=1e-9)
 
 
-def toy(d: int, rho: float) -> tuple[Tensor, Tensor]:
-    """The published draw for seeds 0 to 19: weights `(20, d, d)` of spectral norm `rho` and biases `(20, d)`."""
-    draws = []
-    for seed in range(20):
-        state = np.random.RandomState(seed)
-        w, b = state.randn(d, d), state.randn(d)
-        draws.append((torch.tensor(w * (rho / np.linalg.norm(w, 2))), torch.tensor(b)))
-    w, b = zip(*draws, strict=True)
-    return torch.stack(w), torch.stack(b)
-
-
 @pytest.mark.parametrize("rho", [2.0, 3.0])
 @pytest.mark.parametrize("memory", [10, 20])
 def test_with_restarts_all_published_problems_converge(memory: int, rho: float) -> None:
-    w, b = toy(100, rho)
     solver = eq.AdjointBroyden(max_steps=300, memory=memory, rtol=0, atol=1e-4)
-    solution = eq.fixed_point(
-        lambda z, w, b: torch.tanh(torch.bmm(w, z[..., None])[..., 0] + b),
-        torch.zeros_like(b), w, b, solver=solver, params=(),
-    )  # fmt: skip
+    solution = toy(rho).solve(solver).solution
     assert int(solution.converged.sum()) == 20
     assert int(solution.num_steps.max()) > memory + 1, "a sample must restart for this test to say something"
 

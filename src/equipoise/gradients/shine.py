@@ -23,7 +23,8 @@ class Shine(Gradient):
     Where $\|w\| > c\,\|g\|$ or `w` is not finite, the sample falls back to $w = g$ (Jacobian-free).
 
     Args:
-        fallback_ratio: $c$; infinity never falls back, 0 always does.
+        fallback_ratio: $c$; infinity never falls back, 0 always does. After outer-aware updates (`AdjointBroyden`,
+            `LBFGS` with `outer`) 1.8 is better: a more exact `w` may be longer.
         observe: called in backward with the `(B,)` mask of samples that fell back.
 
     Raises:

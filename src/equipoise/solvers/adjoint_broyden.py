@@ -95,7 +95,7 @@ class AdjointBroyden(Solver):
     code takes $M \nabla L$ for $M^\top \nabla L$, of which the theorem does not hold.
     """
 
-    memory: int = 18
+    memory: int = 36  # all of 18 steps at any cadence, of 30 at a cadence of 5
     guard: float = 1e-8
     cadence: int | None = None
     outer: Callable[[Any, Tensor], Tensor] | None = None
