@@ -111,5 +111,6 @@ def test_all_reach_the_same_accuracy_on_digits() -> None:
             optimizer.step()
         with torch.no_grad(), model.deq.using(solver=BROYDEN):
             accuracy[name] = float((model.head(model.deq(images[1300:])).argmax(1) == labels[1300:]).double().mean())
-    assert min(accuracy.values()) > 0.94
-    assert max(accuracy.values()) - min(accuracy.values()) < 0.02, accuracy
+    # Of 497 images one standard error is 0.9 %, and six methods are compared.
+    assert min(accuracy.values()) > 0.93
+    assert max(accuracy.values()) - min(accuracy.values()) < 0.03, accuracy
