@@ -300,6 +300,26 @@ def test_probes_help_where_the_start_is_scaled_anew_at_every_step() -> None:
     assert float(aware.median()) > 0.998
 
 
+def test_the_outer_loss_sees_the_structure_and_the_numbers_of_the_rows() -> None:
+    z0 = {"a": torch.full((3, 2), 0.5), "b": torch.full((3, 1, 2), -1.0)}
+    seen: list[list[int]] = []
+
+    def outer(z: dict[str, Tensor], rows: Tensor) -> Tensor:
+        seen.append(rows.tolist())
+        assert z["b"].shape == (len(rows), 1, 2)
+        return (rows + 1) * z["a"][:, 0]
+
+    def h(z: dict[str, Tensor], scale: Tensor) -> Tensor:
+        return scale * (z["a"] - 1).pow(4).sum(1) + torch.cosh(z["b"] * torch.tensor([1.0, 3.0])).sum((1, 2))
+
+    f = DescentMap(h, z0, (torch.tensor([0.1, 1.0, 10.0]),), params=())
+    solver = eq.LBFGS(max_steps=200, memory=100, rtol=0, atol=1e-9, cadence=2, outer=outer)
+    solution = solver.solve(f, f.pack(z0)).raise_for_status()
+    torch.testing.assert_close(f.unpack(solution.value)["b"], torch.zeros(3, 1, 2), rtol=0, atol=1e-8)
+    assert seen[0] == [0, 1, 2]
+    assert len(seen[-1]) < 3, "rows that are done have left"
+
+
 # --- pairs of an earlier solve --------------------------------------------------------------------------------------
 
 COLD = eq.LBFGS(max_steps=400, memory=100, rtol=0, atol=1e-6, scaled=False)
