@@ -95,3 +95,26 @@ def test_inversion_quality(tmp_path: pathlib.Path) -> None:
         assert figures[f"mdeq/{step}/reference_residual_adjoint"] < 1e-6
         for name in ("Jacobian-free", "SHINE, adjoint Broyden, OPA 5", "SHINE refined by 5 steps"):
             assert -1 <= figures[f"mdeq/{step}/{name}/cosine"] <= 1
+
+
+@pytest.mark.slow
+def test_bilevel_speed(tmp_path: pathlib.Path) -> None:
+    for module in ("optuna", "sklearn", "matplotlib"):
+        pytest.importorskip(module)
+    target, picture = tmp_path / "speed.json", tmp_path / "plots" / "speed.png"
+    command = [sys.executable, "benchmarks/bilevel_speed.py", "--quick", "--json", str(target), "--plot", str(picture)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert run.returncode == 0, run.stderr
+    figures = json.loads(target.read_text())
+    searches = ("grid", "random", "sklearn-cv", "optuna-tpe")
+    gradients = ("shine", "shine-opa", "shine-refine", "hoag", "hoag-limited", "jacobian-free")
+    for method in (*searches, *gradients, "shine/hoag-step", "hoag/hoag-step"):
+        for key in ("seconds_to_1pct", "grad_evals_to_1pct"):
+            assert f"breast-cancer/{method}/{key}" in figures
+        assert 0 < figures[f"breast-cancer/{method}/final_loss"] < 30
+    # SHINE pays for no product with the Hessian.
+    for rule in ("", "/hoag-step"):
+        steps = figures["runs"]["breast-cancer"][0]
+        shine, hoag = (steps[f"{method}{rule}"]["visits"][0][1] for method in ("shine", "hoag"))
+        assert shine < hoag
+    assert picture.read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,113 @@
+"""The bilevel problems of bilevel_speed.py: real data, splits, losses; and what a method visited on its way."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+import torch
+from torch import Tensor
+
+from equipoise.bilevel import InnerLoss
+from equipoise.estimators.design import Design
+from equipoise.estimators.linear import GroupPenalty, LogisticLoss, MultinomialLoss
+from equipoise.estimators.tables import read_table
+from equipoise.map import DescentMap
+
+BOX = (-12.0, 12.0)
+SUBSAMPLED = {"wordnet-45": 5_000}  # rows, and then columns that occur in three of them or more
+
+
+@dataclasses.dataclass(frozen=True)
+class Visit:
+    """A model that a method had found after so many seconds and gradients."""
+
+    seconds: float
+    evals: int
+    held_out: float
+    test: float
+    hyper: list[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a method did on one seed: all models on its way, its whole cost, how it ended, the model it returned."""
+
+    visits: list[Visit]
+    seconds: float
+    evals: int
+    end: str
+    chosen: Visit
+
+
+class Stopwatch:
+    """Seconds since the start, less those in which it was stopped."""
+
+    def __init__(self) -> None:
+        self.began, self.away = time.perf_counter(), 0.0
+
+    def __call__(self) -> float:
+        return time.perf_counter() - self.began - self.away
+
+    def __enter__(self) -> None:
+        self.stopped = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.away += time.perf_counter() - self.stopped
+
+
+class Problem:
+    """Train on 90 % of the rows, choose penalties on 5 %, test on 5 %; losses are sums, there is no intercept.
+
+    Args:
+        name: of the data set.
+        X: features.
+        y: labels; two, and there is one penalty; more, and there is one for each.
+        seed: of the split and of the start.
+    """
+
+    def __init__(self, name: str, X: Any, y: np.ndarray, seed: int) -> None:
+        self.name, self.seed = name, seed
+        order, part = np.random.default_rng(seed).permutation(len(y)), len(y) // 20
+        test, held_out, train = order[:part], order[part : 2 * part], order[2 * part :]
+        self.classes, numbers = np.unique(y, return_inverse=True)
+        count = len(self.classes)
+        self.X, self.y, self.rows = X, numbers, (train, held_out)
+
+        def loss(rows: np.ndarray) -> LogisticLoss | MultinomialLoss:
+            target = torch.from_numpy(numbers[rows])
+            if count == 2:
+                return LogisticLoss(design=Design(X[rows]), target=2 * target - 1)
+            return MultinomialLoss(design=Design(X[rows], outputs=count), target=target)
+
+        self.train, self.held_out, self.test = loss(train), loss(held_out), loss(test)
+        design = self.train.design
+        self.penalty = GroupPenalty(design=design) if count == 2 else GroupPenalty.per_class(design)
+        self.inner = InnerLoss(self.train, self.penalty)
+        source = torch.Generator().manual_seed(seed)
+        self.z0 = torch.randn(1, design.size, generator=source, dtype=torch.float64)
+        self.hyper0 = torch.zeros(self.penalty.num_groups, dtype=torch.float64)
+        # The unit of tolerances: the norm of the gradient at the start.
+        first = DescentMap(lambda z: self.train(z) + self.penalty(z, self.hyper0), self.z0, params=())
+        with torch.no_grad():
+            point = first.evaluate(self.z0, torch.arange(1), torch.ones(1, dtype=torch.bool))
+        self.scale = float(torch.linalg.vector_norm(point.r))
+
+    def losses(self, z: Tensor) -> tuple[float, float]:
+        """Held-out and test loss of a state."""
+        with torch.no_grad():
+            return float(self.held_out(z)), float(self.test(z))
+
+
+def load(name: str) -> tuple[Any, np.ndarray]:
+    """Features and labels of a data set, some of its rows if it is too large for hundreds of solves."""
+    table = read_table(name)
+    X, y = table.X, table.y
+    if name in SUBSAMPLED:
+        rows = np.random.default_rng(0).choice(len(y), SUBSAMPLED[name], replace=False)
+        X, y = X[rows], y[rows]
+        X = X[:, np.asarray((X != 0).sum(0)).ravel() >= 3]
+    return scipy.sparse.csr_matrix(X) if scipy.sparse.issparse(X) else X, y
