@@ -77,6 +77,17 @@ def test_scores_are_those_of_the_standardized_matrix(kind: str, outputs: int, mo
     coefficients, intercepts = operator.coefficients(z)
     raw = torch.einsum("nd,bkd->bkn", torch.tensor(features()), coefficients) + intercepts[:, :, None]
     torch.testing.assert_close(raw, expected)
+    if intercept or not moved:
+        torch.testing.assert_close(operator.state(coefficients, intercepts), z)
+
+
+def test_read_only_and_reversed_arrays() -> None:
+    x = features()
+    frozen = x.copy()
+    frozen.flags.writeable = False
+    z = state(D)
+    for data in (frozen, np.asfortranarray(x), x[::-1]):
+        torch.testing.assert_close(Design(data).scores(z)[:, 0], z @ torch.tensor(data.copy()).T)
 
 
 @pytest.mark.parametrize("kind", ["dense", "sparse"])

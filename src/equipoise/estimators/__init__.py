@@ -5,3 +5,8 @@ try:
     import sklearn  # noqa: F401
 except ImportError as error:
     raise ImportError("the estimators need scikit-learn and SciPy: pip install 'equipoise[estimators]'") from error
+
+from equipoise.estimators.classifiers import BilevelLogisticRegression, BilevelNonlinearLeastSquares
+from equipoise.estimators.ridge import BilevelRidge
+
+__all__ = ["BilevelLogisticRegression", "BilevelNonlinearLeastSquares", "BilevelRidge"]

@@ -87,6 +87,8 @@ class Design:
             self._matrix: Any = scipy.sparse.csr_array(features, dtype=digits)
             self._transposed = scipy.sparse.csr_array(self._matrix.T)
         else:
+            if isinstance(features, np.ndarray):  # read-only memory and negative strides are foreign to torch
+                features = np.require(features, requirements=["C", "W"])
             self._matrix = torch.as_tensor(features).to(dtype)
             self._transposed = None
         self.offset = self._column(offset, "offset")
@@ -114,9 +116,10 @@ class Design:
         """Size of a flat state, `D = k d`, with intercepts `k (d + 1)`."""
         return self.num_coefficients + (self.outputs if self.intercept else 0)
 
-    def select(self, rows: Any) -> Design:
-        """The same operator on some rows: an index array or a mask, as for the matrix itself."""
-        features = self._matrix[np.asarray(rows)] if self.sparse else self._matrix[torch.as_tensor(rows)]
+    def on(self, features: Any) -> Design:
+        """The same operator on another matrix with these columns."""
+        if features.shape[1:] != (self.num_features,):
+            raise ValueError(f"features must be a matrix (n, {self.num_features}), got shape {tuple(features.shape)}")
         return Design(
             features,
             outputs=self.outputs,
@@ -125,6 +128,10 @@ class Design:
             scale=self.scale,
             dtype=self.dtype,
         )
+
+    def select(self, rows: Any) -> Design:
+        """The same operator on some rows: an index array or a mask, as for the matrix itself."""
+        return self.on(self._matrix[np.asarray(rows)] if self.sparse else self._matrix[torch.as_tensor(rows)])
 
     def coefficients(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """What the state means on the columns as they are: coefficients `(B, k, d)` and intercepts `(B, k)`."""
@@ -139,6 +146,13 @@ class Design:
         if self.offset is not None:
             intercepts = intercepts - weights @ self.offset
         return weights, intercepts
+
+    def state(self, weights: Tensor, intercepts: Tensor) -> Tensor:
+        """The state with these coefficients `(B, k, d)` and intercepts `(B, k)`, the latter unheeded without one."""
+        if self.offset is not None:
+            intercepts = intercepts + weights @ self.offset
+        flat = (weights if self.scale is None else weights * self.scale).flatten(1)
+        return torch.cat([flat, intercepts], dim=1) if self.intercept else flat
 
     def scores(self, z: Tensor) -> Tensor:
         """Scores of all rows: `(B, D) -> (B, k, n)`."""

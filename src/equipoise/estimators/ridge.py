@@ -1,0 +1,137 @@
+"""Ridge regression."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import MultiOutputMixin, RegressorMixin
+
+from equipoise.estimators.base import BilevelEstimator, Rows, weigh
+from equipoise.estimators.linear import Design, Loss, SquaredLoss
+from equipoise.gradients import Gradient
+from equipoise.solvers import Solver
+
+
+class BilevelRidge(MultiOutputMixin, RegressorMixin, BilevelEstimator):
+    r"""Ridge regression whose penalties minimize the squared error on held-out rows, found by gradient.
+
+    $$ \min_\alpha\ \frac1{2m} \sum_{j \text{ held out}} (y_j - s_j(w^*(\alpha)))^2, \qquad
+       w^*(\alpha) = \arg\min_w\ \frac1{2n} \sum_i (y_i - s_i(w))^2 + \frac12 \sum_g \alpha_g \|w_g\|^2 $$
+
+    The loss is a mean, so a penalty does not depend on the number of rows: `Ridge(alpha=alpha_ * n)` of scikit-learn
+    has the same minimum, with weights $n$ is their sum. All else is as in `BilevelLogisticRegression`.
+
+    Args:
+        groups: what has a penalty of its own: None, nothing: there is one; `"feature"`; `"output"`, that is each
+            target; or `(d,)` labels of groups of features.
+        validation_fraction, cv, gradient, solver, alpha_start, alpha_bounds, max_iter, tol: as in
+            `BilevelLogisticRegression`.
+        fit_intercept, refit, warm_start, random_state: as there.
+
+    Attributes:
+        coef_: `(d,)`, for several targets `(k, d)`.
+        intercept_: a number, for several targets `(k,)`.
+        alpha_, validation_loss_, n_iter_, outer_history_, outer_status_: as there.
+
+    Example:
+        >>> from sklearn.datasets import load_diabetes
+        >>> X, y = load_diabetes(return_X_y=True)
+        >>> model = BilevelRidge(random_state=0).fit(X, y)
+        >>> model.score(X, y) > 0.45
+        True
+
+    Source: Pedregosa (2016), section 5.
+    """
+
+    def __init__(
+        self,
+        *,
+        groups: Any = None,
+        validation_fraction: float = 0.25,
+        cv: Any = None,
+        gradient: Gradient | None = None,
+        solver: Solver | None = None,
+        alpha_start: Any = None,
+        alpha_bounds: Any = None,
+        max_iter: int = 30,
+        tol: float = 1e-8,
+        fit_intercept: bool = True,
+        refit: bool = True,
+        warm_start: bool = False,
+        random_state: Any = None,
+    ) -> None:
+        super().__init__(
+            groups=groups,
+            validation_fraction=validation_fraction,
+            cv=cv,
+            gradient=gradient,
+            solver=solver,
+            alpha_start=alpha_start,
+            alpha_bounds=alpha_bounds,
+            max_iter=max_iter,
+            tol=tol,
+            fit_intercept=fit_intercept,
+            refit=refit,
+            warm_start=warm_start,
+            random_state=random_state,
+        )
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None, *, validation: Any = None) -> BilevelRidge:
+        """Search for the penalty, then fit with it.
+
+        Args:
+            X: `(n, d)`, dense or SciPy sparse.
+            y: `(n,)` or, with several targets, `(n, k)`.
+            sample_weight: `(n,)` weights >= 0; rows of weight zero are left out.
+            validation: rows of the outer loss, `(X, y)` or `(X, y, sample_weight)`; then all of `X` trains, and
+                `validation_fraction` and `cv` are unheeded.
+
+        Returns:
+            The estimator itself.
+
+        Raises:
+            ValueError: data that cannot be used.
+        """
+        X, y = self._features(X, y=y, multi_output=True, y_numeric=True)
+        weights = weigh(sample_weight, X)
+        kept = weights > 0
+        # The solver sees targets of size one: the minimum is linear in them.
+        share = weights / weights.sum()
+        center = share @ y if self.fit_intercept else np.zeros(y.shape[1:])
+        spread = float(np.sqrt((share @ np.square(y - center)).mean()))
+        spread = spread if spread > 0 else 1.0
+        if not np.isfinite(spread):
+            raise ValueError("y has values whose squares overflow; rescale them")
+
+        def target(y: np.ndarray) -> np.ndarray:
+            return np.ascontiguousarray(((y - center) / spread).T)
+
+        rows = Rows(X if kept.all() else X[kept], target(y[kept]), weights[kept])
+        judges = None
+        if validation is not None:
+            if not isinstance(validation, (tuple, list)) or len(validation) not in (2, 3):
+                raise ValueError("validation must be (X, y) or (X, y, sample_weight)")
+            features, wanted = self._features(
+                validation[0], y=validation[1], multi_output=True, y_numeric=True, reset=False
+            )
+            if wanted.shape[1:] != y.shape[1:]:
+                raise ValueError(f"validation has targets of shape {wanted.shape}, y has {y.shape}")
+            given = weigh(validation[2] if len(validation) == 3 else None, features)
+            judges = Rows(features, target(wanted), given)
+        coefficients, intercepts = self._tune(rows, outputs=1 if y.ndim == 1 else y.shape[1], judges=judges)
+        self.validation_loss_ *= spread**2
+        coefficients, intercepts = coefficients * spread, intercepts * spread + center
+        self.coef_ = coefficients[0] if y.ndim == 1 else coefficients
+        self.intercept_ = float(intercepts[0]) if y.ndim == 1 else intercepts
+        return self
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The targets, `(n,)` or `(n, k)`."""
+        values = self._decision(X)
+        return values[:, 0] if self.coef_.ndim == 1 else values
+
+    def _loss(self, design: Design, rows: Rows) -> Loss:
+        target, weights = torch.from_numpy(rows.target), torch.from_numpy(rows.weights)
+        return SquaredLoss(design=design, target=target, weights=weights, mean=True)
