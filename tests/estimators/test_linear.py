@@ -77,8 +77,8 @@ def test_scores_are_those_of_the_standardized_matrix(kind: str, outputs: int, mo
     coefficients, intercepts = operator.coefficients(z)
     raw = torch.einsum("nd,bkd->bkn", torch.tensor(features()), coefficients) + intercepts[:, :, None]
     torch.testing.assert_close(raw, expected)
-    if intercept or not moved:
-        torch.testing.assert_close(operator.state(coefficients, intercepts), z)
+    other, factor = operator.rescaled(torch.linspace(3, 4, D))
+    torch.testing.assert_close(other.scores(z * factor), expected)
 
 
 def test_read_only_and_reversed_arrays() -> None:

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -25,9 +25,9 @@ from equipoise.estimators.linear import Design, GroupPenalty, Loss
 from equipoise.estimators.splits import check_split, folds, holdout
 from equipoise.fixed_point import solve_map
 from equipoise.gradients import Gradient, Implicit, Shine
-from equipoise.map import DescentMap
 from equipoise.solvers import LBFGS, Solver
 
+ROUNDING = 1e-14
 FIRST, LEAST, LARGEST = 0.1, 1e-7, 1e5  # penalties in units of the spread of the columns
 
 
@@ -122,23 +122,26 @@ class BilevelEstimator(BaseEstimator, abc.ABC):
         sparse = scipy.sparse.issparse(inner.features)
         entries = inner.features.getnnz(axis=0) if sparse else np.ones_like(spread)
         first, low, high = self._alphas(geometric_means(spread, groups, groups.max() + 1, entries))
-        # The penalty applies to the coefficients on the columns as they are. Entries of the state are these
-        # coefficients times a scale that makes the diagonal of the Hessian about one at the first penalty.
-        scale = np.sqrt(spread + first[groups].mean(0))
+
+        def scale(alpha: np.ndarray) -> Tensor:
+            # The penalty applies to the coefficients on the columns as they are. Entries of the state are these
+            # coefficients times a scale that makes the diagonal of the Hessian about one.
+            return torch.from_numpy(np.sqrt(spread + alpha[groups].mean(0)))
+
         with _torch_as_usual():
             design = Design(
                 inner.features,
                 outputs=outputs,
                 intercept=self.fit_intercept,
                 offset=torch.from_numpy(mean) if self.fit_intercept else None,
-                scale=torch.from_numpy(scale),
+                scale=scale(first),
             )
-            penalty = GroupPenalty(design=design, groups=None if len(first) == 1 else torch.from_numpy(groups))
-            inner_loss, outer_loss = self._loss(design, inner), self._loss(design.on(outer.features), outer)
+            labels = None if len(first) == 1 else torch.from_numpy(groups)
+            judge = self._loss(design.on(outer.features), outer)
             solution = minimize_outer(
-                lambda z, _: outer_loss(z) / num_splits,
-                InnerLoss(inner_loss, penalty),
-                z0=self._start(design).expand(num_splits, -1),
+                lambda z, _: judge(z) / num_splits,
+                InnerLoss(self._loss(design, inner), GroupPenalty(design=design, groups=labels)),
+                z0=torch.zeros(num_splits, design.size, dtype=design.dtype),
                 hyper0=torch.from_numpy(np.log(first)),
                 bounds=(torch.from_numpy(np.log(low)), torch.from_numpy(np.log(high))),
                 solver=self._solver(),
@@ -147,17 +150,21 @@ class BilevelEstimator(BaseEstimator, abc.ABC):
             )
             if solution.status is OuterStatus.NONFINITE:
                 raise ValueError("the loss is not finite at the first penalty; rescale X and y, or raise alpha_start")
-            z, loss = solution.z, inner_loss
-            if self.refit and inner is not rows:
-                z, loss = z.mean(0, keepdim=True), self._loss(design.on(rows.features), rows)
             (log_alpha,) = solution.hyper
-            z = self._solve(lambda z: loss(z) + penalty(z, log_alpha), z)
+            # The walk compares points at loose tolerances; what is reported is the loss of the problem itself.
+            alpha = log_alpha.exp().numpy()
+            design, factor = design.rescaled(scale(alpha))
+            penalty = GroupPenalty(design=design, groups=labels)
+            z = self._solve(InnerLoss(self._loss(design, inner), penalty), log_alpha, solution.z * factor)
+            value = float(self._loss(design.on(outer.features), outer)(z).mean())
+            if self.refit and inner is not rows:
+                whole = InnerLoss(self._loss(design.on(rows.features), rows), penalty)
+                z = self._solve(whole, log_alpha, z.mean(0, keepdim=True))
             if solution.status is OuterStatus.INNER:
                 _warn("an inner solve of the search")
             weights, intercepts = (part.mean(0).numpy() for part in design.coefficients(z))
-        alpha = log_alpha.exp().numpy()
         self.alpha_ = float(alpha[0]) if self.groups is None else alpha
-        self.validation_loss_ = solution.value
+        self.validation_loss_ = value
         self.outer_history_ = solution.history
         self.outer_status_ = solution.status
         self.n_iter_ = len(solution.history)
@@ -166,22 +173,14 @@ class BilevelEstimator(BaseEstimator, abc.ABC):
     def _solver(self) -> Solver:
         return LBFGS(max_steps=1000, memory=30) if self.solver is None else self.solver
 
-    def _start(self, design: Design) -> Tensor:
-        """The state of the last fit if it is to be continued, else zero."""
-        if self.warm_start and hasattr(self, "coef_"):
-            weights = torch.from_numpy(np.array(self.coef_, dtype=np.float64)).reshape(1, design.outputs, -1)
-            if weights.shape[2] == design.num_features:
-                intercepts = torch.from_numpy(np.array(self.intercept_, dtype=np.float64)).reshape(1, -1)
-                return design.state(weights, intercepts.expand(1, design.outputs))
-        return torch.zeros(1, design.size, dtype=design.dtype)
-
-    def _solve(self, objective: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    def _solve(self, inner: InnerLoss, log_alpha: Tensor, z: Tensor) -> Tensor:
         """Minimize to the tolerance of the last fit, relative to the gradient at zero."""
-        f = DescentMap(objective, z, params=())
+        f = inner.map(z, (log_alpha,))
         rows = torch.arange(len(z))
         with torch.no_grad(), f.session():
             origin = f.evaluate(torch.zeros_like(z), rows, torch.ones_like(rows, dtype=torch.bool))
-        allowed = self.tol * float(torch.linalg.vector_norm(origin.r, dim=1).max())
+        # Losses are means of numbers of size one: a smaller gradient is rounding.
+        allowed = max(self.tol * float(torch.linalg.vector_norm(origin.r, dim=1).max()), ROUNDING)
         solver = dataclasses.replace(self._solver(), rtol=0.0, atol=allowed)
         solution = solve_map(f, z, solver=solver, gradient=Implicit())
         if not bool(solution.converged.all()):
@@ -236,7 +235,7 @@ class BilevelEstimator(BaseEstimator, abc.ABC):
                     f"({num_features},), got {self.groups!r}"
                 )
             numbers = np.unique(labels, return_inverse=True)[1]
-        return np.ascontiguousarray(np.broadcast_to(numbers, (outputs, num_features)))
+        return np.broadcast_to(numbers, (outputs, num_features)).copy()
 
     def _alphas(self, unit: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """First penalties, least and largest, each `(p,)`, from the spread of the columns they apply to."""

@@ -129,7 +129,7 @@ class BilevelLogisticRegression(_Classifier):
         class_weight: weights of the classes, a dictionary or `"balanced"`; they apply to both losses.
         refit: fit to all rows with the penalties found; otherwise `coef_` is that of the training part, or the mean
             over the folds.
-        warm_start: begin at the penalties and coefficients of the last fit.
+        warm_start: begin at the penalties of the last fit.
         random_state: draws the held-out rows.
 
     Attributes:
@@ -145,9 +145,11 @@ class BilevelLogisticRegression(_Classifier):
 
     Example:
         >>> from sklearn.datasets import load_breast_cancer
+        >>> from sklearn.preprocessing import scale
         >>> X, y = load_breast_cancer(return_X_y=True)
+        >>> X = scale(X[:, :10])
         >>> model = BilevelLogisticRegression(random_state=0).fit(X, y)
-        >>> model.score(X, y) > 0.95
+        >>> model.score(X, y) > 0.9
         True
 
     Source: Pedregosa (2016), section 5; Ramzi et al. (2022), section 3.1.
@@ -215,9 +217,11 @@ class BilevelNonlinearLeastSquares(_Classifier):
 
     Example:
         >>> from sklearn.datasets import load_breast_cancer
+        >>> from sklearn.preprocessing import scale
         >>> X, y = load_breast_cancer(return_X_y=True)
+        >>> X = scale(X[:, :10])
         >>> model = BilevelNonlinearLeastSquares(random_state=0).fit(X, y)
-        >>> model.score(X, y) > 0.95
+        >>> model.score(X, y) > 0.9
         True
 
     Source: Ramzi et al. (2022), appendix on regularized nonlinear least squares.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -93,12 +94,12 @@ class Design:
             self._transposed = None
         self.offset = self._column(offset, "offset")
         self.scale = self._column(scale, "scale")
-        if self.scale is not None and not bool((self.scale > 0).all()):
-            raise ValueError("scale must be positive in every column; give constant columns the scale 1")
 
     def _column(self, value: Tensor | None, name: str) -> Tensor | None:
         if value is not None and value.shape != (self.num_features,):
             raise ValueError(f"{name} must have one number per feature, ({self.num_features},), got {value.shape}")
+        if value is not None and name == "scale" and not bool((value > 0).all()):
+            raise ValueError("scale must be positive in every column; give constant columns the scale 1")
         return None if value is None else value.to(self.dtype)
 
     @property
@@ -129,6 +130,13 @@ class Design:
             dtype=self.dtype,
         )
 
+    def rescaled(self, scale: Tensor) -> tuple[Design, Tensor]:
+        """The same matrix with another scale, and the factor `(D,)` from states of this design to states of it."""
+        other = copy.copy(self)
+        other.scale = other._column(scale, "scale")
+        ratio = scale if self.scale is None else scale / self.scale
+        return other, torch.cat([ratio.repeat(self.outputs), ratio.new_ones(self.size - self.num_coefficients)])
+
     def select(self, rows: Any) -> Design:
         """The same operator on some rows: an index array or a mask, as for the matrix itself."""
         return self.on(self._matrix[np.asarray(rows)] if self.sparse else self._matrix[torch.as_tensor(rows)])
@@ -146,13 +154,6 @@ class Design:
         if self.offset is not None:
             intercepts = intercepts - weights @ self.offset
         return weights, intercepts
-
-    def state(self, weights: Tensor, intercepts: Tensor) -> Tensor:
-        """The state with these coefficients `(B, k, d)` and intercepts `(B, k)`, the latter unheeded without one."""
-        if self.offset is not None:
-            intercepts = intercepts + weights @ self.offset
-        flat = (weights if self.scale is None else weights * self.scale).flatten(1)
-        return torch.cat([flat, intercepts], dim=1) if self.intercept else flat
 
     def scores(self, z: Tensor) -> Tensor:
         """Scores of all rows: `(B, D) -> (B, k, n)`."""
