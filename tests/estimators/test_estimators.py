@@ -96,7 +96,7 @@ def test_the_penalty_is_that_of_a_grid(load: Any, cv: Any) -> None:
     below, at, above = grid(lambda alpha: held_out(alpha, X, y, splits), model.alpha_)
     assert at <= above
     assert at <= below or model.alpha_ == pytest.approx(1e-4)
-    assert model.validation_loss_ == pytest.approx(at, rel=1e-6)
+    assert model.validation_loss_ == pytest.approx(at, rel=2e-5)
 
 
 @pytest.mark.slow
@@ -228,7 +228,7 @@ def test_constant_and_empty_columns_get_no_weight() -> None:
 def test_dense_and_sparse_data_are_the_same() -> None:
     X, y = text()
     model = BilevelLogisticRegression(random_state=0, max_iter=3, alpha_start=1e-2, alpha_bounds=(1e-3, 1e-1))
-    sparse, dense = (clone(model).fit(data, y) for data in (X, X.toarray()))
+    sparse, dense = (clone(model).fit(data, y) for data in (scipy.sparse.coo_array(X), X.toarray()))
     np.testing.assert_allclose(sparse.alpha_, dense.alpha_, rtol=1e-6)
     np.testing.assert_allclose(sparse.coef_, dense.coef_, atol=1e-6)
 

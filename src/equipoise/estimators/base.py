@@ -120,7 +120,7 @@ class BilevelEstimator(BaseEstimator, abc.ABC):
         groups = self._groups(outputs, rows.features.shape[1])
         mean, spread = column_moments(inner.features, np.atleast_2d(inner.weights).sum(0), centered=self.fit_intercept)
         sparse = scipy.sparse.issparse(inner.features)
-        entries = inner.features.getnnz(axis=0) if sparse else np.ones_like(spread)
+        entries = np.bincount(inner.features.indices, minlength=len(spread)) if sparse else np.ones_like(spread)
         first, low, high = self._alphas(geometric_means(spread, groups, groups.max() + 1, entries))
 
         def scale(alpha: np.ndarray) -> Tensor:
