@@ -44,7 +44,7 @@ def parse(
     """
     every = [field.name for field in dataclasses.fields(TrainConfig) if field.name != "name"]
     fields = every if fields is None else list(fields)
-    arguments = [_spell(argument, own) for argument in arguments]
+    arguments = [spell(argument, own) for argument in arguments]
     plain = _choose_classes(to_plain(base), arguments)
     _check_names(plain, arguments, fields, own)
 
@@ -176,7 +176,7 @@ def _family(hint: Any) -> type | None:
     return None
 
 
-def _spell(argument: str, own: Sequence[tuple[str, dict[str, Any]]]) -> str:
+def spell(argument: str, own: Sequence[tuple[str, dict[str, Any]]]) -> str:
     """A flag with underscores, or as the command spells its own."""
     if not argument.startswith("--"):
         return argument
@@ -245,7 +245,7 @@ def _check_names(
         known |= _names(name, hints[name], plain.get(name), values)
     for given in values:
         if given and given not in known:
-            raise UsageError(f"unknown flag --{given}; {_nearest_flag(given, known)}")
+            raise UsageError(f"unknown flag --{given}; {nearest_flag(given, known)}")
 
 
 def _names(name: str, hint: Any, value: Any, values: dict[str, str]) -> set[str]:
@@ -275,7 +275,7 @@ def _names(name: str, hint: Any, value: Any, values: dict[str, str]) -> set[str]
     return names
 
 
-def _nearest_flag(given: str, known: set[str]) -> str:
+def nearest_flag(given: str, known: set[str]) -> str:
     """End of a message about an unknown flag: the most similar one, first among the fields of the same class."""
     head, _, tail = given.rpartition(".")
     fields = {name.rpartition(".")[2] for name in known if head and name.rpartition(".")[0] == head} - {"help"}

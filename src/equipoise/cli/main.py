@@ -1,4 +1,4 @@
-"""The command line: `equipoise recipes | train | evaluate | predict | report`."""
+"""The command line: `equipoise recipes | train | evaluate | predict | report | tune`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from equipoise.train.serialize import nearest
 HELP = """\
 usage: equipoise COMMAND ...
 
-Train, evaluate and use equilibrium models.
+Train, evaluate and use equilibrium models; tune penalties by gradient.
 
 commands:
   recipes    list the named recipes
   train      train a recipe, or a configuration file
   evaluate   accuracy and solver statistics of a run
   predict    classify image files with a run
+  tune       tune the penalties of a linear model of a table by gradient
   report     write report.html into a run's folder: curves, solver, mistakes
 
 options:
@@ -33,6 +34,7 @@ examples:
   equipoise evaluate runs/demo --solver.max_steps 6
   equipoise predict runs/demo digit.png
   equipoise report runs/demo
+  equipoise tune breast-cancer
 """
 
 
@@ -78,6 +80,7 @@ def run(arguments: list[str]) -> int:
         sys.stdout.write(f"equipoise {equipoise.__version__}\n")
         return 0
     from equipoise.cli import commands  # torch and its friends take seconds: not for --help
+    from equipoise.cli.tune import tune
 
     known = {
         "recipes": commands.recipes,
@@ -85,6 +88,7 @@ def run(arguments: list[str]) -> int:
         "evaluate": commands.evaluate,
         "predict": commands.predict,
         "report": commands.report,
+        "tune": tune,
     }
     if command not in known:
         raise UsageError(f"unknown command {command!r}; {nearest(command, known)}")

@@ -8,5 +8,15 @@ except ImportError as error:
 
 from equipoise.estimators.classifiers import BilevelLogisticRegression, BilevelNonlinearLeastSquares
 from equipoise.estimators.ridge import BilevelRidge
+from equipoise.estimators.saved import load, save
+from equipoise.estimators.tables import read_rows, read_table
 
-__all__ = ["BilevelLogisticRegression", "BilevelNonlinearLeastSquares", "BilevelRidge"]
+__all__ = [
+    "BilevelLogisticRegression",
+    "BilevelNonlinearLeastSquares",
+    "BilevelRidge",
+    "load",
+    "read_rows",
+    "read_table",
+    "save",
+]

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor
 
-from equipoise.bilevel import InnerLoss, OuterStatus, minimize_outer
+from equipoise.bilevel import InnerLoss, OuterStatus, OuterStep, minimize_outer
 from equipoise.estimators.columns import column_moments, geometric_means
 from equipoise.estimators.linear import Design, GroupPenalty, Loss
 from equipoise.estimators.splits import check_split, folds, holdout
@@ -105,6 +105,7 @@ class BilevelEstimator(BaseEstimator, abc.ABC):
         judges: Rows | None,
         classes: np.ndarray | None = None,
         names: np.ndarray | None = None,
+        observe: Callable[[OuterStep], None] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Search for the penalty and fit with it: coefficients `(k, d)` and intercepts `(k,)`.
 
@@ -114,6 +115,7 @@ class BilevelEstimator(BaseEstimator, abc.ABC):
             judges: rows of the outer loss that were passed apart; None: they are split off.
             classes: `(n,)` class numbers; None: regression.
             names: what the classes are called.
+            observe: called with each outer step.
         """
         self._check_options()
         inner, outer, num_splits = self._parts(rows, judges, classes, names)
@@ -147,6 +149,7 @@ class BilevelEstimator(BaseEstimator, abc.ABC):
                 solver=self._solver(),
                 gradient=Shine(fallback_ratio=math.inf) if self.gradient is None else self.gradient,
                 max_steps=self.max_iter,
+                observe=observe,
             )
             if solution.status is OuterStatus.NONFINITE:
                 raise ValueError("the loss is not finite at the first penalty; rescale X and y, or raise alpha_start")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import column_or_1d
 
+from equipoise.bilevel import OuterStep
 from equipoise.estimators.base import BilevelEstimator, Rows, weigh
 from equipoise.estimators.linear import Design, LogisticLoss, Loss, MultinomialLoss, SigmoidLoss
 from equipoise.gradients import Gradient
@@ -23,7 +25,15 @@ class _Classifier(ClassifierMixin, BilevelEstimator):
 
     class_weight: Any
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None, *, validation: Any = None) -> Any:
+    def fit(
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any = None,
+        *,
+        validation: Any = None,
+        observe: Callable[[OuterStep], None] | None = None,
+    ) -> Any:
         """Search for the penalty, then fit with it.
 
         Args:
@@ -32,6 +42,7 @@ class _Classifier(ClassifierMixin, BilevelEstimator):
             sample_weight: `(n,)` weights >= 0; rows of weight zero are left out.
             validation: rows of the outer loss, `(X, y)` or `(X, y, sample_weight)`; then all of `X` trains, and
                 `validation_fraction` and `cv` are unheeded.
+            observe: called with each `OuterStep` of the search.
 
         Returns:
             The estimator itself.
@@ -51,7 +62,9 @@ class _Classifier(ClassifierMixin, BilevelEstimator):
         rows = Rows(X if kept.all() else X[kept], numbers, weights[kept] * balance[numbers])
         judges = None if validation is None else self._judges(validation, names, balance)
         outputs = 1 if len(names) == 2 else len(names)
-        weights, intercepts = self._tune(rows, outputs=outputs, judges=judges, classes=numbers, names=names)
+        weights, intercepts = self._tune(
+            rows, outputs=outputs, judges=judges, classes=numbers, names=names, observe=observe
+        )
         self.classes_, self.coef_, self.intercept_ = names, weights, intercepts
         return self
 

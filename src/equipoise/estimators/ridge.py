@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn.base import MultiOutputMixin, RegressorMixin
 
+from equipoise.bilevel import OuterStep
 from equipoise.estimators.base import BilevelEstimator, Rows, weigh
 from equipoise.estimators.linear import Design, Loss, SquaredLoss
 from equipoise.gradients import Gradient
@@ -78,7 +80,15 @@ class BilevelRidge(MultiOutputMixin, RegressorMixin, BilevelEstimator):
             random_state=random_state,
         )
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None, *, validation: Any = None) -> BilevelRidge:
+    def fit(
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any = None,
+        *,
+        validation: Any = None,
+        observe: Callable[[OuterStep], None] | None = None,
+    ) -> BilevelRidge:
         """Search for the penalty, then fit with it.
 
         Args:
@@ -87,6 +97,7 @@ class BilevelRidge(MultiOutputMixin, RegressorMixin, BilevelEstimator):
             sample_weight: `(n,)` weights >= 0; rows of weight zero are left out.
             validation: rows of the outer loss, `(X, y)` or `(X, y, sample_weight)`; then all of `X` trains, and
                 `validation_fraction` and `cv` are unheeded.
+            observe: called with each `OuterStep` of the search.
 
         Returns:
             The estimator itself.
@@ -120,7 +131,9 @@ class BilevelRidge(MultiOutputMixin, RegressorMixin, BilevelEstimator):
                 raise ValueError(f"validation has targets of shape {wanted.shape}, y has {y.shape}")
             given = weigh(validation[2] if len(validation) == 3 else None, features)
             judges = Rows(features, target(wanted), given)
-        coefficients, intercepts = self._tune(rows, outputs=1 if y.ndim == 1 else y.shape[1], judges=judges)
+        coefficients, intercepts = self._tune(
+            rows, outputs=1 if y.ndim == 1 else y.shape[1], judges=judges, observe=observe
+        )
         self.validation_loss_ *= spread**2
         coefficients, intercepts = coefficients * spread, intercepts * spread + center
         self.coef_ = coefficients[0] if y.ndim == 1 else coefficients

@@ -1,0 +1,313 @@
+"""`equipoise tune`: a linear model of a table, its penalties found by gradient."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from equipoise.bilevel import OuterStep
+from equipoise.cli.display import TwoLines, facts_table
+from equipoise.cli.errors import UsageError
+from equipoise.cli.flags import Formatter, Parser, nearest_flag, spell
+from equipoise.files import write_atomic
+from equipoise.gradients import Gradient, Implicit, JacobianFree, Shine
+from equipoise.solvers import CG
+from equipoise.train.run import RunError, new_folder
+from equipoise.train.serialize import nearest
+
+GRADIENTS: dict[str, Gradient] = {
+    "Shine": Shine(fallback_ratio=math.inf),
+    "Implicit": Implicit(solver=CG(max_steps=1000)),
+    "JacobianFree": JacobianFree(),
+}
+PENALTIES = {"shared": None, "per-feature": "feature", "per-class": "output"}
+MAX_CLASSES = 100  # whole-numbered labels with more values are targets of a regression
+FILES = ("config.json", "history.jsonl", "model.safetensors", "result.json", "loss.png")
+EXAMPLES = """\
+examples:
+  equipoise tune breast-cancer
+  equipoise tune rows.csv --label price --task regression --run-dir runs/price
+  equipoise tune letters.parquet --penalty per-class --gradient Implicit --seed 1
+  equipoise tune rows.libsvm --penalty per-feature --max-steps 60 --json
+
+The model predicts new rows in Python:
+  from equipoise.estimators import load, read_rows
+  model = load("runs/price/model.safetensors")
+  model.predict(read_rows("new.csv", model.encoding_))
+"""
+
+
+def tune(arguments: list[str]) -> int:
+    """Tune the penalties of a linear model by gradient."""
+    options = _parse(arguments)
+    # They need scikit-learn, which the other commands do without.
+    from equipoise.estimators import read_table, save
+
+    table = read_table(options.data, label=options.label, drop=options.drop, root=options.root)
+    console = Console(quiet=options.json)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    for note in table.notes:
+        say(note)
+    task, reason = _task(table.y, options.task)
+    say(f"{table.name}: {table.X.shape[0]:,} rows, {table.X.shape[1]:,} features; {task}, {reason}")
+    model = _model(task, options, len(np.unique(table.y)))
+    train, test = _split(table.y if task == "classification" else None, len(table.y), options)
+    folder = Path(options.run_dir) if options.run_dir is not None else new_folder(f"tune-{Path(options.data).stem}")
+    asked = {**vars(options), "task": task}
+    run = _Run(folder, overwrite=options.overwrite, asked=asked)
+    say(f"run folder {folder}")
+    start = time.perf_counter()
+    with _Progress(console, run, options.max_steps) as progress, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.fit(table.X[train], table.y[train], observe=progress.observe)
+    seconds = time.perf_counter() - start
+    for warning in caught:
+        say(f"note: {warning.message}")
+    score = "accuracy" if task == "classification" else "r2"
+    tested = float(model.score(table.X[test], table.y[test])) if len(test) else None
+    alphas = np.atleast_1d(model.alpha_).tolist()
+    result = {
+        "data": table.name,
+        "task": task,
+        "alpha": alphas,
+        "held_out_loss": model.validation_loss_,
+        f"test_{score}": tested,
+        "status": model.outer_status_.name,
+        "outer_steps": model.n_iter_,
+        "gradient_evals": model.outer_history_[-1].gradient_evals,
+        "seconds": seconds,
+        "run_dir": str(folder),
+    }
+    save(model, folder / "model.safetensors", encoding=table.encoding, about={"result": result})
+    run.finish(result, say)
+    if options.json:
+        sys.stdout.write(json.dumps(result) + "\n")
+        return 0
+    facts = {
+        "penalty alpha": _span(alphas),
+        "held-out loss": f"{model.validation_loss_:.6g}",
+        f"test {score.replace('r2', 'R²')}": "no test rows" if tested is None else f"{tested:.4f}, {len(test):,} rows",
+        "search": f"{model.outer_status_.name}: {model.outer_status_.remedy}",
+        "outer steps": str(model.n_iter_),
+        "gradients of the training loss": f"{result['gradient_evals']:,}",
+        "time": f"{seconds:.1f} s",
+        "run folder": str(folder),
+    }
+    console.print(facts_table(facts))
+    return 0
+
+
+def _span(alphas: Sequence[float]) -> str:
+    """One penalty, or the range of several."""
+    return f"{alphas[0]:.4g}" if len(alphas) == 1 else f"{min(alphas):.3g} to {max(alphas):.3g} ({len(alphas)})"
+
+
+class _Run:
+    """The folder of a search: what was asked, a line for each outer step, the model, the result, a figure."""
+
+    def __init__(self, folder: Path, *, overwrite: bool, asked: dict[str, Any]) -> None:
+        self.folder = folder
+        self.lines: list[dict[str, Any]] = []
+        if any((folder / name).exists() for name in (*FILES, "config.yaml")) and not overwrite:
+            raise RunError(f"{folder} already holds a run; replace it with --overwrite, or choose another --run-dir")
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
+        write_atomic(folder / "config.json", (json.dumps(asked, indent=2) + "\n").encode())
+
+    def log(self, step: OuterStep) -> dict[str, Any]:
+        """Append an outer step to `history.jsonl`."""
+        line = {
+            "step": step.step,
+            "held_out_loss": step.value if math.isfinite(step.value) else None,
+            "log_alpha": step.hyper[0].tolist(),
+            "gradient_norm": step.gradient_norm if math.isfinite(step.gradient_norm) else None,
+            "accepted": step.accepted,
+            "inner_converged": step.inner_converged,
+            "gradient_evals": step.gradient_evals,
+            "seconds": step.seconds,
+        }
+        with open(self.folder / "history.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+        self.lines.append(line)
+        return line
+
+    def finish(self, result: dict[str, Any], say: Any) -> None:
+        """Write the figure and, last of all, `result.json`."""
+        try:
+            from equipoise.report.tuning import search_figure
+        except ImportError as error:
+            say(f"no figure: it needs {error.name}: pip install 'equipoise[report]'")
+        else:
+            picture = io.BytesIO()
+            search_figure(self.lines, "held-out loss").savefig(picture, format="png", dpi=140)
+            write_atomic(self.folder / "loss.png", picture.getvalue())
+        write_atomic(self.folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+
+
+class _Progress:
+    """A bar on a terminal, a line for each outer step elsewhere."""
+
+    def __init__(self, console: Console, run: _Run, total: int) -> None:
+        self.console, self.run = console, run
+        self.bar = TwoLines(
+            TextColumn("outer step"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("at most"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("tune", total=total, figures="")
+
+    def __enter__(self) -> _Progress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def observe(self, step: OuterStep) -> None:
+        """Log a step and show it."""
+        line = self.run.log(step)
+        alphas = step.hyper[0].exp()
+        alpha = (
+            f"{float(alphas[0]):.3g}" if len(alphas) == 1 else f"{float(alphas.min()):.2g} to {float(alphas.max()):.2g}"
+        )
+        text = (
+            f"alpha {alpha}  held-out loss {step.value:.6g}{'' if step.accepted else '  (rejected)'}  "
+            f"gradients {line['gradient_evals']:,}"
+        )
+        self.bar.update(self.task, completed=step.step, figures=text)
+        if not self.console.is_terminal:
+            self.console.print(f"step {step.step:>3}  {text}  {step.seconds:.1f} s", highlight=False, soft_wrap=True)
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    flags: list[tuple[str, dict[str, Any]]] = [
+        ("data", {"metavar": "DATA", "help": "a file (.csv, .tsv, .parquet, .npz, libsvm text) or a named data set"}),
+        ("--task", {"choices": ["classification", "regression"], "help": "[guessed from the labels]"}),
+        ("--label", {"metavar": "COLUMN", "help": "column of the labels [label, or else the last]"}),
+        ("--drop", {"metavar": "COLUMN", "nargs": "+", "default": [], "help": "columns to leave out"}),
+        ("--root", {"metavar": "FOLDER", "help": "folder of the named data sets [$EQUIPOISE_DATA, the usual places]"}),
+        ("--penalty", {"default": "shared", "help": f"{', '.join(PENALTIES)} [shared]"}),
+        ("--gradient", {"default": "Shine", "help": f"{', '.join(GRADIENTS)} [Shine]"}),
+        ("--validation-fraction", {"type": float, "default": 0.25, "help": "share held out to judge"}),
+        ("--test-fraction", {"type": float, "default": 0.2, "help": "share kept for the test at the end"}),
+        ("--max-steps", {"type": int, "default": 30, "help": "outer steps, at most"}),
+        ("--seed", {"type": int, "default": 0, "help": "of the splits"}),
+        ("--run-dir", {"metavar": "FOLDER", "help": "folder of the run [runs/tune-DATA-NUMBER]"}),
+        ("--overwrite", {"action": "store_true", "help": "replace the run that the folder holds"}),
+        ("--json", {"action": "store_true", "help": "print the result as JSON and nothing else"}),
+    ]
+    known = {name[2:] for name, _ in flags if name.startswith("--")} | {"help"}
+    words = [spell(argument, flags) for argument in arguments]
+    for word in words:
+        name = word[2:].partition("=")[0]
+        if word.startswith("--") and name not in known:
+            raise UsageError(f"unknown flag --{name}; {nearest_flag(name, known)}")
+    if not words:
+        raise UsageError("name the data: equipoise tune DATA; --help lists the flags")
+    parser = Parser(
+        prog="equipoise",
+        usage="equipoise tune DATA [flags]",
+        description="Fit a logistic or a ridge regression to a table, with the penalties that minimize the loss on\n"
+        "held-out rows, found by gradient. The named data sets:\n  " + "\n  ".join(_named()),
+        epilog=EXAMPLES,
+        allow_abbrev=False,
+        add_help=False,
+        exit_on_error=False,
+        formatter_class=Formatter,
+    )
+    group = parser.add_argument_group("options")
+    for name, details in flags:
+        (group if name.startswith("-") else parser).add_argument(name, **details)
+    group.add_argument("-h", "--help", action="help", help="show this help")
+    options = argparse.Namespace(**parser.parse_args(words).as_dict())
+    for name, choices in (("penalty", PENALTIES), ("gradient", GRADIENTS)):
+        if getattr(options, name) not in choices:
+            raise UsageError(
+                f"--{name}: unknown {getattr(options, name)!r}; {nearest(getattr(options, name), choices)}"
+            )
+    if not 0 < options.validation_fraction < 1:
+        raise UsageError(f"--validation-fraction {options.validation_fraction:g}: must lie between 0 and 1")
+    if not 0 <= options.test_fraction < 1:
+        raise UsageError(f"--test-fraction {options.test_fraction:g}: must be at least 0 and less than 1")
+    if options.max_steps < 1:
+        raise UsageError(f"--max-steps {options.max_steps}: must be >= 1")
+    return options
+
+
+def _named() -> list[str]:
+    from equipoise.estimators.named import NAMED
+
+    return list(NAMED)
+
+
+def _task(y: np.ndarray, asked: str | None) -> tuple[str, str]:
+    """Classification or regression, and why."""
+    values = len(np.unique(y))
+    if y.dtype.kind == "U":
+        if asked == "regression":
+            raise UsageError("--task regression: the labels are strings; name a numeric column with --label")
+        return "classification", f"{values:,} classes"
+    whole = y.dtype.kind == "i"
+    guess = "classification" if whole and values <= min(MAX_CLASSES, max(2, len(y) // 10)) else "regression"
+    if asked == "classification" and not whole:
+        raise UsageError(f"--task classification: the labels are {values:,} numbers that are not whole")
+    found = f"for the labels are {values:,} different {'whole numbers' if whole else 'numbers'}"
+    if asked is not None:
+        return asked, "as asked"
+    other = "regression" if guess == "classification" else "classification"
+    return guess, f"{found} (--task {other} takes them otherwise)" if whole else found
+
+
+def _model(task: str, options: argparse.Namespace, values: int) -> Any:
+    from equipoise.estimators import BilevelLogisticRegression, BilevelRidge
+
+    if values < 2:
+        raise RunError(f"{options.data}: all labels are the same; there is nothing to learn")
+    if options.penalty == "per-class" and (task == "regression" or values == 2):
+        raise UsageError("--penalty per-class: needs three or more classes; take shared or per-feature")
+    cls = BilevelLogisticRegression if task == "classification" else BilevelRidge
+    return cls(
+        groups=PENALTIES[options.penalty],
+        gradient=GRADIENTS[options.gradient],
+        validation_fraction=options.validation_fraction,
+        max_iter=options.max_steps,
+        random_state=options.seed,
+    )
+
+
+def _split(classes: np.ndarray | None, rows: int, options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to learn from, and rows for the test; of each class about the same share."""
+    from sklearn.model_selection import train_test_split
+
+    if options.test_fraction == 0:
+        return np.arange(rows), np.arange(0)
+    try:
+        train, test = train_test_split(
+            np.arange(rows), test_size=options.test_fraction, random_state=options.seed, stratify=classes
+        )
+    except ValueError as error:
+        raise RunError(
+            f"{options.data} cannot be split: {error}; --test-fraction 0 keeps no rows for a test"
+        ) from error
+    return train, test

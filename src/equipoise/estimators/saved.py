@@ -1,0 +1,133 @@
+"""Fitted estimators in files: coefficients as safetensors, all else as JSON. Nothing that is read can run code."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from equipoise.estimators.classifiers import BilevelLogisticRegression, BilevelNonlinearLeastSquares
+from equipoise.estimators.encoding import Encoding
+from equipoise.estimators.ridge import BilevelRidge
+from equipoise.files import CheckpointError, read_facts, read_tensors, write_tensors
+
+Estimator = BilevelLogisticRegression | BilevelNonlinearLeastSquares | BilevelRidge
+CLASSES: dict[str, type[Estimator]] = {
+    cls.__name__: cls for cls in (BilevelLogisticRegression, BilevelNonlinearLeastSquares, BilevelRidge)
+}
+ARRAYS = ("coef_", "intercept_", "alpha_")
+
+
+def save(
+    model: Estimator,
+    path: str | os.PathLike[str],
+    *,
+    encoding: Encoding | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Save a fitted estimator in one safetensors file, atomically.
+
+    What it needs to predict is saved, and the penalties found; how it was searched for them is not, so `load` gives an
+    estimator whose parameters are the defaults.
+
+    Args:
+        model: a fitted estimator of this package.
+        path: of the file; its folder exists.
+        encoding: how columns with names became `X`, from `Table.encoding`, if new rows are to be read from files.
+        about: further facts as plain JSON data.
+
+    Raises:
+        TypeError: an estimator of another kind.
+        ValueError: it is not fitted, or its labels are no strings or numbers.
+        OSError: the file cannot be written; an older one of the same name stays.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from sklearn.datasets import load_diabetes
+        >>> from equipoise.estimators import BilevelRidge, load, save
+        >>> X, y = load_diabetes(return_X_y=True)
+        >>> model = BilevelRidge(random_state=0).fit(X, y)
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "model.safetensors"
+        >>> save(model, path)
+        >>> bool((load(path).predict(X) == model.predict(X)).all())
+        True
+    """
+    name = type(model).__name__
+    if CLASSES.get(name) is not type(model):
+        raise TypeError(f"cannot save a {name}; known: {', '.join(CLASSES)}")
+    if not hasattr(model, "coef_"):
+        raise ValueError(f"this {name} is not fitted: call fit first")
+    facts = {
+        "kind": "estimator",
+        "class": name,
+        "num_features": int(model.n_features_in_),
+        "names": _names(model),
+        "classes": _labels(model),
+        "validation_loss": float(model.validation_loss_),
+        "num_steps": int(model.n_iter_),
+        "scalar": [attribute for attribute in ARRAYS if np.ndim(getattr(model, attribute)) == 0],
+        "encoding": None if encoding is None else encoding.to_plain(),
+        "about": dict(about or {}),
+    }
+    tensors = {attribute: torch.tensor(np.atleast_1d(getattr(model, attribute))) for attribute in ARRAYS}
+    write_tensors(Path(path), tensors, facts)
+
+
+def load(path: str | os.PathLike[str]) -> Any:
+    """Load what `save` wrote: an estimator that predicts as the saved one.
+
+    Its attribute `encoding_` is the `Encoding` saved with it, or None; `read_rows(file, model.encoding_)` reads rows.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, damaged, or of another kind.
+
+    Example:
+        ```python notest
+        model = load("runs/tune-rows-1/model.safetensors")
+        model.predict(read_rows("new.csv", model.encoding_))
+        ```
+    """
+    tensors, facts = read_tensors(Path(path))
+    if facts.get("kind") != "estimator":
+        raise CheckpointError(f"{path} is no saved estimator but {facts.get('kind', 'something else')!r}")
+    try:
+        model = CLASSES[facts["class"]]()
+        for attribute in ARRAYS:
+            values = tensors[attribute].numpy()
+            setattr(model, attribute, float(values[0]) if attribute in facts["scalar"] else values)
+        if facts["classes"] is not None:
+            model.classes_ = np.array(facts["classes"])
+        if facts["names"] is not None:
+            model.feature_names_in_ = np.array(facts["names"], dtype=object)
+        model.n_features_in_ = int(facts["num_features"])
+        model.validation_loss_, model.n_iter_ = float(facts["validation_loss"]), int(facts["num_steps"])
+        model.encoding_ = None if facts["encoding"] is None else Encoding.from_plain(facts["encoding"])
+        if model.coef_.shape[-1] != model.n_features_in_:
+            raise ValueError(f"{model.coef_.shape[-1]} coefficients for {model.n_features_in_} features")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} does not describe an estimator of this version: {error}") from error
+    return model
+
+
+def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The facts saved with an estimator: its class, labels, encoding, and what was passed as `about`."""
+    return read_facts(Path(path))
+
+
+def _names(model: Estimator) -> list[str] | None:
+    names = getattr(model, "feature_names_in_", None)
+    return None if names is None else [str(name) for name in names]
+
+
+def _labels(model: Estimator) -> list[Any] | None:
+    labels = getattr(model, "classes_", None)
+    if labels is None:
+        return None
+    plain = np.asarray(labels).tolist()
+    if not all(isinstance(label, (str, int, float)) for label in plain):
+        raise ValueError(f"labels of type {np.asarray(labels).dtype} cannot be saved; take strings or numbers")
+    return plain

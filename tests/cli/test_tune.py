@@ -1,0 +1,222 @@
+"""`equipoise tune`: help, mistakes, a run from end to end, what it leaves, and folders that cannot be written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pathlib
+import re
+import stat
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_breast_cancer
+
+from equipoise.cli import main
+from equipoise.estimators import load, read_rows
+
+CSV = "width,color,label\n" + "".join(
+    f"{i % 7},{'red' if i % 3 else 'blue'},{'yes' if (i % 7 > 3) != (i % 11 == 0) else 'no'}\n" for i in range(120)
+)
+
+
+@pytest.fixture(autouse=True)
+def _user_defaults(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.delenv("EQUIPOISE_DATA", raising=False)
+
+
+def shown(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(list(words)) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return captured.out
+
+
+def result_of(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    text = shown(capsys, "tune", *words, "--json")
+    assert text.count("\n") == 1
+    return json.loads(text)
+
+
+def test_help_shows_flags_data_sets_and_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, "tune", "--help")
+    assert re.findall(r"^usage: .*$", text, re.M) == ["usage: equipoise tune DATA [flags]"]
+    for word in ("--validation-fraction", "--max-steps", "wordnet-45", "20newsgroups", "equipoise tune breast-cancer"):
+        assert word in text
+    assert "tune " in shown(capsys, "--help")
+    assert not any(pathlib.Path().iterdir())
+
+
+def test_a_run_on_a_named_set(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, "tune", "breast-cancer", "--run-dir", "run", "--max_steps", "6")
+    result = json.loads(pathlib.Path("run/result.json").read_text())
+    assert "569 rows, 30 features; classification, for the labels are 2 different whole numbers" in text
+    assert (
+        len(re.findall(r"^step +\d+  alpha \S+  held-out loss \S+.*gradients \d+  \d+\.\d s$", text, re.M))
+        == (result["outer_steps"])
+    )
+    assert re.search(rf"test accuracy +│ {result['test_accuracy']:.4f}, 114 rows", text)
+    assert re.search(rf"held-out loss +│ {result['held_out_loss']:.6g}", text)
+    assert result["test_accuracy"] > 0.93
+    lines = [json.loads(line) for line in pathlib.Path("run/history.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [*range(1, result["outer_steps"] + 1)]
+    assert min(line["held_out_loss"] for line in lines) < 0.7 * lines[0]["held_out_loss"]
+    assert lines[-1]["gradient_evals"] == result["gradient_evals"]
+    with Image.open("run/loss.png") as picture:
+        assert picture.width > 600
+    assert {path.name for path in pathlib.Path("run").iterdir()} == {
+        "config.json", "history.jsonl", "loss.png", "model.safetensors", "result.json",
+    }  # fmt: skip
+    model = load("run/model.safetensors")
+    X, y = load_breast_cancer(return_X_y=True)
+    assert model.alpha_ == result["alpha"][0]
+    assert np.mean((model.predict(X / X.std(0)) > 0) == (y == 1)) > 0.95
+
+
+def test_a_run_on_a_csv_whose_model_reads_new_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    pathlib.Path("rows.csv").write_text(CSV)
+    result = result_of(capsys, "rows.csv", "--max-steps", "4", "--test-fraction", "0.25")
+    assert result["task"] == "classification"
+    assert result["run_dir"] == "runs/tune-rows-1"
+    model = load("runs/tune-rows-1/model.safetensors")
+    pathlib.Path("new.csv").write_text("color,width\nred,0\nred,6\n")
+    assert model.predict(read_rows("new.csv", model.encoding_)).tolist() == ["no", "yes"]
+    assert result_of(capsys, "rows.csv", "--max-steps", "1")["run_dir"] == "runs/tune-rows-2"
+
+
+def test_a_regression(capsys: pytest.CaptureFixture[str]) -> None:
+    result = result_of(capsys, "diabetes", "--penalty", "per-feature", "--gradient", "Implicit", "--max-steps", "5")
+    assert result["task"] == "regression"
+    assert len(result["alpha"]) == 10
+    assert 0.2 < result["test_r2"] < 0.7
+    assert "test_accuracy" not in result
+    assert result_of(capsys, "diabetes", "--test-fraction", "0", "--max-steps", "2")["test_r2"] is None
+
+
+def test_the_seed_decides_the_splits_and_the_same_seed_the_same_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    found = [result_of(capsys, "diabetes", "--max-steps", "2", "--seed", seed) for seed in ("0", "0", "1")]
+    for result in found:
+        result.pop("seconds"), result.pop("run_dir")
+    assert found[0] == found[1]
+    assert found[0]["alpha"] != found[2]["alpha"]
+
+
+def test_one_penalty_for_each_class(capsys: pytest.CaptureFixture[str]) -> None:
+    source = np.random.default_rng(0)
+    X = source.normal(size=(90, 3))
+    np.savez("rows.npz", X=X, y=(X @ source.normal(size=(3, 3))).argmax(1))
+    result = result_of(capsys, "rows.npz", "--penalty", "per-class", "--gradient", "JacobianFree", "--max-steps", "2")
+    assert len(result["alpha"]) == 3
+    text = shown(capsys, "tune", "rows.npz", "--penalty", "per-class", "--max-steps", "2", "--overwrite")
+    assert re.search(r"penalty alpha +│ \S+ to \S+ \(3\)", text)
+
+
+MISTAKES = {
+    "nothing": ((), "name the data: equipoise tune DATA"),
+    "flag": (("rows.csv", "--labels", "x"), "unknown flag --labels; did you mean --label?"),
+    "strange flag": (("rows.csv", "--xyzzy", "x"), "unknown flag --xyzzy; --help lists all"),
+    "penalty": (("rows.csv", "--penalty", "per-clas"), "--penalty: unknown 'per-clas'; did you mean 'per-class'?"),
+    "gradient": (("rows.csv", "--gradient", "Shin"), "--gradient: unknown 'Shin'; did you mean 'Shine'?"),
+    "task": (("rows.csv", "--task", "ranking"), "--task: invalid choice: 'ranking'"),
+    "fraction": (("rows.csv", "--validation-fraction", "1"), "--validation-fraction 1: must lie between 0 and 1"),
+    "test fraction": (("rows.csv", "--test-fraction", "-1"), "--test-fraction -1: must be at least 0"),
+    "steps": (("rows.csv", "--max-steps", "0"), "--max-steps 0: must be >= 1"),
+    "steps in words": (("rows.csv", "--max-steps", "few"), "--max_steps: expected int, got few"),
+    "strings": (("rows.csv", "--task", "regression"), "the labels are strings; name a numeric column with --label"),
+    "not whole": (("diabetes", "--task", "classification"), "labels are 214 numbers that are not whole"),
+    "two classes": (("breast-cancer", "--penalty", "per-class"), "needs three or more classes"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_end_with_code_2_and_one_line(mistake: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pathlib.Path("rows.csv").write_text(CSV)
+    words, pattern = MISTAKES[mistake]
+    assert main(["tune", *words]) == 2
+    captured = capsys.readouterr()
+    assert re.fullmatch(rf"equipoise: error: .*{re.escape(pattern)}.*\n", captured.err), captured.err
+    assert not pathlib.Path("runs").exists()
+
+
+PROBLEMS = {
+    "no data": (("brest-cancer",), "there is no file brest-cancer, nor a data set of this name; named sets: breast-"),
+    "label": (("rows.csv", "--label", "colour"), "rows.csv has no column 'colour'; it has width, color, label"),
+    "damaged": (("torn.csv",), "torn.csv, line 3: 1 fields where the header has 2"),
+    "one class": (("one.csv",), "one.csv: all labels are the same"),
+    "root": (("wordnet-45", "--root", "nowhere"), "no WordNet: looked for data.adj"),
+    "too few": (("few.csv",), "few.csv cannot be split: .*--test-fraction 0"),
+}
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_problems_with_data_end_with_code_1_and_one_line(problem: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pathlib.Path("rows.csv").write_text(CSV)
+    pathlib.Path("torn.csv").write_text("x,label\n1,2\n3")
+    pathlib.Path("one.csv").write_text("x,label\n1,2\n3,2\n")
+    pathlib.Path("few.csv").write_text("x,label\n1,a\n3,b\n2,b\n")
+    words, pattern = PROBLEMS[problem]
+    assert main(["tune", *words]) == 1
+    captured = capsys.readouterr()
+    assert re.fullmatch(rf"equipoise: error: .*{pattern}.*\n", captured.err), captured.err
+    assert not pathlib.Path("runs").exists()
+
+
+def test_a_folder_that_holds_a_run_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    first = result_of(capsys, "breast-cancer", "--run-dir", "run", "--max-steps", "1")
+    assert main(["tune", "breast-cancer", "--run-dir", "run"]) == 1
+    assert "run already holds a run; replace it with --overwrite" in capsys.readouterr().err
+    assert json.loads(pathlib.Path("run/result.json").read_text()) == first
+    again = result_of(capsys, "breast-cancer", "--run-dir", "run", "--max-steps", "2", "--overwrite")
+    assert again["outer_steps"] == 2
+    assert len(pathlib.Path("run/history.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes where it likes")
+def test_a_folder_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
+    pathlib.Path("closed").mkdir(mode=stat.S_IRUSR | stat.S_IXUSR)
+    assert main(["tune", "breast-cancer", "--run-dir", "closed/run"]) == 1
+    assert capsys.readouterr().err == "equipoise: error: closed/run: Permission denied\n"
+
+
+@pytest.mark.parametrize("moment", ["at the start", "at the end"])
+def test_a_full_disk_is_told_in_one_line_and_leaves_no_half_file(
+    moment: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = os.fsync
+    calls = []
+
+    def fsync(handle: int) -> None:
+        calls.append(handle)
+        if moment == "at the start" or len(calls) > 2:  # the configuration takes two: the file and its folder
+            raise OSError(errno.ENOSPC, "No space left on device", "run")
+        written(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert main(["tune", "breast-cancer", "--run-dir", "run", "--max-steps", "1", "--json"]) == 1
+    assert capsys.readouterr().err == "equipoise: error: run: No space left on device\n"
+    left = {path.name for path in pathlib.Path("run").iterdir()}
+    assert left == (set() if moment == "at the start" else {"config.json", "history.jsonl"})
+
+
+def test_an_interrupted_search_keeps_its_history(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from equipoise.cli import tune
+
+    seen = tune._Progress.observe
+
+    def observe(self: Any, step: Any) -> None:
+        seen(self, step)
+        if step.step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune._Progress, "observe", observe)
+    assert main(["tune", "breast-cancer", "--run-dir", "run"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert len(pathlib.Path("run/history.jsonl").read_text().splitlines()) == 2
+    assert not pathlib.Path("run/model.safetensors").exists()

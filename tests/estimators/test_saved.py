@@ -1,0 +1,105 @@
+"""Saved estimators: they predict as before, and files that are damaged or of another kind are refused."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from equipoise.estimators import BilevelLogisticRegression, BilevelNonlinearLeastSquares, BilevelRidge, load, save
+from equipoise.estimators.encoding import Encoding
+from equipoise.files import CheckpointError, read_facts, read_tensors, write_tensors
+
+
+def data(classes: int) -> tuple[np.ndarray, np.ndarray]:
+    source = np.random.default_rng(0)
+    X = source.normal(size=(60, 4))
+    scores = X @ source.normal(size=(4, classes)) + source.normal(size=(60, classes))
+    return X, scores.argmax(1)
+
+
+def fitted(kind: str) -> tuple[Any, np.ndarray]:
+    X, y = data(3 if kind == "three" else 2)
+    if kind in ("ridge", "ridges"):
+        y = np.stack([X @ [1, 2, 3, 4], X @ [4, 3, 2, 1]], 1) + 0.1 if kind == "ridges" else X @ [1.0, -2, 0, 3] + 0.5
+        return BilevelRidge(random_state=0, max_iter=3).fit(X, y), X
+    if kind == "nonlinear":
+        return BilevelNonlinearLeastSquares(random_state=0, max_iter=3).fit(X, y), X
+    names = np.array(["low", "middle", "high"])[y] if kind == "three" else np.where(y == 0, -1, 1)
+    groups = "output" if kind == "three" else None
+    return BilevelLogisticRegression(groups=groups, random_state=0, max_iter=3).fit(X, names), X
+
+
+@pytest.mark.parametrize("kind", ["two", "three", "ridge", "ridges", "nonlinear"])
+def test_a_loaded_estimator_predicts_as_the_saved_one(kind: str, tmp_path: pathlib.Path) -> None:
+    model, X = fitted(kind)
+    save(model, tmp_path / "model.safetensors")
+    again = load(tmp_path / "model.safetensors")
+    assert type(again) is type(model)
+    assert again.encoding_ is None
+    for attribute in ("coef_", "intercept_", "alpha_", "validation_loss_", "n_iter_", "n_features_in_"):
+        before, after = getattr(model, attribute), getattr(again, attribute)
+        assert np.shape(before) == np.shape(after)
+        np.testing.assert_array_equal(before, after)
+    np.testing.assert_array_equal(model.predict(X), again.predict(X))
+    if hasattr(model, "predict_proba"):
+        assert again.classes_.tolist() == model.classes_.tolist()
+        np.testing.assert_array_equal(model.predict_proba(X), again.predict_proba(X))
+    with pytest.raises(ValueError, match="features"):
+        again.predict(X[:, :3])
+
+
+def test_encoding_and_facts_come_along(tmp_path: pathlib.Path) -> None:
+    model, _ = fitted("two")
+    encoding = Encoding(label="y", numeric=("a", "b"), categories={"c": ("x", "z")})
+    save(model, tmp_path / "model.safetensors", encoding=encoding, about={"source": "test"})
+    assert load(tmp_path / "model.safetensors").encoding_ == encoding
+    assert read_facts(tmp_path / "model.safetensors")["about"] == {"source": "test"}
+
+
+def test_what_cannot_be_saved_is_refused(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match="not fitted"):
+        save(BilevelRidge(), tmp_path / "model.safetensors")
+    with pytest.raises(TypeError, match="cannot save a dict; known: BilevelLogisticRegression"):
+        save({}, tmp_path / "model.safetensors")  # type: ignore[arg-type]
+    model, _ = fitted("two")
+    before = (save(model, tmp_path / "model.safetensors"), (tmp_path / "model.safetensors").read_bytes())[1]
+    with pytest.raises(OSError, match="nowhere"):
+        save(model, tmp_path / "nowhere" / "model.safetensors")
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_damaged_files_are_refused(tmp_path: pathlib.Path) -> None:
+    model, _ = fitted("two")
+    path = tmp_path / "model.safetensors"
+    save(model, path)
+    whole = path.read_bytes()
+    for content in (whole[:-8], whole[:40], b"", whole[:-1] + bytes([whole[-1] ^ 1])):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"truncated|damaged"):
+            load(path)
+    path.write_bytes(whole)
+    tensors, facts = read_tensors(path)
+    for change in (
+        {"class": "Popen"},
+        {"class": None},
+        {"encoding": {"label": "y"}},
+        {"num_features": 5},
+        {"scalar": 3},
+        {"classes": 7, "num_features": "many"},
+    ):
+        write_tensors(path, tensors, {**facts, **change})
+        with pytest.raises(CheckpointError, match="does not describe an estimator"):
+            load(path)
+    write_tensors(path, tensors, {**facts, "kind": "model"})
+    with pytest.raises(CheckpointError, match="no saved estimator but 'model'"):
+        load(path)
+    save_file({"coef_": np.ones(3)}, path)
+    with pytest.raises(CheckpointError, match="not written by equipoise"):
+        load(path)
+    assert json.dumps(facts)  # plain data
+    assert load_file(path)["coef_"].shape == (3,)
