@@ -77,7 +77,7 @@ def the_split(X: Any, y: np.ndarray) -> list:
 @pytest.mark.parametrize("load", [load_breast_cancer, load_wine, None], ids=["binary", "multinomial", "sparse"])
 def test_coefficients_are_scikit_learns_at_the_penalty(load: Any) -> None:
     X, y = text() if load is None else table(load)
-    model = BilevelLogisticRegression(random_state=0, alpha_bounds=(1e-3, 1e2), max_iter=4).fit(X, y)
+    model = BilevelLogisticRegression(random_state=0, tol=1e-8, alpha_bounds=(1e-3, 1e2), max_iter=4).fit(X, y)
     reference = logistic(model.alpha_, X, y)
     np.testing.assert_allclose(model.coef_, reference.coef_, atol=1e-5)
     shift = reference.intercept_.mean() if len(model.intercept_) > 1 else 0.0
@@ -185,7 +185,7 @@ def test_more_penalties_fit_the_held_out_rows_better() -> None:
 def test_nonlinear_least_squares_is_scipys() -> None:
     X, y = table(load_breast_cancer)
     X = X[:, :5]
-    model = BilevelNonlinearLeastSquares(random_state=0, max_iter=4).fit(X, y)
+    model = BilevelNonlinearLeastSquares(random_state=0, tol=1e-8, max_iter=4).fit(X, y)
 
     def residuals(w: np.ndarray) -> np.ndarray:
         fit = (y - 1 / (1 + np.exp(-X @ w[:-1] - w[-1]))) / math.sqrt(len(y))
@@ -221,7 +221,7 @@ def test_constant_and_empty_columns_get_no_weight() -> None:
     for empty in (np.zeros((len(y), 1)), np.full((len(y), 1), 7.3)):
         wide = np.concatenate([X[:, :3], empty], axis=1)
         for data in (wide, scipy.sparse.csr_matrix(wide)):
-            model = BilevelLogisticRegression(random_state=0, max_iter=2, alpha_bounds=(1e-3, 1)).fit(data, y)
+            model = BilevelLogisticRegression(random_state=0, max_iter=2, tol=1e-8, alpha_bounds=(1e-3, 1)).fit(data, y)
             assert abs(model.coef_[0, 3]) < 1e-8
     model = BilevelRidge(random_state=0).fit(np.ones((10, 2)), np.arange(10.0))
     np.testing.assert_allclose(model.predict(np.ones((1, 2))), 4.5)
