@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,14 @@ from equipoise.bilevel import InnerLoss
 from equipoise.estimators.design import Design
 from equipoise.estimators.linear import GroupPenalty, LogisticLoss, MultinomialLoss
 from equipoise.estimators.tables import read_table
+from equipoise.fixed_point import solve_map
+from equipoise.gradients import JacobianFree
 from equipoise.map import DescentMap
+from equipoise.solution import Solution
+from equipoise.solvers import LBFGS
 
 BOX = (-12.0, 12.0)
-SUBSAMPLED = {"wordnet-45": 5_000}  # rows, and then columns that occur in three of them or more
+SUBSAMPLED = {"wordnet-45": 3_000}  # rows, and then columns that occur in three of them or more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +46,7 @@ class Run:
     evals: int
     end: str
     chosen: Visit
+    solved: float  # held-out loss at the chosen penalties with the inner problem solved further, at no one's expense
 
 
 class Stopwatch:
@@ -95,6 +101,17 @@ class Problem:
         with torch.no_grad():
             point = first.evaluate(self.z0, torch.arange(1), torch.ones(1, dtype=torch.bool))
         self.scale = float(torch.linalg.vector_norm(point.r))
+
+    def solve(self, z: Tensor, log_alpha: Tensor, tolerance: float, max_steps: int) -> Solution[Any]:
+        """The inner problem at given penalties, from a state, to a tolerance relative to the first gradient."""
+        solver = LBFGS(max_steps=max_steps, memory=10, rtol=0.0, atol=tolerance * self.scale)
+        with torch.no_grad():  # so that it does not matter which gradient is named
+            return solve_map(self.inner.map(z, (log_alpha,)), z, solver=solver, gradient=JacobianFree())
+
+    def solved(self, z: Tensor, log_alpha: Sequence[float]) -> float:
+        """Held-out loss at given penalties, a hundred times nearer to the minimum than the searches go."""
+        answer = self.solve(z, torch.tensor(log_alpha, dtype=torch.float64), 1e-5, 300)
+        return self.losses(answer.value)[0]
 
     def losses(self, z: Tensor) -> tuple[float, float]:
         """Held-out and test loss of a state."""

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 WITHIN = 1.01  # of the best held-out loss
-Results = Mapping[str, Sequence[Mapping[str, Run]]]  # by data set and seed, then by method
+Results = Mapping[str, Mapping[int, Mapping[str, Run]]]  # by data set, seed and method
 COLORS = {
     "shine": "#d55e00",
     "shine-opa": "#cc79a7",
@@ -38,6 +38,7 @@ def until(run: Run, goal: float) -> Visit | None:
 def per_seed(runs: Mapping[str, Run]) -> dict[str, dict[str, float | None]]:
     """Metrics of each method on one seed."""
     best = min(run.chosen.held_out for run in runs.values())
+    solved = min(run.solved for run in runs.values())
     tpe = runs["optuna-tpe"]
     found: dict[str, dict[str, float | None]] = {}
     for method, run in runs.items():
@@ -47,6 +48,8 @@ def per_seed(runs: Mapping[str, Run]) -> dict[str, dict[str, float | None]]:
             "grad_evals_to_1pct": None if there is None else there.evals,
             "final_loss": run.chosen.held_out,
             "excess": run.chosen.held_out / best - 1,
+            "solved_loss": run.solved,
+            "solved_excess": run.solved / solved - 1,
             "test_loss": run.chosen.test,
             "seconds": run.seconds,
             "grad_evals": run.evals,
@@ -73,7 +76,9 @@ def summary(results: Results) -> tuple[dict[str, float | None], dict[str, Any]]:
     medians: dict[str, float | None] = {}
     details: dict[str, Any] = {}
     for data, seeds in results.items():
-        tables = [per_seed(runs) for runs in seeds]
+        tables = [per_seed(runs) for _, runs in sorted(seeds.items())]
+        if not tables:  # a run that is not finished
+            continue
         for method in tables[0]:
             for metric in tables[0][method]:
                 values = [table[method][metric] for table in tables]
@@ -90,6 +95,7 @@ def show(console: Console, medians: Mapping[str, float | None], details: Mapping
         "grad_evals_to_1pct": "gradients to 1 %",
         "final_loss": "final loss",
         "excess": "excess, %",
+        "solved_excess": "solved excess, %",
         "test_loss": "test loss",
         "seconds": "seconds in all",
         "grad_evals": "gradients in all",
@@ -100,7 +106,7 @@ def show(console: Console, medians: Mapping[str, float | None], details: Mapping
         data, _, method = key.partition("/")
         cells = []
         for metric in metrics:
-            unit = 100 if metric == "excess" else 1
+            unit = 100 if metric.endswith("excess") else 1
             values = (medians[f"{key}/{metric}"], *details[f"{key}/{metric}"]["quartiles"])
             cells.append("{} ({}, {})".format(*(text(value, unit) for value in values)))
         seeds = details[f"{key}/seconds_to_1pct"]["seeds"]
@@ -122,33 +128,61 @@ def text(value: float | None, unit: float) -> str:
     return f"{value * unit:,.0f}" if abs(value * unit) >= 1000 else f"{value * unit:.3g}"
 
 
-def plain(results: Results) -> dict[str, list[dict[str, Any]]]:
-    """All runs as JSON data; of the models on the way, seconds, gradients, held-out and test loss."""
+def plain(results: Results) -> dict[str, dict[str, dict[str, Any]]]:
+    """All runs as JSON data; of a model, seconds, gradients, held-out and test loss."""
 
     def one(run: Run) -> dict[str, Any]:
-        visits = [[digits(x) for x in (v.seconds, v.evals, v.held_out, v.test)] for v in run.visits]
-        return {"end": run.end, "log_alpha": [digits(x) for x in run.chosen.hyper], "visits": visits}
+        visits = [model(visit) for visit in run.visits]
+        hyper = [digits(value) for value in run.chosen.hyper]
+        total = [run.seconds, run.evals]
+        return {"end": run.end, "total": total, "chosen": model(run.chosen), "log_alpha": hyper, "solved": run.solved,
+                "visits": visits}  # fmt: skip
 
-    return {data: [{m: one(run) for m, run in runs.items()} for runs in seeds] for data, seeds in results.items()}
+    return {
+        data: {str(seed): {method: one(run) for method, run in runs.items()} for seed, runs in seeds.items()}
+        for data, seeds in results.items()
+    }
+
+
+def restored(content: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[int, dict[str, Run]]]:
+    """The inverse of `plain`, up to digits."""
+
+    def visit(values: Sequence[Any], hyper: list[float]) -> Visit:
+        seconds, evals, held_out, test = values
+        return Visit(seconds, evals, held_out, test, hyper)
+
+    def one(run: Mapping[str, Any]) -> Run:
+        (seconds, evals), chosen = run["total"], visit(run["chosen"], run["log_alpha"])
+        return Run([visit(v, []) for v in run["visits"]], seconds, evals, run["end"], chosen, run["solved"])
+
+    return {
+        data: {int(seed): {method: one(run) for method, run in runs.items()} for seed, runs in seeds.items()}
+        for data, seeds in content.items()
+    }
+
+
+def model(visit: Visit) -> list[float]:
+    return [digits(visit.seconds), visit.evals, digits(visit.held_out), digits(visit.test)]
 
 
 def digits(value: float) -> float:
-    return float(f"{value:.6g}")
+    return float(f"{value:.8g}")
 
 
 def plot(results: Results, path: pathlib.Path) -> None:
     """Excess of the best held-out loss so far over the best of all methods, against time: median over the seeds."""
+    results = {data: seeds for data, seeds in results.items() if seeds}
     figure = Figure(figsize=(4.2 * len(results), 4.2), layout="constrained")
     every = np.atleast_1d(figure.subplots(1, len(results), sharey=True))
     for axes, (data, seeds) in zip(every, results.items(), strict=True):
-        ends = [run.seconds for runs in seeds for method, run in runs.items() if method in COLORS]
+        ends = [run.seconds for runs in seeds.values() for method, run in runs.items() if method in COLORS]
         times = np.geomspace(min(0.1, *ends), max(ends), 400)
         for method, color in COLORS.items():
-            curves = np.array([excess(runs, method, times) for runs in seeds])
+            curves = np.array([excess(runs, method, times) for runs in seeds.values()])
             low, middle, high = np.quantile(curves, (0.25, 0.5, 0.75), axis=0, method="inverted_cdf")
             # A single answer is a point: there is nothing before it.
-            if all(len(runs[method].visits) == 1 for runs in seeds):
-                at = statistics.median(runs[method].seconds for runs in seeds)
+            if all(len(runs[method].visits) == 1 for runs in seeds.values()):
+                at = statistics.median(runs[method].seconds for runs in seeds.values())
                 axes.plot(at, np.interp(at, times, middle), "o", color=color, label=method)
                 continue
             axes.fill_between(times, low, high, color=color, alpha=0.12, linewidth=0)

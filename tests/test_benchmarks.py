@@ -109,12 +109,12 @@ def test_bilevel_speed(tmp_path: pathlib.Path) -> None:
     searches = ("grid", "random", "sklearn-cv", "optuna-tpe")
     gradients = ("shine", "shine-opa", "shine-refine", "hoag", "hoag-limited", "jacobian-free")
     for method in (*searches, *gradients, "shine/hoag-step", "hoag/hoag-step"):
-        for key in ("seconds_to_1pct", "grad_evals_to_1pct"):
+        for key in ("seconds_to_1pct", "grad_evals_to_1pct", "solved_loss", "test_loss"):
             assert f"breast-cancer/{method}/{key}" in figures
         assert 0 < figures[f"breast-cancer/{method}/final_loss"] < 30
     # SHINE pays for no product with the Hessian.
     for rule in ("", "/hoag-step"):
-        steps = figures["runs"]["breast-cancer"][0]
+        steps = figures["runs"]["breast-cancer"]["0"]
         shine, hoag = (steps[f"{method}{rule}"]["visits"][0][1] for method in ("shine", "hoag"))
         assert shine < hoag
     assert picture.read_bytes().startswith(b"\x89PNG")
