@@ -93,9 +93,9 @@ class Setting:
     """What is trained, and how much is measured."""
 
     config: TrainConfig
-    steps: tuple[int, ...] = (1, 2, 5, 10)  # k, beside 0 and the full solve
-    timed_batches: int = 30
-    cosine_batches: int = 10
+    steps: tuple[int, ...] = (5, 1, 10, 2)  # k, beside 0 and the full solve, in the order of training
+    timed_batches: int = 15
+    cosine_batches: int = 4
     fallback_batches: int = 100
     probed_images: int = 100
 
@@ -110,7 +110,7 @@ class Variant:
 
 
 def fashion_mnist() -> Setting:
-    """A single level of 7x7 pixels and 16 channels, and 25,600 images seen once: a core trains it in about a minute."""
+    """A single level of 7x7 pixels and 16 channels, and 22,400 images seen once: a core trains it in about a minute."""
     config = TrainConfig(
         name="backward-fashion-mnist",
         data=FashionMNIST(validation_fraction=0.02),
@@ -128,7 +128,7 @@ def fashion_mnist() -> Setting:
         solver=eq.Broyden(max_steps=10, memory=10, rtol=1e-2),
         optimizer=Adam(lr=1e-2),
         epochs=1,
-        stop_after=400,
+        stop_after=350,
         batch_size=64,
     )
     return Setting(config=config)
@@ -440,10 +440,8 @@ def main() -> None:
         record["date"] = time.strftime("%Y-%m-%d")
         write_atomic(args.json, (json.dumps(record, indent=1) + "\n").encode())
 
-    for seed in range(seeds):
-        for name, variant in chosen.items():
-            if not variant.trained:
-                continue
+    for name, variant in chosen.items():  # all seeds of one before the next: what is done is of equal weight
+        for seed in range(seeds) if variant.trained else ():
             folder = folders / name.replace("/", "-") / str(seed)
             if f"{name}/{seed}" not in record["runs"]:
                 folder.parent.mkdir(parents=True, exist_ok=True)
