@@ -1,7 +1,7 @@
 """What the gradient of an equilibrium costs in the backward pass, and what it is worth in test accuracy.
 
     python benchmarks/backward_cost.py [--data fashion-mnist|cifar10] [--device cpu|cuda] [--seeds N] [--threads N]
-        [--quick] --json FILE [--plot PNG]
+        [--quick] [--show] --json FILE [--plot PNG]
 
 Question, after the third figure of the SHINE paper (Ramzi et al. 2022): how much accuracy does each gradient give up
 for a cheaper backward pass? One model and one schedule are trained from the same weights with each gradient:
@@ -72,11 +72,11 @@ from equipoise.train.serialize import to_plain
 FULL = 20  # steps of the reference
 REFERENCE = "original/full"
 TRAINED = Moment(step=2**40, epoch=0, seed=0)  # past all fixed-depth steps
-FAMILIES = {
-    "original": ("Implicit from zero, k steps", GRAY, "s"),
-    "jfb": ("Jacobian-free, refined by k steps", ORANGE, "o"),
-    "shine": ("SHINE, refined by k steps", BLUE, "D"),
-    "shine-opa": ("SHINE-OPA", GREEN, "^"),
+FAMILIES = {  # label, color, marker, and where its points are named
+    "original": ("implicit from zero, k steps", GRAY, "s", (-6, -13)),
+    "jfb": ("Jacobian-free, refined by k steps", ORANGE, "o", (-6, 7)),
+    "shine": ("SHINE, refined by k steps", BLUE, "D", (5, -13)),
+    "shine-opa": ("SHINE-OPA", GREEN, "^", (-9, -13)),
 }
 
 
@@ -385,13 +385,14 @@ def _order(name: str) -> tuple[int, int]:
 
 @matplotlib.rc_context(STYLE)
 def plot(data: str, names: list[str], record: dict[str, Any]) -> Figure:
-    """Accuracy against the time of a backward pass, one line a family, points named by k."""
+    """Accuracy against the time of a backward pass, a line a family, points named by k, of variants with all seeds."""
     figures = record["figures"]
     figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     axes = figure.subplots()
-    for family, (label, color, marker) in FAMILIES.items():
+    for family, (label, color, marker, offset) in FAMILIES.items():
         members = [name for name in sorted(names, key=_order) if name.split("/")[0] == family]
-        members = [name for name in members if f"{data}/{name}/test_accuracy" in figures]
+        # A mean of fewer seeds than the others' has no place beside them.
+        members = [name for name in members if figures[f"{data}/{name}/seeds"] == len(record["costs"])]
         if not members:
             continue
         x = [figures[f"{data}/{name}/backward_ms"] for name in members]
@@ -399,15 +400,17 @@ def plot(data: str, names: list[str], record: dict[str, Any]) -> Figure:
         spread = [figures.get(f"{data}/{name}/test_accuracy_std", 0.0) for name in members]
         axes.errorbar(x, y, spread, color=color, marker=marker, label=label, capsize=3, elinewidth=0.9)
         for name, a, b in zip(members, x, y, strict=True):
-            axes.annotate(name.split("/")[1], (a, b), (5, 5), textcoords="offset points", color=color, fontsize=8)
+            k = name.split("/")[1]
+            side = "left" if offset[0] > 0 else "right"
+            axes.annotate(k, (a, b), offset, textcoords="offset points", color=color, fontsize=8.5, ha=side)
     axes.set_xscale("log")
-    axes.set_xlabel("backward pass, ms")
+    axes.set_xlabel("backward pass of a batch, ms")
     axes.set_ylabel("test accuracy")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=2)
     title = f"{data}: mean and standard deviation of seeds 0 to {len(record['costs']) - 1}"
     axes.set_title(title, color=INK, fontsize=10, loc="left")
     return figure
@@ -420,6 +423,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="digits, four steps, one seed: seconds")
+    parser.add_argument("--show", action="store_true", help="what FILE holds, finished or not; nothing is run")
     parser.add_argument("--json", type=pathlib.Path, required=True)
     parser.add_argument("--plot", type=pathlib.Path)
     args = parser.parse_args()
@@ -441,7 +445,7 @@ def main() -> None:
         write_atomic(args.json, (json.dumps(record, indent=1) + "\n").encode())
 
     for name, variant in chosen.items():  # all seeds of one before the next: what is done is of equal weight
-        for seed in range(seeds) if variant.trained else ():
+        for seed in range(seeds) if variant.trained and not args.show else ():
             folder = folders / name.replace("/", "-") / str(seed)
             if f"{name}/{seed}" not in record["runs"]:
                 folder.parent.mkdir(parents=True, exist_ok=True)
@@ -453,7 +457,8 @@ def main() -> None:
                 model = load(folder / "model.safetensors")
                 record["costs"][str(seed)] = costs(setting, model, split, args.device)
                 save()
-    save()
+    if not args.show:
+        save()
     print(table(data, names, record))
     if args.plot:
         plot(data, names, record).savefig(args.plot, dpi=160)
