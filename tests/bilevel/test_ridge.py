@@ -136,6 +136,34 @@ def test_an_inner_map_has_the_hypergradient_of_dense_algebra() -> None:
     torch.testing.assert_close(slope, local @ w, rtol=1e-8, atol=1e-10)
 
 
+def test_an_inner_map_whose_jacobian_is_not_symmetric_needs_no_choice_of_a_solver() -> None:
+    weight = torch.randn(SIZE, SIZE)
+    weight *= 2.5 / torch.linalg.matrix_norm(weight, 2)
+    shift, noise = torch.randn(2, 1, SIZE)
+
+    def f(z: Tensor, t: Tensor) -> Tensor:
+        return torch.tanh(t.sigmoid() * (z @ weight.T) + shift)
+
+    def solved(t: float) -> Tensor:
+        options = {"solver": eq.Anderson(max_steps=500, rtol=1e-11), "gradient": eq.JacobianFree()}
+        return eq.fixed_point(lambda z: f(z, torch.tensor(t)), torch.zeros(1, SIZE), **options).value
+
+    target = solved(0.4) + 0.1 * noise
+
+    def outer(z: Tensor, t: Tensor) -> Tensor:
+        return (z - target).square().sum(1)
+
+    best = scipy.optimize.minimize_scalar(lambda t: float(outer(solved(t), t)), bounds=(-4, 3), method="bounded")
+    options = {"z0": torch.zeros(1, SIZE), "bounds": (-4, 3)}
+    solution = eq.minimize_outer(outer, InnerMap(f), hyper0=torch.tensor(-3.0), **options)
+    assert solution.converged
+    assert solution.hyper[0].item() == pytest.approx(best.x, abs=0.02)
+    found = grid_search(outer, InnerMap(f), z0=torch.zeros(1, SIZE), grid=torch.linspace(-2, 2, 5), tolerance=1e-6)
+    for line in found.history:
+        t = line.hyper[0].item()
+        assert line.value == pytest.approx(outer(solved(t), t).item(), rel=1e-4)
+
+
 def test_folds_solved_together_are_the_sum_of_folds_solved_alone() -> None:
     inner, outer = problem(rows=4)
     hyper = torch.linspace(-1, 1, SIZE)
@@ -309,6 +337,7 @@ def test_a_start_at_the_solution_of_the_inner_problem() -> None:
     ("options", "error", "words"),
     [
         ({"hyper0": torch.zeros(1, dtype=torch.int64)}, TypeError, "hyper0"),
+        ({"hyper0": 0.0}, TypeError, "hyper0 must be a floating-point tensor"),
         ({"hyper0": torch.tensor([math.nan])}, ValueError, "hyper0"),
         ({"hyper0": torch.zeros(0)}, ValueError, "hyper0"),
         ({"bounds": (1.0, 2.0)}, ValueError, "within the bounds"),
@@ -330,6 +359,22 @@ def test_wrong_arguments_are_named(options: dict[str, object], error: type[Excep
     chosen = {"z0": torch.zeros(1, SIZE), "hyper0": torch.zeros(1), **options}
     with pytest.raises(error, match=words):
         eq.minimize_outer(outer, inner, **chosen)
+
+
+def test_bounds_are_rounded_as_hyperparameters_are() -> None:
+    inner, outer = problem()
+    for end, bounds in ((0.3, (0.0, 0.3)), (0.7, (0.7, 1.0))):
+        hyper = torch.tensor([end], dtype=torch.float32)  # 0.3 is rounded up, 0.7 down
+        solution = eq.minimize_outer(
+            outer,
+            inner,
+            z0=torch.zeros(1, SIZE),
+            hyper0=hyper,
+            bounds=bounds,
+            solver=eq.LBFGS(max_steps=100),
+            max_steps=2,
+        )
+        assert solution.hyper[0].dtype == torch.float32
 
 
 def test_functions_of_the_wrong_kind_or_shape_are_named() -> None:

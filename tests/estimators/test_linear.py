@@ -305,3 +305,6 @@ def test_errors_name_the_argument() -> None:
         SquaredLoss(design=Design(features(), outputs=2), target=torch.zeros(N))
     with pytest.raises(ValueError, match="groups"):
         GroupPenalty(design=operator, groups=torch.zeros(D + 1))
+    for wrong in (torch.zeros(3), torch.zeros(2, 3)):  # would broadcast, and be added up
+        with pytest.raises(ValueError, match=r"log_alpha must be \(1,\) or \(B, 1\)"):
+            GroupPenalty(design=operator)(torch.zeros(2, operator.size, dtype=operator.dtype), wrong)

@@ -541,6 +541,15 @@ def test_an_adjoint_that_starts_at_its_solution_takes_one_product(scale: float) 
     assert reports[0].num_vjps == 1
 
 
+def test_a_zero_cotangent_has_a_zero_adjoint_wherever_it_starts() -> None:
+    a, x = TanhCell().w.detach(), torch.randn(3, 6, requires_grad=True)
+    gradient = eq.Implicit(start=torch.randn(3, 6))
+    z = eq.fixed_point(lambda z, x: z @ a.T + x, torch.zeros(3, 6), x, params=(), solver=TIGHT, gradient=gradient).value
+    slope = torch.autograd.grad(z[0].sum(), x)[0]
+    assert slope[0].abs().min() > 0
+    assert torch.equal(slope[1:], torch.zeros(2, 6))
+
+
 def test_the_report_of_a_zero_cotangent_is_zero() -> None:
     reports: list[eq.Solution[Tensor]] = []
     layer = eq.nn.DEQ(TanhCell(), gradient=eq.Implicit(observe=reports.append))

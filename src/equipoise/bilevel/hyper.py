@@ -26,7 +26,7 @@ class HyperLayout:
             TypeError: something else, or no floating point.
             ValueError: no number in it, or one that is not finite.
         """
-        parts = (hyper,) if isinstance(hyper, Tensor) else tuple(hyper)
+        parts = tuple(hyper) if isinstance(hyper, Sequence) else (hyper,)
         for part in parts:
             if not isinstance(part, Tensor) or not part.is_floating_point():
                 raise TypeError(f"hyper0 must be a floating-point tensor or a tuple of such, got {part!r}")
@@ -73,7 +73,7 @@ class HyperLayout:
             raise ValueError(f"a bound has {len(each)} parts, hyper0 has {len(self.like)}")
         wide = []
         for value, part in zip(each, self.like, strict=True):
-            tensor = torch.as_tensor(value, dtype=torch.float64, device="cpu")
+            tensor = torch.as_tensor(value, dtype=part.dtype, device="cpu")  # a float32 0.3 is not above a bound of 0.3
             try:
                 wide.append(tensor.expand(part.shape))
             except RuntimeError:

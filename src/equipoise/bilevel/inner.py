@@ -5,12 +5,13 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from equipoise.map import DescentMap, Map
+from equipoise.solvers import LBFGS, AdjointBroyden, Solver
 
 
 class _Joint(Map):
@@ -27,6 +28,10 @@ class _JointDescent(_Joint, DescentMap):
 
 class Inner(abc.ABC):
     """An inner problem: a map of the state for each choice of the hyperparameters."""
+
+    # Where the caller chooses none. It serves any map: the inverse of L-BFGS is symmetric, and that of Broyden's method
+    # is poor in the direction of the outer loss.
+    solver: ClassVar[Solver] = AdjointBroyden(max_steps=200, memory=240, cadence=5)
 
     @abc.abstractmethod
     def map(self, z0: Any, hyper: Sequence[Tensor]) -> Map:
@@ -49,6 +54,8 @@ class InnerLoss(Inner):
 
     loss: Callable[..., Tensor]
     penalty: Callable[..., Tensor] | None = None
+
+    solver: ClassVar[Solver] = LBFGS(max_steps=1000, memory=60)
 
     def __post_init__(self) -> None:
         if not callable(self.loss) or not (self.penalty is None or callable(self.penalty)):

@@ -16,7 +16,7 @@ from equipoise.bilevel.tolerances import Exponential, Tolerance
 from equipoise.bilevel.trust_region import TrustRegion
 from equipoise.bilevel.walk import Walk
 from equipoise.gradients import Gradient, Shine
-from equipoise.solvers import LBFGS, Solver
+from equipoise.solvers import Solver
 
 
 def minimize_outer(
@@ -26,7 +26,7 @@ def minimize_outer(
     z0: Any,
     hyper0: Tensor | Sequence[Tensor],
     bounds: tuple[Bound, Bound] | None = None,
-    solver: Solver = LBFGS(max_steps=1000, memory=60),
+    solver: Solver | None = None,
     gradient: Gradient = Shine(fallback_ratio=math.inf),
     tolerance: Tolerance = Exponential(),
     step: StepRule = TrustRegion(),
@@ -50,7 +50,9 @@ def minimize_outer(
             hyperparameters.
         hyper0: the first hyperparameters, a tensor or a tuple of tensors; strengths are best given by their logarithm.
         bounds: pair of the least and the largest values: numbers, or tensors that fit the hyperparameters.
-        solver: of the inner problem; its tolerances are replaced at each step.
+        solver: of the inner problem; its tolerances are replaced at each step. None: `LBFGS(max_steps=1000, memory=60)`
+            for a loss, `AdjointBroyden(max_steps=200, memory=240, cadence=5)` for an `InnerMap`. With a `cadence` it is
+            told the outer loss.
         gradient: how the solution is differentiated.
         tolerance: schedule of the inner tolerance: of the gradient's norm, relative to that at `z0` and `hyper0` and to
             how strongly the outer loss depends on it; for `InnerMap`, of the residual relative to the state.
@@ -81,7 +83,7 @@ def minimize_outer(
         ("solver", solver, Solver), ("gradient", gradient, Gradient), ("tolerance", tolerance, Tolerance),
         ("step", step, StepRule),
     ):  # fmt: skip
-        if not isinstance(value, kind):
+        if not isinstance(value, kind) and not (value is solver is None):
             raise TypeError(f"{name} must be a {kind.__name__}, got {value!r}")
     if max_steps < 1:
         raise ValueError(f"max_steps must be >= 1, got {max_steps!r}")

@@ -13,7 +13,7 @@ from equipoise.bilevel.hyper import Bound, HyperLayout
 from equipoise.bilevel.inner import Inner
 from equipoise.bilevel.solution import OuterSolution, OuterStatus, OuterStep
 from equipoise.bilevel.walk import Walk
-from equipoise.solvers import LBFGS, Solver
+from equipoise.solvers import Solver
 
 
 def grid_search(
@@ -22,7 +22,7 @@ def grid_search(
     *,
     z0: Any,
     grid: Iterable[Tensor | Sequence[Tensor]],
-    solver: Solver = LBFGS(max_steps=1000),
+    solver: Solver | None = None,
     tolerance: float = 1e-3,
     observe: Callable[[OuterStep], None] | None = None,
 ) -> OuterSolution:
@@ -33,7 +33,7 @@ def grid_search(
         inner: as in `minimize_outer`.
         z0: as in `minimize_outer`.
         grid: the points, each a tensor or a tuple of tensors.
-        solver: of the inner problem; its tolerances are replaced.
+        solver: as in `minimize_outer`.
         tolerance: of all inner solves, relative as in `minimize_outer`.
         observe: called with each `OuterStep`.
 
@@ -79,7 +79,7 @@ def random_search(
     bounds: tuple[Bound, Bound],
     num: int = 10,
     seed: int = 0,
-    solver: Solver = LBFGS(max_steps=1000),
+    solver: Solver | None = None,
     tolerance: float = 1e-3,
     observe: Callable[[OuterStep], None] | None = None,
 ) -> OuterSolution:

@@ -51,14 +51,15 @@ class Walk:
         inner: Inner | Callable[..., Tensor],
         z0: Any,
         hyper0: Tensor | Sequence[Tensor],
-        solver: Solver,
+        solver: Solver | None,
         gradient: Gradient | None,
         observe: Callable[[OuterStep], None] | None,
     ) -> None:
         if not callable(outer):
             raise TypeError(f"outer must be a function outer(z, *hyper) that returns (B,), got {outer!r}")
         self.outer, self.inner = outer, inner if isinstance(inner, Inner) else InnerLoss(inner)
-        self.solver, self.gradient, self.observe = solver, gradient, observe
+        self.solver = self.inner.solver if solver is None else solver
+        self.gradient, self.observe = gradient, observe
         self.layout = HyperLayout.of(hyper0)
         self.z = z0  # where the next inner solve starts
         self.pairs: tuple[Tensor, Tensor] | None = None  # what L-BFGS learned there, with

@@ -217,6 +217,9 @@ class GroupPenalty:
 
     def __call__(self, z: Tensor, log_alpha: Tensor) -> Tensor:
         """`(B, D)` and `(p,)` or, with a strength per sample, `(B, p)` to `(B,)`."""
+        if log_alpha.ndim and log_alpha.shape[-1] != self.num_groups:
+            shape = tuple(log_alpha.shape)
+            raise ValueError(f"log_alpha must be ({self.num_groups},) or (B, {self.num_groups}), got {shape}")
         weights = z[:, : self.design.num_coefficients]
         if self.design.scale is not None:
             weights = weights / self.design.scale.repeat(self.design.outputs)

@@ -61,7 +61,7 @@ class Implicit(Gradient):
         scale = torch.where(norm > 0, norm, 1.0)
         unit = g / scale
         adjoint = adjoint.scaled(unit)
-        w, preconditioner = self._start(adjoint, unit, scale, solution)
+        w, preconditioner = self._start(adjoint, unit, norm, solution)
         answer = self.solver.solve(adjoint, w, preconditioner=preconditioner)
         w = answer.value * scale
         if self.observe is not None:
@@ -69,7 +69,7 @@ class Implicit(Gradient):
         return w
 
     def _start(
-        self, adjoint: AdjointMap, g: Tensor, scale: Tensor, solution: Solution[Tensor]
+        self, adjoint: AdjointMap, g: Tensor, norm: Tensor, solution: Solution[Tensor]
     ) -> tuple[Tensor, InverseEstimate | None]:
         if self.start is None:
             return g, None
@@ -77,5 +77,5 @@ class Implicit(Gradient):
             w = self.start.detach().reshape(g.shape[0], -1).to(g)
             if w.shape != g.shape:
                 raise ValueError(f"Implicit(start=...) has shape {tuple(self.start.shape)}, the state {tuple(g.shape)}")
-            return w / scale, None
+            return torch.where(norm > 0, w / norm, 0.0), None  # the adjoint of nothing is known
         return self.start.warm_start(adjoint, g, solution)
