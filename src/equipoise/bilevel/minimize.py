@@ -45,7 +45,9 @@ def minimize_outer(
 
     Args:
         outer: $L$, called as `outer(z, *hyper)`; one number for each row of the state, `(B,)`.
-        inner: `InnerLoss` or `InnerMap`; a function is taken as the loss `inner(z, *hyper)`.
+        inner: `InnerLoss` or `InnerMap`; a function is taken as the loss `inner(z, *hyper)`. What L-BFGS learned is
+            carried from step to step only if `InnerLoss` tells the penalty apart; without it `Shine` knows little once
+            inner solves take few steps, and `Implicit()` or a solver with a `cadence` is safer.
         z0: first start of the inner solve, a tensor, tuple, list or dict of tensors `(B, ...)`. All rows share the
             hyperparameters.
         hyper0: the first hyperparameters, a tensor or a tuple of tensors; strengths are best given by their logarithm.
