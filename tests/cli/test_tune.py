@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 import re
-import stat
 from typing import Any
 
 import numpy as np
@@ -176,9 +175,16 @@ def test_a_folder_that_holds_a_run_is_kept(capsys: pytest.CaptureFixture[str]) -
     assert len(pathlib.Path("run/history.jsonl").read_text().splitlines()) == 2
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes where it likes")
-def test_a_folder_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
-    pathlib.Path("closed").mkdir(mode=stat.S_IRUSR | stat.S_IXUSR)
+def test_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the call that fails, as the superuser may write to a folder that is read-only."""
+    make = pathlib.Path.mkdir
+
+    def mkdir(path: pathlib.Path, *arguments: Any, **options: Any) -> None:
+        if path.parts[0] == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        make(path, *arguments, **options)
+
+    monkeypatch.setattr(pathlib.Path, "mkdir", mkdir)
     assert main(["tune", "breast-cancer", "--run-dir", "closed/run"]) == 1
     assert capsys.readouterr().err == "equipoise: error: closed/run: Permission denied\n"
 

@@ -117,7 +117,7 @@ DAMAGES: dict[str, tuple[Callable[[pathlib.Path], bytes], str]] = {
     "without a solver": (lambda path: rewritten(path, lambda f: f.pop("solver") and None), "solver"),
     "unknown solver": (
         lambda path: rewritten(path, lambda f: f["solver"].update(class_path="os.system")),
-        "unknown class 'os.system'; known: Anderson",
+        "unknown class 'os.system'; known: AdjointBroyden, Anderson",
     ),
     "unknown field": (
         lambda path: rewritten(path, lambda f: f["config"].update(chanels=[8, 8])),
