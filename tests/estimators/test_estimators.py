@@ -93,7 +93,8 @@ def test_coefficients_are_scikit_learns_at_the_penalty(load: Any) -> None:
 @pytest.mark.parametrize("load", [load_breast_cancer, load_wine, None], ids=["binary", "multinomial", "sparse"])
 def test_the_penalty_is_that_of_a_grid(load: Any, cv: Any) -> None:
     X, y = text() if load is None else table(load)
-    model = BilevelLogisticRegression(random_state=0, gradient=EXACT, alpha_bounds=(1e-4, 10), cv=cv).fit(X, y)
+    model = BilevelLogisticRegression(random_state=0, gradient=EXACT, tol=1e-8, alpha_bounds=(1e-4, 10), cv=cv)
+    model.fit(X, y)
     splits = the_split(X, y) if cv is None else list(cv.split(X, y))
     below, at, above = grid(lambda alpha: held_out(alpha, X, y, splits), model.alpha_)
     assert at <= above
