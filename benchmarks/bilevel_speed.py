@@ -25,7 +25,7 @@ SHINE and its like, times 0.9 for HOAG):
                      outer gradient each 5 steps            hoag-limited   CG of at most 5 steps
     shine-refine     H g, then CG, at most 5 steps          jacobian-free  g
     grid             10 values of one l, 10 pairs, each solved to 1e-3 from the last solution in 200 gradients at
-                     most; wordnet-45: all l equal
+                     most; wordnet-45: all l equal, and 50 gradients
     random           10 random l, otherwise the same
     sklearn-cv       LogisticRegressionCV on the same split and grid; its iterations count one gradient each
     optuna-tpe       200 trials on wordnet-45, 20 elsewhere, solves as in grid
@@ -67,7 +67,7 @@ from equipoise.files import write_atomic
 
 DATA = ("wordnet-animal-plant", "wordnet-person-artifact", "wordnet-45", "20newsgroups")
 SEEDS = 5
-FIRST, LONGEST = 1e-3, 200  # tolerance and gradients of an inner solve of a search
+FIRST, LONGEST, LONGEST_OF_MANY = 1e-3, 200, 50  # tolerance and gradients of an inner solve of a search
 MAX_EVALS, MAX_EVALS_OF_HOAG_STEP = 600, 1800
 GRID = np.linspace(*BOX, 10)
 NEVER_BACK = math.inf  # fallback ratio: the inverse of L-BFGS is positive definite, and the Hessian far from I
@@ -143,7 +143,7 @@ class Search:
     def __call__(self, log_alpha: Sequence[float]) -> float:
         """Held-out loss at a point."""
         hyper = torch.tensor(log_alpha, dtype=torch.float64).expand(self.problem.penalty.num_groups)
-        solution = self.problem.solve(self.z, hyper, FIRST, LONGEST)
+        solution = self.problem.solve(self.z, hyper, FIRST, LONGEST if len(hyper) == 1 else LONGEST_OF_MANY)
         self.z = solution.value
         self.evals += solution.num_evals
         seconds = self.watch()
