@@ -2,6 +2,7 @@
 
 from equipoise import bilevel, nn
 from equipoise.bilevel import minimize_outer
+from equipoise.certificate import Certificate, CertificateError, certify
 from equipoise.fixed_point import fixed_point
 from equipoise.gradients import Gradient, Implicit, JacobianFree, Neumann, Phantom, Shine, Unrolled
 from equipoise.linalg import InverseEstimate
@@ -18,6 +19,8 @@ __all__ = [
     "AdjointBroyden",
     "Anderson",
     "Broyden",
+    "Certificate",
+    "CertificateError",
     "ConvergenceError",
     "Gradient",
     "Implicit",
@@ -35,6 +38,7 @@ __all__ = [
     "SteadyState",
     "Unrolled",
     "bilevel",
+    "certify",
     "fixed_point",
     "minimize_outer",
     "nn",

@@ -1,6 +1,7 @@
 """Models: each a module and its frozen configuration."""
 
 from equipoise.models.classifier import MDEQClassifier
+from equipoise.models.contraction import Contraction, ScaledLayers, SLLLayers
 from equipoise.models.mdeq import MDEQCell, MDEQConfig
 
-__all__ = ["MDEQCell", "MDEQClassifier", "MDEQConfig"]
+__all__ = ["Contraction", "MDEQCell", "MDEQClassifier", "MDEQConfig", "SLLLayers", "ScaledLayers"]

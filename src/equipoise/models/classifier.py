@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.gradients import Gradient, Implicit
-from equipoise.models.mdeq import MDEQCell, MDEQConfig, MDEQStem, conv1x1, conv3x3, initialize
+from equipoise.models.contraction import SLLLayers
+from equipoise.models.mdeq import MDEQCell, MDEQConfig, MDEQEncoder, MDEQStem, conv1x1, conv3x3, initialize
 from equipoise.nn.deq import DEQ
 from equipoise.solution import Solution
 from equipoise.solvers import Anderson, Solver
@@ -45,7 +46,7 @@ class MDEQClassifier(nn.Module):
     def __init__(self, config: MDEQConfig, *, solver: Solver = Anderson(), gradient: Gradient = Implicit()) -> None:
         super().__init__()
         self.config = config
-        self.stem = MDEQStem(config)
+        self.stem = (MDEQEncoder if isinstance(config.contraction, SLLLayers) else MDEQStem)(config)
         cell = MDEQCell(config)
         self.deq = DEQ(cell, solver=solver, gradient=gradient, init=cell.zeros)
         self.head = MDEQHead(config)

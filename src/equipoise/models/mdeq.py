@@ -17,11 +17,26 @@ S. Bai, V. Koltun, J. Z. Kolter, "Stabilizing Equilibrium Models by Jacobian Reg
 from __future__ import annotations
 
 import dataclasses
+import math
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from equipoise.nn.layers import VariationalDropout, weight_norm
+from equipoise.models.contraction import Contraction, ScaledLayers, SLLLayers
+from equipoise.nn import (
+    CappedConv2d,
+    IsometricUpsample,
+    LevelWeights,
+    MaxMin,
+    MeanOnlyGroupNorm,
+    NearestUpsample,
+    ScaledReLU,
+    SLLBlock,
+    VariationalDropout,
+    lipschitz_bound,
+    weight_norm,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +77,8 @@ class MDEQConfig:
     """Inner width of the head's bottleneck at each level; the bottleneck returns four times as many channels."""
     final_channels: int
     """Width of the features that are averaged over the image and classified."""
+    contraction: Contraction | None = None
+    """Layers that make the map contract; None: those of the published MDEQ, which promise nothing."""
 
     def __post_init__(self) -> None:
         # Lists, as read from YAML, would make equal configurations differ and unhashable.
@@ -90,6 +107,10 @@ class MDEQConfig:
         if any(width < 1 or width % self.num_groups for width in self.channels):
             raise ValueError(
                 f"channels must be multiples of num_groups {self.num_groups}, got {self.channels}; change one of them"
+            )
+        if isinstance(self.contraction, SLLLayers) and self.dropout:
+            raise ValueError(
+                f"dropout={self.dropout} has no place in SLLLayers, whose blocks would expand; set it to 0"
             )
         if self.image_size % self.stride:
             raise ValueError(
@@ -219,23 +240,27 @@ class ResidualBlock(nn.Module):
     $$h = \mathrm{ReLU}(\mathrm{GN}(\mathrm{conv}_1 z)), \quad r = \mathrm{GN}(\mathrm{drop}(\mathrm{conv}_2 h) + u),
     \quad b = \mathrm{GN}(\mathrm{ReLU}(r + z)).$$
 
+    With `ScaledLayers`, the average $(1 - \alpha) z + \alpha r$ in the place of the sum.
+
     Args:
-        channels: width of the level.
-        config: expansion, groups and dropout are read from it.
+        level: number of the level.
+        config: widths, groups, dropout and layers are read from it.
 
     Source: Bai et al. 2020, section 3; the last norm comes after the ReLU, as in the released code.
     """
 
-    def __init__(self, channels: int, config: MDEQConfig) -> None:
+    def __init__(self, level: int, config: MDEQConfig) -> None:
         super().__init__()
+        channels = config.channels[level]
         hidden = config.expansion * channels
-        self.conv1 = weight_norm(conv3x3(channels, hidden))
-        self.norm1 = nn.GroupNorm(config.num_groups, hidden)
-        self.conv2 = weight_norm(conv3x3(hidden, channels))
+        self.conv1 = _conv(config, level, channels, hidden, 3, normed=True)
+        self.norm1 = _norm(config, hidden)
+        self.conv2 = _conv(config, level, hidden, channels, 3, normed=True)
         self.dropout = VariationalDropout(config.dropout)
-        self.norm2 = nn.GroupNorm(config.num_groups, channels)
-        self.norm3 = nn.GroupNorm(config.num_groups, channels)
-        self.activation = activation()
+        self.norm2 = _norm(config, channels)
+        self.norm3 = _norm(config, channels)
+        self.activation = _activation(config)
+        self.update = config.contraction.update if isinstance(config.contraction, ScaledLayers) else None
 
     def forward(self, z: Tensor, u: Tensor | None = None) -> Tensor:
         """Evaluate the block.
@@ -250,18 +275,41 @@ class ResidualBlock(nn.Module):
         h = self.activation(self.norm1(self.conv1(z)))
         r = self.dropout(self.conv2(h))
         r = self.norm2(r if u is None else r + u)
-        return self.norm3(self.activation(r + z))
+        return self.norm3(self.activation(r + z if self.update is None else torch.lerp(z, r, self.update)))
+
+    def lipschitz_bound(self, training: bool) -> float:
+        """Constant of the block, from those of its layers."""
+        layers = (self.conv1, self.norm1, self.activation, self.conv2, self.dropout, self.norm2)
+        found = math.prod(lipschitz_bound(layer, training=training) for layer in layers)
+        outer = lipschitz_bound(self.norm3) * lipschitz_bound(self.activation)
+        return outer * (1 + found if self.update is None else 1 - self.update + self.update * found)
+
+
+class InjectedBlock(SLLBlock):
+    """`SLLBlock` of one level, with $a_i$ of the encoder as its injection.
+
+    Args:
+        level: number of the level.
+        config: widths are read from it.
+    """
+
+    def __init__(self, level: int, config: MDEQConfig) -> None:
+        channels = config.channels[level]
+        super().__init__(channels, config.expansion * channels)
 
 
 class Fusion(nn.Module):
-    r"""Exchange between the levels, $y_i = \sum_j T_{ij}(b_j)$ with $T_{ii}$ the identity.
+    r"""Exchange between the levels, $y_i = \sum_j A_{ij} T_{ij}(b_j)$ with $T_{ii}$ the identity.
 
     From coarse to fine, $T_{ij}$ is a 1x1 convolution, a GroupNorm and nearest up-sampling by $2^{j-i}$; from fine to
     coarse, $i - j$ stride-2 3x3 convolutions, each with a GroupNorm, with ReLUs between them. The width changes in the
-    last of them.
+    last of them. All $A_{ij}$ are one.
+
+    With `ScaledLayers` the weights are averages. With `SLLLayers` they are learned, $\|A\|_2 = 1$, and $T_{ij}$ is
+    isometric resampling and a capped 1x1 convolution with MaxMin.
 
     Args:
-        config: widths and groups are read from it.
+        config: widths, groups and layers are read from it.
 
     Source: Bai et al. 2020, section 3.
     """
@@ -269,7 +317,15 @@ class Fusion(nn.Module):
     def __init__(self, config: MDEQConfig) -> None:
         super().__init__()
         levels = range(config.num_levels)
-        self.paths = nn.ModuleDict({f"{j}_to_{i}": _path(config, j, i) for i in levels for j in levels if j != i})
+        path = _isometric_path if isinstance(config.contraction, SLLLayers) else _path
+        self.paths = nn.ModuleDict({f"{j}_to_{i}": path(config, j, i) for i in levels for j in levels if j != i})
+        self.weights: LevelWeights | None = None
+        if isinstance(config.contraction, ScaledLayers):
+            self.weights = LevelWeights(
+                config.num_levels, config.contraction.weights, exchange=config.contraction.exchange
+            )
+        elif isinstance(config.contraction, SLLLayers):
+            self.weights = LevelWeights(config.num_levels, "learned", exchange=config.contraction.exchange)
 
     def forward(self, b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Add up, for every level, what all levels send it.
@@ -280,23 +336,82 @@ class Fusion(nn.Module):
         Returns:
             The same shapes.
         """
+        weights = None if self.weights is None else self.weights()
         fused = []
         for i, y in enumerate(b):
+            if weights is not None:
+                y = y * weights[i, i]
             for j, source in enumerate(b):
                 if j != i:
-                    y = y + self.paths[f"{j}_to_{i}"](source)
+                    sent = self.paths[f"{j}_to_{i}"](source)
+                    y = y + sent if weights is None else torch.addcmul(y, sent, weights[i, j])
             fused.append(y)
         return tuple(fused)
 
+    def block_matrix(self, training: bool) -> Tensor:
+        """`(n, n)`, float64: weight times constant of each path."""
+        n = round((1 + math.sqrt(1 + 4 * len(self.paths))) / 2)
+        weights = torch.ones(n, n) if self.weights is None else self.weights().detach().cpu()
+        matrix = weights.double()
+        for i in range(n):
+            for j in range(n):
+                if i != j:
+                    matrix[i, j] *= lipschitz_bound(self.paths[f"{j}_to_{i}"], training=training)
+        return matrix
+
+
+class Post(nn.Sequential):
+    """What follows the fusion at one level: activation, 1x1 convolution and norm.
+
+    Args:
+        level: number of the level.
+        config: widths, groups and layers are read from it.
+    """
+
+    def __init__(self, level: int, config: MDEQConfig) -> None:
+        width = config.channels[level]
+        super().__init__(
+            _activation(config),
+            _conv(config, level, width, width, 1, normed=True),
+            _norm(config, width, groups=config.num_groups // 2, affine=config.post_norm_affine),
+        )
+
+    def forward(self, y: Tensor, u: Tensor | None) -> Tensor:  # type: ignore[override]
+        """`(B, C, H, W) -> (B, C, H, W)`; the injection has had its turn in the block."""
+        return super().forward(y)
+
+
+class Budget(nn.Module):
+    r"""$\kappa y + u$ with a learned budget $\kappa = \bar\kappa \sigma(k)$, the same at every level.
+
+    Args:
+        contraction: ceiling $\bar\kappa$ and start.
+    """
+
+    def __init__(self, contraction: SLLLayers) -> None:
+        super().__init__()
+        self.ceiling = contraction.ceiling
+        start = contraction.start
+        self.logit = nn.Parameter(torch.tensor(math.log(start / (1 - start))))
+
+    def forward(self, y: Tensor, u: Tensor) -> Tensor:
+        """`(B, C, H, W), (B, C, H, W) -> (B, C, H, W)`."""
+        return torch.addcmul(u, y, self.ceiling * torch.sigmoid(self.logit))
+
+    def lipschitz_bound(self, training: bool) -> float:
+        """The budget."""
+        return self.ceiling * float(torch.sigmoid(self.logit.detach()))
+
 
 class MDEQCell(nn.Module):
-    r"""The map of an MDEQ, `f(z, u_0)`, on a tuple of levels.
+    r"""The map of an MDEQ, `f(z, u)`, on a tuple of levels.
 
-    $$f_i(z, u_0) = \mathrm{GN}(\mathrm{conv}(\mathrm{ReLU}(y_i))), \qquad
+    $$f_i(z, u) = \mathrm{post}_i(y_i, u_i), \qquad
     y = \mathrm{fusion}(\mathrm{block}_0(z_0, u_0), \mathrm{block}_1(z_1, 0), \dots).$$
 
     With a single level there is nothing to fuse and `f` is the residual block. Convolutions have no bias; those of the
-    blocks and the last one are weight-normalised.
+    blocks and the last one are weight-normalised. `config.contraction` puts other layers in their places, with which
+    `f` contracts.
 
     Args:
         config: shape of the model.
@@ -311,52 +426,74 @@ class MDEQCell(nn.Module):
         >>> [tuple(level.shape) for level in z] == [(5, *shape) for shape in config.level_shapes]
         True
 
-    Source: Bai et al. 2020, section 3.
+    Source: Bai et al. 2020, section 3; with `ScaledLayers`, Sato and Iiduka 2026.
     """
 
     def __init__(self, config: MDEQConfig) -> None:
         super().__init__()
         self.config = config
-        self.blocks = nn.ModuleList(ResidualBlock(width, config) for width in config.channels)
+        levels = range(config.num_levels)
+        contraction = config.contraction
+        if isinstance(contraction, SLLLayers):
+            self.blocks = nn.ModuleList(InjectedBlock(level, config) for level in levels)
+            self.fusion = Fusion(config)
+            budget = Budget(contraction)
+            self.post = nn.ModuleList(budget for _ in levels)
+            return
+        self.blocks = nn.ModuleList(ResidualBlock(level, config) for level in levels)
         if config.num_levels > 1:
             self.fusion = Fusion(config)
-            self.post = nn.ModuleList(
-                nn.Sequential(
-                    activation(),
-                    weight_norm(conv1x1(width, width)),
-                    nn.GroupNorm(config.num_groups // 2, width, affine=config.post_norm_affine),
-                )
-                for width in config.channels
-            )
+            self.post = nn.ModuleList(Post(level, config) for level in levels)
         initialize(self)
 
-    def forward(self, z: tuple[Tensor, ...], u: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, z: tuple[Tensor, ...], u: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Evaluate the map.
 
         Args:
             z: one `(B, C_i, H_i, W_i)` per level, finest first.
-            u: `(B, C_0, H_0, W_0)` the injection of the finest level.
+            u: `(B, C_0, H_0, W_0)` the injection of the finest level; with `SLLLayers`, what `MDEQEncoder` gives.
 
         Returns:
             A tuple of the shapes of `z`.
         """
-        b = tuple(block(z[i], None if i else u) for i, block in enumerate(self.blocks))
-        if self.config.num_levels == 1:
+        n = len(z)
+        outer, inner = (((u,) + (None,) * (n - 1)),) * 2 if isinstance(u, Tensor) else (u[:n], u[n:])
+        b = tuple(block(level, a) for block, level, a in zip(self.blocks, z, inner, strict=True))
+        if not hasattr(self, "post"):
             return b
-        return tuple(post(y) for post, y in zip(self.post, self.fusion(b), strict=True))
+        return tuple(post(y, v) for post, y, v in zip(self.post, self.fusion(b), outer, strict=True))
 
-    def zeros(self, u: Tensor) -> tuple[Tensor, ...]:
+    def block_matrix(self, training: bool = False) -> Tensor:
+        r"""Bounds $M$ of what the levels do to each other, $\|f_i(z) - f_i(z')\| \le \sum_j M_{ij} \|z_j - z'_j\|$.
+
+        Args:
+            training: count dropout.
+
+        Returns:
+            `(n, n)`, float64, on the CPU.
+
+        Raises:
+            UnknownConstant: a layer has no known constant, as the norms of the published MDEQ.
+        """
+        blocks = torch.tensor([lipschitz_bound(b, training=training) for b in self.blocks], dtype=torch.float64)
+        if not hasattr(self, "post"):
+            return blocks[:, None]
+        posts = torch.tensor([lipschitz_bound(p, training=training) for p in self.post], dtype=torch.float64)
+        return posts[:, None] * self.fusion.block_matrix(training) * blocks
+
+    def zeros(self, u: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The state from which a solve starts: zeros at every level, for the batch and size of `u`.
 
         Args:
-            u: `(B, C_0, H_0, W_0)` the injection.
+            u: as in `forward`.
 
         Returns:
             One `(B, C_i, H_0 / 2^i, W_0 / 2^i)` per level.
         """
-        batch, _, height, width = u.shape
+        finest = u if isinstance(u, Tensor) else u[0]
+        batch, _, height, width = finest.shape
         return tuple(
-            u.new_zeros(batch, channels, height // 2**i, width // 2**i)
+            finest.new_zeros(batch, channels, height // 2**i, width // 2**i)
             for i, channels in enumerate(self.config.channels)
         )
 
@@ -396,6 +533,43 @@ class MDEQStem(nn.Module):
         return self.layers(images)
 
 
+class MDEQEncoder(nn.Module):
+    r"""From images to injections at every level, $u_i$ to the sum and $a_i$ into the block.
+
+    $$x_0 = \mathrm{stem}(x), \quad x_{i+1} = \mathrm{ReLU}(\mathrm{BN}(\mathrm{conv}_{3 \times 3,
+    \mathrm{stride}\,2}\, x_i)), \quad u_i = \mathrm{BN}(\mathrm{conv}_{1 \times 1} x_i), \quad
+    a_i = \mathrm{BN}(\mathrm{conv}_{3 \times 3} x_i).$$
+
+    It runs once per input, outside the fixed point, so nothing in it is bounded.
+
+    Args:
+        config: shape of the model.
+    """
+
+    def __init__(self, config: MDEQConfig) -> None:
+        super().__init__()
+        self.stem = MDEQStem(config)
+        pairs = zip(config.channels, config.channels[1:], strict=False)
+        self.downs = nn.ModuleList(
+            nn.Sequential(conv3x3(fine, coarse, stride=2), nn.BatchNorm2d(coarse), nn.ReLU(inplace=True))
+            for fine, coarse in pairs
+        )
+        self.outer = nn.ModuleList(nn.Sequential(conv1x1(c, c), nn.BatchNorm2d(c)) for c in config.channels)
+        self.inner = nn.ModuleList(
+            nn.Sequential(conv3x3(c, config.expansion * c), nn.BatchNorm2d(config.expansion * c))
+            for c in config.channels
+        )
+        initialize(self)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """`(B, image_channels, H, W)` to `u_i`, `(B, C_i, H_i, W_i)`, then `a_i`, `(B, expansion C_i, H_i, W_i)`."""
+        features = [self.stem(images)]
+        for down in self.downs:
+            features.append(down(features[-1]))
+        outer = tuple(layer(x) for layer, x in zip(self.outer, features, strict=True))
+        return outer + tuple(layer(x) for layer, x in zip(self.inner, features, strict=True))
+
+
 def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     """A 3x3 convolution with zero padding 1 and no bias: the norm that follows has a shift of its own."""
     return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
@@ -404,11 +578,6 @@ def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 def conv1x1(inputs: int, outputs: int) -> nn.Conv2d:
     """A 1x1 convolution without bias."""
     return nn.Conv2d(inputs, outputs, 1, bias=False)
-
-
-def activation() -> nn.Module:
-    """The activation inside the map. In place: it follows a norm or a sum, whose results nothing else reads."""
-    return nn.ReLU(inplace=True)
 
 
 def initialize(module: nn.Module) -> None:
@@ -429,12 +598,52 @@ def _path(config: MDEQConfig, source: int, target: int) -> nn.Module:
     start, end = config.channels[source], config.channels[target]
     if source > target:
         return nn.Sequential(
-            conv1x1(start, end),
-            nn.GroupNorm(config.num_groups, end),
-            nn.Upsample(scale_factor=2 ** (source - target), mode="nearest"),
+            _conv(config, source, start, end, 1), _norm(config, end), NearestUpsample(2 ** (source - target))
         )
     layers: list[nn.Module] = []
-    for _ in range(source + 1, target):
-        layers += [conv3x3(start, start, stride=2), nn.GroupNorm(config.num_groups, start), activation()]
-    layers += [conv3x3(start, end, stride=2), nn.GroupNorm(config.num_groups, end)]
+    for level in range(source, target - 1):
+        layers += [_conv(config, level, start, start, 3, stride=2), _norm(config, start), _activation(config)]
+    layers += [_conv(config, target - 1, start, end, 3, stride=2), _norm(config, end)]
     return nn.Sequential(*layers)
+
+
+def _isometric_path(config: MDEQConfig, source: int, target: int) -> nn.Module:
+    """The same with constant 1."""
+    start, end = config.channels[source], config.channels[target]
+    if source > target:
+        return nn.Sequential(
+            CappedConv2d(start, end, 1, cap=1.0, size=config.level_shapes[source][1]),
+            MaxMin(),
+            IsometricUpsample(2 ** (source - target)),
+        )
+    factor = 2 ** (target - source)
+    return nn.Sequential(
+        nn.PixelUnshuffle(factor),
+        CappedConv2d(start * factor**2, end, 1, cap=1.0, size=config.level_shapes[target][1]),
+        MaxMin(),
+    )
+
+
+def _conv(
+    config: MDEQConfig, level: int, inputs: int, outputs: int, kernel: int, *, stride: int = 1, normed: bool = False
+) -> nn.Module:
+    """A convolution of the map, on images of a level: with a capped norm, or with normed weights where it says so."""
+    if isinstance(config.contraction, ScaledLayers):
+        size = config.level_shapes[level][1]
+        return CappedConv2d(inputs, outputs, kernel, stride=stride, cap=config.contraction.cap, size=size)
+    conv = conv1x1(inputs, outputs) if kernel == 1 else conv3x3(inputs, outputs, stride=stride)
+    return weight_norm(conv) if normed else conv
+
+
+def _norm(config: MDEQConfig, channels: int, *, groups: int | None = None, affine: bool = True) -> nn.Module:
+    groups = config.num_groups if groups is None else groups
+    if isinstance(config.contraction, ScaledLayers):
+        return MeanOnlyGroupNorm(groups, channels, max_gamma=config.contraction.max_gamma, affine=affine)
+    return nn.GroupNorm(groups, channels, affine=affine)
+
+
+def _activation(config: MDEQConfig) -> nn.Module:
+    """The activation inside the map. In place: it follows a norm or a sum, whose results nothing else reads."""
+    if isinstance(config.contraction, ScaledLayers):
+        return ScaledReLU(config.contraction.slope)
+    return nn.ReLU(inplace=True)

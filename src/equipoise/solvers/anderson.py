@@ -10,6 +10,7 @@ from torch import Tensor
 from equipoise.linalg import readable, row_dots, row_sums
 from equipoise.map import Point
 from equipoise.solvers.base import Solver
+from equipoise.solvers.picard import check_contraction
 
 FORGOTTEN = 1e200  # squared norm of a column that the next steps must not use
 
@@ -34,12 +35,17 @@ class Anderson(Solver):
     Safeguard: a sample whose residual exceeds `growth` times the least in its memory goes back to the Picard step of
     that best point and forgets the others.
 
+    With a proved Lipschitz constant $L < 1$ the safeguard is a proof: a step that reduces the residual by less than
+    Picard's would, $\|r_{k+1}\| > L\,\|r_{\text{best}}\|$, is taken back, so that at most every other evaluation is
+    lost. As with `Picard`, the tolerance then bounds the error instead of the residual.
+
     Args:
         memory: number of points combined.
         mixing: $\beta$.
         ridge: regularisation of the least-squares problem beyond its rounding errors, relative to the squared norm of
             each residual, so that it means the same at every tolerance.
         growth: how much a residual may grow before the sample restarts.
+        lipschitz: a proved constant $L < 1$ of the map in the Euclidean norm of the whole state.
 
     Raises:
         ValueError: a field is out of its range.
@@ -51,6 +57,7 @@ class Anderson(Solver):
     mixing: float = 1.0
     ridge: float = 0.0
     growth: float = 10.0
+    lipschitz: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,6 +69,11 @@ class Anderson(Solver):
             raise ValueError(f"Anderson(ridge={self.ridge!r}): must be >= 0")
         if not self.growth > 1:
             raise ValueError(f"Anderson(growth={self.growth!r}): must be > 1")
+        check_contraction(self, self.lipschitz)
+
+    def tolerance(self, size: Tensor) -> Tensor:
+        allowed = super().tolerance(size)
+        return allowed if self.lipschitz is None else allowed * (1 - self.lipschitz)
 
     def init(self, point: Point) -> _Memory:
         b, size = point.z.shape
@@ -96,7 +108,11 @@ class Anderson(Solver):
         """Weights `(b, used)` of the next step; samples whose residual grew too much restart, in `gram` as well."""
         matrix = gram[:, 0] if gram.shape[1] == 1 else _balanced(gram)
         squares = matrix.diagonal(dim1=1, dim2=2)
-        restart = ~(squares[:, slot] <= self.growth**2 * squares.amin(dim=1))
+        if self.lipschitz is None:
+            restart = ~(squares[:, slot] <= self.growth**2 * squares.amin(dim=1))
+        else:
+            others = squares.index_fill(1, torch.tensor([slot], device=squares.device), torch.inf)
+            restart = ~(squares[:, slot] <= self.lipschitz**2 * others.amin(dim=1))
         # Relative to each column, and no finer than the rounding of the products.
         ridge = torch.diag_embed((self.ridge + 4 * eps) * squares)
         factor, info = torch.linalg.cholesky_ex(matrix + ridge)

@@ -17,13 +17,20 @@ class Picard(Solver):
 
     $$ z_{k+1} = z_k + \beta\,(f(z_k) - z_k) $$
 
-    If `lipschitz` is given, the tolerance bounds the error instead of the residual: a sample stops when
+    If `lipschitz` alone is given, the tolerance bounds the error instead of the residual: a sample stops when
     $\|f(z) - z\| / (1 - L) \le \text{atol} + \text{rtol}\,\|f(z)\|$, and by Banach's theorem
     $\|z - z^*\| \le \|f(z) - z\| / (1 - L)$.
 
+    Weaker than a contraction, and still enough: if $f$ is $L$-Lipschitz, $L \ge 1$ allowed, and one-sided bounded,
+    $\langle f(z) - f(z'), z - z' \rangle \le \mu \|z - z'\|^2$ with $\mu < 1$, the damped iteration with
+    $\beta = (1 - \mu) / (1 - 2 \mu + L^2)$ contracts by $\sqrt{1 - (1 - \mu)^2 / (1 - 2 \mu + L^2)}$, and
+    $\|z - z^*\| \le \|f(z) - z\| / (1 - \mu)$. Given both constants, this is the step and this is the bound.
+
     Args:
-        damping: $\beta$; below 1 it also tames maps that oscillate.
-        lipschitz: a proved Lipschitz constant $L < 1$ of the map in the Euclidean norm of the whole state.
+        damping: $\beta$; below 1 it also tames maps that oscillate. With `one_sided` it follows from the constants.
+        lipschitz: a proved Lipschitz constant $L$ of the map in the Euclidean norm of the whole state, below 1 unless
+            there is a one-sided bound.
+        one_sided: a proved one-sided bound $\mu < 1$ in the same norm.
 
     Raises:
         ValueError: a field is out of its range.
@@ -37,22 +44,45 @@ class Picard(Solver):
 
     damping: float = 1.0
     lipschitz: float | None = None
+    one_sided: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.damping <= 1:
             raise ValueError(f"Picard(damping={self.damping!r}): must lie in (0, 1]")
-        if self.lipschitz is not None and not 0 <= self.lipschitz < 1:
+        if self.one_sided is None:
+            check_contraction(self, self.lipschitz)
+            return
+        if self.lipschitz is None or not -self.lipschitz <= self.one_sided < 1:
             raise ValueError(
-                f"Picard(lipschitz={self.lipschitz!r}): must lie in [0, 1); only a contraction has a bound"
+                f"Picard(one_sided={self.one_sided!r}, lipschitz={self.lipschitz!r}): needs a Lipschitz constant L and "
+                "-L <= one_sided < 1"
             )
+        if self.damping != 1:
+            raise ValueError(f"Picard(damping={self.damping!r}): follows from one_sided and lipschitz; leave it out")
+
+    @property
+    def step(self) -> float:
+        """The damping in use."""
+        if self.one_sided is None or self.lipschitz is None:
+            return self.damping
+        return (1 - self.one_sided) / (1 - 2 * self.one_sided + self.lipschitz**2)
 
     def tolerance(self, size: Tensor) -> Tensor:
         allowed = super().tolerance(size)
-        return allowed if self.lipschitz is None else allowed * (1 - self.lipschitz)
+        bound = self.lipschitz if self.one_sided is None else self.one_sided
+        return allowed if bound is None else allowed * (1 - bound)
 
     def init(self, point: Point) -> Any:
         return None
 
     def propose(self, memory: Any, point: Point) -> Tensor:
-        return point.fz if self.damping == 1 else point.z.add(point.r, alpha=self.damping)
+        return point.fz if self.step == 1 else point.z.add(point.r, alpha=self.step)
+
+
+def check_contraction(solver: Solver, lipschitz: float | None) -> None:
+    """Refuse a constant that is none of a contraction."""
+    if lipschitz is not None and not 0 <= lipschitz < 1:
+        raise ValueError(
+            f"{type(solver).__name__}(lipschitz={lipschitz!r}): must lie in [0, 1); only a contraction has a bound"
+        )

@@ -37,10 +37,10 @@ def mdeq_fashion_mnist() -> TrainConfig:
         model=MDEQConfig.fashion_mnist(),
         solver=Broyden(max_steps=8, memory=8, rtol=1e-2),
         gradient=Shine(fallback_ratio=1.3),
-        optimizer=Adam(lr=2e-3),
+        optimizer=Adam(lr=1.5e-3),
         epochs=5,
-        batch_size=128,
-        pretraining=Pretraining(steps=300, depth=4),
+        batch_size=64,
+        pretraining=Pretraining(steps=600, depth=4),
         channels_last=True,
     )
 

@@ -1,0 +1,545 @@
+r"""Layers with known Lipschitz constants, in the Euclidean norm of one sample.
+
+Each has a method `lipschitz_bound(training)`; `lipschitz_bound(module)` multiplies those of a chain. From such layers
+a map is built that contracts, and `equipoise.certify` proves it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from equipoise.nn.layers import VariationalDropout
+from equipoise.nn.operator_norm import conv_norm_bound, conv_power_iteration
+
+NONEXPANSIVE = (
+    nn.Identity,
+    nn.ReLU,
+    nn.Tanh,
+    nn.LeakyReLU,
+    nn.Softplus,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
+    nn.Flatten,
+)
+
+
+class UnknownConstant(ValueError):
+    """A layer that has no Lipschitz constant, or none that is known.
+
+    Args:
+        module: the layer.
+        reason: why, and what to use in its place.
+    """
+
+    def __init__(self, module: nn.Module, reason: str) -> None:
+        super().__init__(f"{type(module).__name__}: {reason}")
+        self.module = module
+        self.reason = reason
+
+
+def lipschitz_bound(module: nn.Module, *, training: bool = False) -> float:
+    """Lipschitz constant of a layer or chain of layers, with its present weights.
+
+    Args:
+        module: one of the layers of this file, a convolution or linear layer, a non-expansive activation, up-sampling,
+            `VariationalDropout`, a `Sequential` of these, or any module with a method `lipschitz_bound(training)`.
+        training: count dropout as it is in training, where what is kept is enlarged.
+
+    Returns:
+        An upper bound of the constant, for images up to the size that the layer was made for.
+
+    Raises:
+        UnknownConstant: a layer is of another kind, or has no finite constant.
+
+    Example:
+        >>> import torch
+        >>> from equipoise.nn import MeanOnlyGroupNorm, ScaledReLU, lipschitz_bound
+        >>> lipschitz_bound(torch.nn.Sequential(MeanOnlyGroupNorm(2, 8), ScaledReLU(0.4)))
+        0.4
+    """
+    own = getattr(module, "lipschitz_bound", None)
+    if own is not None:
+        return float(own(training))
+    if isinstance(module, nn.Sequential):
+        return math.prod(lipschitz_bound(layer, training=training) for layer in module)
+    if isinstance(module, NONEXPANSIVE):
+        return 1.0
+    if isinstance(module, VariationalDropout):
+        return 1 / (1 - module.p) if training else 1.0
+    if isinstance(module, nn.Linear):
+        return float(torch.linalg.matrix_norm(module.weight.detach().double(), ord=2))
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        raise UnknownConstant(module, "batch statistics have no place in a map; use MeanOnlyGroupNorm")
+    if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+        raise UnknownConstant(
+            module, "a division by the standard deviation has no useful constant; use MeanOnlyGroupNorm"
+        )
+    raise UnknownConstant(
+        module, "no Lipschitz constant is known; use the layers of equipoise.nn, or give it lipschitz_bound(training)"
+    )
+
+
+class _Clip(torch.autograd.Function):
+    """Clipping whose gradient vanishes only where following it would lead further outside."""
+
+    @staticmethod
+    def forward(weight: Tensor, bound: float) -> Tensor:
+        return weight.clamp(-bound, bound)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        weight, bound = inputs
+        ctx.save_for_backward(torch.where(weight.abs() >= bound, weight.sign(), 0.0))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (outside,) = ctx.saved_tensors
+        return torch.where(gradient * outside < 0, 0.0, gradient), None
+
+
+class _Clipped(nn.Module):
+    def __init__(self, bound: float) -> None:
+        super().__init__()
+        self.bound = bound
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return _Clip.apply(weight, self.bound)
+
+
+class MeanOnlyGroupNorm(nn.Module):
+    r"""Group normalisation that subtracts the mean and divides by nothing.
+
+    $$ y = \gamma\,(x - \mathrm{mean}_{\text{group}}(x)) + \delta, \qquad |\gamma| \le \gamma_{\max} $$
+
+    Its constant is the largest $|\gamma|$: centring is an orthogonal projection. The division that is left out has no
+    useful constant, as the standard deviation may vanish.
+
+    Args:
+        num_groups: of channels that share a mean, over the image, too.
+        num_channels: a multiple of `num_groups`.
+        max_gamma: $\gamma_{\max}$. Weights beyond are clipped in the forward pass, and their gradients may lead back.
+        affine: whether there are $\gamma$, which starts at the smaller of 1 and its bound, and $\delta$.
+
+    Raises:
+        ValueError: the groups do not divide the channels, or a bound that is not positive.
+
+    Source: Sato and Iiduka, "Lipschitz Multiscale Deep Equilibrium Models", AISTATS 2026, in the released code.
+    """
+
+    def __init__(self, num_groups: int, num_channels: int, *, max_gamma: float = 1.0, affine: bool = True) -> None:
+        super().__init__()
+        if num_groups < 1 or num_channels % num_groups:
+            raise ValueError(f"num_channels={num_channels} must be a multiple of num_groups={num_groups}")
+        if not max_gamma > 0:
+            raise ValueError(f"max_gamma={max_gamma!r}: must be > 0")
+        self.num_groups, self.num_channels, self.max_gamma, self.affine = num_groups, num_channels, max_gamma, affine
+        if affine:
+            self.weight = nn.Parameter(torch.full((num_channels,), min(1.0, max_gamma)))
+            self.bias = nn.Parameter(torch.zeros(num_channels))
+            parametrize.register_parametrization(self, "weight", _Clipped(max_gamma))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, C, H, W) -> (B, C, H, W)`."""
+        mean = x.unflatten(1, (self.num_groups, -1)).mean(dim=(2, 3, 4))
+        mean = mean.repeat_interleave(self.num_channels // self.num_groups, dim=1)
+        if not self.affine:
+            return x - mean[:, :, None, None]
+        weight = self.weight
+        shift = self.bias - weight * mean
+        return torch.addcmul(shift[:, :, None, None], x, weight[:, None, None])
+
+    def lipschitz_bound(self, training: bool) -> float:
+        """The largest $|\\gamma|$."""
+        return float(self.weight.detach().abs().amax()) if self.affine else 1.0
+
+    def extra_repr(self) -> str:
+        return f"{self.num_groups}, {self.num_channels}, max_gamma={self.max_gamma}, affine={self.affine}"
+
+
+class ScaledReLU(nn.Module):
+    r"""$s \max(x, 0)$ with a fixed slope, which is its constant.
+
+    Args:
+        slope: $s$ in (0, 1].
+
+    Raises:
+        ValueError: the slope is outside.
+
+    Source: as `MeanOnlyGroupNorm`.
+    """
+
+    def __init__(self, slope: float) -> None:
+        super().__init__()
+        if not 0 < slope <= 1:
+            raise ValueError(f"ScaledReLU(slope={slope!r}): must lie in (0, 1]")
+        self.slope = slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape."""
+        return torch.relu(x) if self.slope == 1 else (x * self.slope).relu_()
+
+    def lipschitz_bound(self, training: bool) -> float:
+        """The slope."""
+        return self.slope
+
+    def extra_repr(self) -> str:
+        return f"slope={self.slope}"
+
+
+class MaxMin(nn.Module):
+    """Sorts channels in pairs, the larger first: an activation that keeps the norm of every vector; constant 1.
+
+    Raises:
+        ValueError: in the forward pass, for an odd number of channels.
+
+    Source: C. Anil, J. Lucas, R. Grosse, "Sorting out Lipschitz function approximation", ICML 2019 (GroupSort 2).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, C, ...) -> (B, C, ...)`, `C` even."""
+        if x.shape[1] % 2:
+            raise ValueError(f"MaxMin needs an even number of channels, got {x.shape[1]}")
+        first, second = x.unflatten(1, (-1, 2)).unbind(2)
+        return torch.stack([torch.maximum(first, second), torch.minimum(first, second)], dim=2).flatten(1, 2)
+
+    def lipschitz_bound(self, training: bool) -> float:
+        """One."""
+        return 1.0
+
+
+class IsometricUpsample(nn.Module):
+    """Nearest up-sampling divided by its factor, which keeps the norm; constant 1.
+
+    Every value is copied to `factor^2` pixels, so up-sampling alone multiplies the norm by `factor`. Its counterpart
+    is `torch.nn.PixelUnshuffle`, which moves pixels into channels.
+
+    Args:
+        factor: by which height and width grow.
+
+    Raises:
+        ValueError: a factor below 1.
+    """
+
+    def __init__(self, factor: int) -> None:
+        super().__init__()
+        if factor < 1:
+            raise ValueError(f"IsometricUpsample(factor={factor!r}): must be >= 1")
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, C, H, W) -> (B, C, factor H, factor W)`."""
+        return F.interpolate(x / self.factor, scale_factor=self.factor, mode="nearest")
+
+    def lipschitz_bound(self, training: bool) -> float:
+        """One."""
+        return 1.0
+
+    def extra_repr(self) -> str:
+        return f"factor={self.factor}"
+
+
+class NearestUpsample(nn.Upsample):
+    """Nearest up-sampling by an integer factor, which is its constant.
+
+    Args:
+        factor: by which height and width grow.
+    """
+
+    def __init__(self, factor: int) -> None:
+        super().__init__(scale_factor=factor, mode="nearest")
+
+    def lipschitz_bound(self, training: bool) -> float:
+        """The factor: every value is copied `factor^2` times."""
+        return float(self.scale_factor)  # type: ignore[arg-type]
+
+
+class CappedConv2d(nn.Conv2d):
+    r"""Convolution with zero padding whose operator norm is at most `cap`.
+
+    $$ W = K \min(1, c / \|K\|) $$
+
+    The weight is computed from the kernel once per solve. In evaluation mode $\|K\|$ is the bound of
+    `conv_norm_bound`, so the cap is proved. In training mode power iteration on the operator follows the kernel, two
+    iterations each time that the kernel has changed, times the ratio to the bound that was seen when the layer was
+    last switched to evaluation: it costs little and may be some percent behind. The gradient is that of the leading
+    singular value in either mode.
+
+    Args:
+        in_channels: of the input.
+        out_channels: of the output.
+        kernel_size: odd.
+        stride: of the convolution.
+        cap: $c$.
+        size: largest height and width of the input images: norms grow with it.
+        bias: whether there is a bias.
+
+    Raises:
+        ValueError: a cap or size that is not positive, an even kernel; in the forward pass, a larger image.
+
+    Example:
+        >>> import torch
+        >>> from equipoise.nn import CappedConv2d, lipschitz_bound
+        >>> conv = CappedConv2d(4, 8, 3, cap=0.5, size=8).eval()
+        >>> lipschitz_bound(conv) <= 0.5 * (1 + 1e-6)
+        True
+
+    Source: the cap is that of Sato and Iiduka (2026), on the norm of the operator instead of the reshaped kernel.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        cap: float,
+        size: int | tuple[int, int],
+        bias: bool = False,
+    ) -> None:
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size={kernel_size}: must be odd")
+        super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2, bias=bias)
+        self.size = (size, size) if isinstance(size, int) else size
+        if not cap > 0 or min(self.size) < 1:
+            raise ValueError(f"cap={cap!r} and size={size!r} must be > 0")
+        self.cap = cap
+        # The norm of a 1x1 convolution does not depend on the image; one pixel shows it.
+        seen = self.size if kernel_size > 1 else (1, 1)
+        limit = _Cap(self.weight, cap, seen, stride if kernel_size > 1 else 1, kernel_size // 2)
+        parametrize.register_parametrization(self, "weight", limit)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, C_in, H, W) -> (B, C_out, ceil(H / stride), ceil(W / stride))`."""
+        if x.shape[-2] > self.size[0] or x.shape[-1] > self.size[1]:
+            raise ValueError(f"an image of {tuple(x.shape[-2:])} pixels is larger than size={self.size} of this layer")
+        return super().forward(x)
+
+    def lipschitz_bound(self, training: bool) -> float:
+        """Bound of the norm with the weight of the present mode, computed afresh in 64-bit arithmetic."""
+        if len(self.parametrizations.weight) > 1:  # type: ignore[union-attr, arg-type]
+            raise UnknownConstant(self, "another parametrization, such as weight_norm, undoes its cap; remove it")
+        weight = self.weight.detach().double()
+        return float(conv_norm_bound(weight, self.size, stride=self.stride[0], padding=int(self.padding[0])))
+
+    def train(self, mode: bool = True) -> CappedConv2d:
+        """Switch the mode; on the way to evaluation the power iteration is compared with the bound."""
+        parts: Any = self.parametrizations["weight"]  # type: ignore[index]
+        limit, kernel = parts[0], parts.original
+        if limit.steering and not mode:
+            limit.tighten(kernel)
+        limit.steering = mode
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, cap={self.cap}, size={self.size}"
+
+
+class _Cap(nn.Module):
+    """Divides a kernel by its norm over the cap, where the norm is larger."""
+
+    vector: Tensor
+    slack: Tensor
+
+    def __init__(self, kernel: Tensor, cap: float, size: tuple[int, int], stride: int, padding: int) -> None:
+        super().__init__()
+        self.cap, self.size, self.stride, self.padding = cap, size, stride, padding
+        self.steering = (
+            True  # unlike `training`, which a backward pass turns off although it must meet the same weights
+        )
+        self.followed: tuple[int, int] | None = None  # the kernel that the vector was last adapted to
+        self.known: tuple[tuple[int, int], Tensor] | None = None  # a kernel and its bound
+        with torch.no_grad():
+            image = torch.randn(1, kernel.shape[1], *size, dtype=kernel.dtype, device=kernel.device)
+            norm, image = self._iterate(kernel, image, 20)
+            self.register_buffer("vector", image)
+            self.register_buffer("slack", self._bound(kernel) / norm)
+
+    def forward(self, kernel: Tensor) -> Tensor:
+        with torch.autocast(kernel.device.type, enabled=False):
+            return kernel * (self.cap / self._norm(kernel).clamp_min(self.cap))
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def tighten(self, kernel: Tensor) -> None:
+        """Compare the power iteration with the bound."""
+        with torch.no_grad():
+            self.slack.copy_(self._bound(kernel) / self._iterate(kernel, self.vector, 5)[0])
+
+    def _norm(self, kernel: Tensor) -> Tensor:
+        """The norm by which the kernel is judged, with the derivative of the leading singular value."""
+        if self.steering and self.training and self.followed != _identity(kernel):
+            with torch.no_grad():
+                self.vector.copy_(self._iterate(kernel, self.vector, 2)[1])
+            self.followed = _identity(kernel)
+        if not self.steering and not torch.is_grad_enabled():
+            return self._bound(kernel)
+        norm, _ = self._iterate(kernel, self.vector.clone(), 0)
+        if self.steering:
+            return norm * self.slack
+        bound, found = self._bound(kernel), norm.detach()
+        return bound + (norm - found) * (bound / found)
+
+    @torch.no_grad()
+    def _bound(self, kernel: Tensor) -> Tensor:
+        if self.known is None or self.known[0] != _identity(kernel):
+            bound = conv_norm_bound(kernel, self.size, stride=self.stride, padding=self.padding)
+            self.known = _identity(kernel), bound
+        return self.known[1]
+
+    def _iterate(self, kernel: Tensor, image: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+        return conv_power_iteration(kernel, image, stride=self.stride, padding=self.padding, iterations=iterations)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> _Cap:
+        self.known = None  # a conversion exchanges the kernel's memory and tells nobody
+        return super()._apply(fn, recurse)
+
+
+def _identity(kernel: Tensor) -> tuple[int, int]:
+    """A kernel and how often it was changed."""
+    return id(kernel), kernel._version
+
+
+class SLLBlock(nn.Module):
+    r"""Residual block with constant 1, its skip connection included.
+
+    $$ y = z - 2 L^T \mathrm{ReLU}(L z + a), \qquad L = T^{-1/2} K, \qquad
+       T_c = \sum_{c'} \sum_{\text{offsets}} |(K \star K)_{c c'}|\, q_{c'} / q_c $$
+
+    The diagonal $T$ dominates $K K^T$, so $L L^T \preceq I$ and $\|y - y'\| \le \|z - z'\|$ for every kernel, with zero
+    padding. The weights $K$ and $q > 0$ are free: nothing is projected, and $L$ is computed once per solve.
+
+    Args:
+        channels: of the state.
+        hidden: channels of $L z$.
+        kernel_size: odd.
+
+    Raises:
+        ValueError: an even kernel.
+
+    Example:
+        >>> import torch
+        >>> from equipoise.nn import SLLBlock
+        >>> block = SLLBlock(4, 8)
+        >>> a, b = torch.randn(2, 1, 4, 6, 6)
+        >>> bool((block(a) - block(b)).norm() <= (a - b).norm())
+        True
+
+    Source: A. Araujo et al., "A Unified Algebraic Perspective on Lipschitz Neural Networks", ICLR 2023 (SDP-based
+        Lipschitz layers); written with $T^{-1/2}$ on both sides, as the ReLU lets positive factors pass.
+    """
+
+    def __init__(self, channels: int, hidden: int, kernel_size: int = 3) -> None:
+        super().__init__()
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size={kernel_size}: must be odd")
+        self.padding = kernel_size // 2
+        self.weight = nn.Parameter(torch.empty(hidden, channels, kernel_size, kernel_size))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        self.bias = nn.Parameter(torch.zeros(hidden))
+        parametrize.register_parametrization(self, "weight", _Dominated())
+
+    def forward(self, z: Tensor, u: Tensor | None = None) -> Tensor:
+        """Evaluate the block.
+
+        Args:
+            z: `(B, channels, H, W)`.
+            u: `(B, hidden, H, W)` what is added to $a$, which is a bias alone without it.
+
+        Returns:
+            `(B, channels, H, W)`.
+        """
+        weight = self.weight
+        h = F.conv2d(z, weight, self.bias, padding=self.padding)
+        h = torch.relu(h if u is None else h + u)
+        # The transpose of a convolution with stride 1, as a convolution.
+        back = F.conv2d(h, weight.transpose(0, 1).flip(2, 3), padding=self.padding)
+        return torch.add(z, back, alpha=-2)
+
+    def lipschitz_bound(self, training: bool) -> float:
+        """One."""
+        if len(self.parametrizations.weight) > 1:  # type: ignore[union-attr, arg-type]
+            raise UnknownConstant(self, "another parametrization, such as weight_norm, undoes its bound; remove it")
+        return 1.0
+
+
+class _Dominated(nn.Module):
+    """Scales the rows of a kernel such that it is a contraction as an operator."""
+
+    def forward(self, kernel: Tensor, log_scale: Tensor) -> Tensor:
+        with torch.autocast(kernel.device.type, enabled=False):
+            products = F.conv2d(kernel, kernel, padding=kernel.shape[-1] - 1).abs().sum(dim=(2, 3))
+            scale = log_scale.exp()
+            rows = products @ scale / scale
+            return kernel * rows.clamp_min(torch.finfo(kernel.dtype).tiny).rsqrt()[:, None, None, None]
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return weight, weight.new_zeros(weight.shape[0])
+
+
+class LevelWeights(nn.Module):
+    r"""Nonnegative weights with which the levels of a multiscale map are added up, $y_i = \sum_j A_{ij} T_{ij}(b_j)$.
+
+    - `sum`: all ones.
+    - `softmax`: $A_{ii} = 1 - \beta$, and $\beta$ is shared among the others by a softmax over $-(j - i)$ for coarser
+      levels $j > i$ and 0 for finer ones.
+    - `uniform`: the same with equal shares.
+    - `learned`: $A = |V| / \|V\|_2$, which starts proportional to `softmax`.
+
+    Args:
+        num_levels: number of levels.
+        mode: one of the above.
+        exchange: $\beta$ in [0, 1].
+
+    Raises:
+        ValueError: an unknown mode, or $\beta$ outside.
+
+    Source: as `MeanOnlyGroupNorm`; the learned weights are ours.
+    """
+
+    def __init__(
+        self, num_levels: int, mode: Literal["sum", "softmax", "uniform", "learned"], *, exchange: float = 0.3
+    ) -> None:
+        super().__init__()
+        if mode not in ("sum", "softmax", "uniform", "learned"):
+            raise ValueError(f"mode={mode!r}: must be sum, softmax, uniform or learned")
+        if not 0 <= exchange <= 1:
+            raise ValueError(f"exchange={exchange!r}: must lie in [0, 1]")
+        self.mode = mode
+        fixed = _level_weights(num_levels, mode, exchange)
+        if mode == "learned":
+            self.weight = nn.Parameter(fixed)
+            parametrize.register_parametrization(self, "weight", _UnitNorm())
+        else:
+            self.register_buffer("weight", fixed, persistent=False)
+
+    def forward(self) -> Tensor:
+        """`(n, n)` the weights."""
+        return self.weight
+
+    def extra_repr(self) -> str:
+        return f"mode={self.mode}"
+
+
+class _UnitNorm(nn.Module):
+    """Absolute values over their spectral norm."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        weight = weight.abs()
+        return weight / torch.linalg.matrix_norm(weight, ord=2)
+
+
+def _level_weights(n: int, mode: str, exchange: float) -> Tensor:
+    if mode == "sum" or n == 1:
+        return torch.ones(n, n)
+    target, source = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
+    score = torch.zeros(n, n) if mode == "uniform" else -(source - target).clamp_min(0).to(torch.get_default_dtype())
+    share = score.masked_fill(source == target, -torch.inf).softmax(dim=1)
+    return exchange * share + (1 - exchange) * torch.eye(n)
