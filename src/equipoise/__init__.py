@@ -2,7 +2,7 @@
 
 from equipoise import bilevel, nn
 from equipoise.bilevel import minimize_outer
-from equipoise.certificate import Certificate, CertificateError, certify
+from equipoise.certificate import Certificate, CertificateError, certify, jacobian_norm
 from equipoise.fixed_point import fixed_point
 from equipoise.gradients import Gradient, Implicit, JacobianFree, Neumann, Phantom, Shine, Unrolled
 from equipoise.linalg import InverseEstimate
@@ -40,6 +40,7 @@ __all__ = [
     "bilevel",
     "certify",
     "fixed_point",
+    "jacobian_norm",
     "minimize_outer",
     "nn",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor
 from equipoise.nn import LevelWeights
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Contraction(abc.ABC):
     """Layers with known constants in the place of those of an MDEQ; `equipoise.certify` proves what they give."""
 

@@ -437,8 +437,7 @@ class MDEQCell(nn.Module):
         if isinstance(contraction, SLLLayers):
             self.blocks = nn.ModuleList(InjectedBlock(level, config) for level in levels)
             self.fusion = Fusion(config)
-            budget = Budget(contraction)
-            self.post = nn.ModuleList(budget for _ in levels)
+            self.budget = Budget(contraction)
             return
         self.blocks = nn.ModuleList(ResidualBlock(level, config) for level in levels)
         if config.num_levels > 1:
@@ -459,9 +458,16 @@ class MDEQCell(nn.Module):
         n = len(z)
         outer, inner = (((u,) + (None,) * (n - 1)),) * 2 if isinstance(u, Tensor) else (u[:n], u[n:])
         b = tuple(block(level, a) for block, level, a in zip(self.blocks, z, inner, strict=True))
-        if not hasattr(self, "post"):
+        if not self._posts:
             return b
-        return tuple(post(y, v) for post, y, v in zip(self.post, self.fusion(b), outer, strict=True))
+        return tuple(post(y, v) for post, y, v in zip(self._posts, self.fusion(b), outer, strict=True))
+
+    @property
+    def _posts(self) -> list[nn.Module]:
+        """What follows the fusion at each level; nothing where there is none."""
+        if isinstance(self.config.contraction, SLLLayers):
+            return [self.budget] * self.config.num_levels
+        return list(self.post) if self.config.num_levels > 1 else []
 
     def block_matrix(self, training: bool = False) -> Tensor:
         r"""Bounds $M$ of what the levels do to each other, $\|f_i(z) - f_i(z')\| \le \sum_j M_{ij} \|z_j - z'_j\|$.
@@ -476,9 +482,9 @@ class MDEQCell(nn.Module):
             UnknownConstant: a layer has no known constant, as the norms of the published MDEQ.
         """
         blocks = torch.tensor([lipschitz_bound(b, training=training) for b in self.blocks], dtype=torch.float64)
-        if not hasattr(self, "post"):
+        if not self._posts:
             return blocks[:, None]
-        posts = torch.tensor([lipschitz_bound(p, training=training) for p in self.post], dtype=torch.float64)
+        posts = torch.tensor([lipschitz_bound(p, training=training) for p in self._posts], dtype=torch.float64)
         return posts[:, None] * self.fusion.block_matrix(training) * blocks
 
     def zeros(self, u: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

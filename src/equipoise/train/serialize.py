@@ -106,7 +106,7 @@ def public_path(cls: type) -> str:
     package = cls.__module__.split(".")
     if package[0] != "equipoise":
         return f"{cls.__module__}.{cls.__name__}"
-    return f"equipoise.{'train.' if package[1] == 'train' else ''}{cls.__name__}"
+    return f"equipoise.{f'{package[1]}.' if package[1] in ('models', 'train') else ''}{cls.__name__}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
