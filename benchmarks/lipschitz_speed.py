@@ -142,7 +142,7 @@ def train(name: str, seed: int, folder: pathlib.Path, quick: bool) -> dict[str, 
         _, solution = model.classify(images)
     try:
         proved, measured = eq.certify(model), float(eq.jacobian_norm(solution).amax())
-        certificate = {
+        certificate: dict[str, float | None] = {
             "certified_L": proved.norm,
             "certified_radius": proved.radius,
             "certified_L_training": eq.certify(model, training=True).norm,
