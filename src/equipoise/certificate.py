@@ -188,12 +188,13 @@ def certify(model: nn.Module, *, training: bool = False, solution: Solution | No
         weights=weights,
         measured=measured,
     )
-    claimed = getattr(deq.solver, "lipschitz", None) if isinstance(deq, DEQ) else None
-    if claimed is not None and norm > claimed * (1 + 1e-6):
-        raise CertificateError(
-            f"the solver was given lipschitz={claimed}, and the weights prove {norm:.4f} only; give it "
-            "certify(model).solver(), or a constant above the bound of the layers"
-        )
+    for owner in (deq, deq.gradient) if isinstance(deq, DEQ) else ():
+        claimed = getattr(getattr(owner, "solver", None), "lipschitz", None)
+        if claimed is not None and norm > claimed * (1 + 1e-6):
+            raise CertificateError(
+                f"the solver of the {type(owner).__name__} was given lipschitz={claimed}, and the weights prove "
+                f"{norm:.4f} only; give it certify(model).solver(), or a constant above the bound of the layers"
+            )
     return certificate
 
 

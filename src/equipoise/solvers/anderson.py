@@ -70,6 +70,10 @@ class Anderson(Solver):
         if not self.growth > 1:
             raise ValueError(f"Anderson(growth={self.growth!r}): must be > 1")
         check_contraction(self, self.lipschitz)
+        if self.lipschitz is not None and self.mixing != 1:
+            raise ValueError(
+                f"Anderson(mixing={self.mixing!r}): must be 1 with lipschitz, which is that of Picard's step"
+            )
 
     def tolerance(self, size: Tensor) -> Tensor:
         allowed = super().tolerance(size)
