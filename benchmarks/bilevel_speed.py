@@ -93,23 +93,18 @@ def bilevel(
 
     def run(problem: Problem) -> Run:
         visits: list[Visit] = []
-        latest: list[Tensor] = []
         watch = Stopwatch()
 
-        def outer(z: Tensor, log_alpha: Tensor) -> Tensor:
-            latest[:] = [z.detach()]
-            return problem.held_out(z)
-
-        def observe(line: OuterStep) -> None:
+        def observe(line: OuterStep, z: Tensor) -> None:
             seconds = watch()
             with watch:
-                held_out, test = problem.losses(latest[0])
+                held_out, test = problem.losses(z)
                 visits.append(Visit(seconds, line.gradient_evals, held_out, test, line.hyper[0].tolist()))
 
         # The solver learns of the outer loss from minimize_outer.
         solver = eq.LBFGS(max_steps=1000, memory=memory, cadence=cadence)
         solution = minimize_outer(
-            outer,
+            lambda z, log_alpha: problem.held_out(z),
             problem.inner,
             z0=problem.z0,
             hyper0=problem.hyper0,

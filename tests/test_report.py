@@ -265,7 +265,8 @@ def test_an_unfinished_run_is_reported_as_of_its_newest_checkpoint(copy: Path) -
     for name in ("result.json", "model.safetensors"):
         (copy / name).unlink()
     write_report(copy)
-    assert "<p><b>Not finished: all below is of the checkpoint at step 10 of 10.</b></p>" in page_of(copy)
+    notice = "Not finished: the curves are of the training so far, all else is of the checkpoint at step 10 of 10."
+    assert f"<p><b>{notice}</b></p>" in page_of(copy)
     seconds = "seconds of training and test"
     assert {**cards(), seconds: ""} == {**finished, seconds: ""}
     assert page_of(copy).count("<svg ") == 9

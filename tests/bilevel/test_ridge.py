@@ -78,10 +78,9 @@ def optimum(hyper0: Tensor, rows: int = 1) -> scipy.optimize.OptimizeResult:
 
 def first_step(outer: Callable[..., Tensor], inner: object, hyper: Tensor, rows: int = 1, **options: object) -> Tensor:
     """The exact first hypergradient, read off the length of tiny steps of the rule that moves along it."""
-    steps: list[OuterStep] = []
     chosen = {"gradient": CLOSE, "tolerance": Exact(), "step": HoagStep(), **options}
     z0 = torch.zeros(rows, SIZE)
-    eq.minimize_outer(outer, inner, z0=z0, hyper0=hyper, max_steps=2, observe=steps.append, **chosen)
+    steps = eq.minimize_outer(outer, inner, z0=z0, hyper0=hyper, max_steps=2, **chosen).history
     direction = (steps[0].hyper[0] - steps[1].hyper[0]).reshape(-1)
     return direction / direction.norm() * steps[0].gradient_norm
 
@@ -196,7 +195,7 @@ def test_every_gradient_runs_and_its_calls_are_counted(gradient: eq.Gradient, st
         calls += 1
         return squares(z, x, y) + 0.1 * penalty(z, t)
 
-    seen: list[OuterStep] = []
+    seen: list[tuple[OuterStep, Tensor]] = []
     solution = eq.minimize_outer(
         lambda z, t: squares(z, x_val, y_val),
         loss,
@@ -206,13 +205,17 @@ def test_every_gradient_runs_and_its_calls_are_counted(gradient: eq.Gradient, st
         gradient=gradient,
         step=step,
         max_steps=6,
-        observe=seen.append,
+        observe=lambda step, z: seen.append((step, z)),
     )
-    assert solution.num_evals == calls == seen[-1].num_evals
-    assert solution.history == seen
-    assert [line.step for line in seen] == [*range(1, len(seen) + 1)]
+    history = [step for step, _ in seen]
+    assert solution.num_evals == calls == history[-1].num_evals
+    assert solution.history == history
+    assert [line.step for line in history] == [*range(1, len(seen) + 1)]
+    for step, z in seen:
+        assert not z.requires_grad
+        assert math.isclose(float(squares(z, x_val, y_val)), step.value, rel_tol=1e-12)
     assert math.isfinite(solution.value)
-    assert solution.value <= seen[0].value + 1e-9
+    assert solution.value <= history[0].value + 1e-9
     products = type(gradient) in (eq.Implicit, eq.Neumann, eq.Phantom)
     assert (solution.num_vjps > 0) == products
     assert solution.gradient_evals == solution.num_evals + 2 * solution.num_vjps

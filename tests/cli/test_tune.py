@@ -55,17 +55,20 @@ def test_a_run_on_a_named_set(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, "tune", "breast-cancer", "--run-dir", "run", "--max_steps", "6")
     result = json.loads(pathlib.Path("run/result.json").read_text())
     assert "569 rows, 30 features; classification, for the labels are 2 different whole numbers" in text
-    assert (
-        len(re.findall(r"^step +\d+  alpha \S+  held-out loss \S+.*gradients \d+  \d+\.\d s$", text, re.M))
-        == (result["outer_steps"])
-    )
+    step = r"^step +\d+  alpha \S+  held-out loss \S+  accuracy 0\.9\d+ .*gradients \d+  \d+\.\d s$"
+    assert len(re.findall(step, text, re.M)) == result["outer_steps"]
     assert re.search(rf"test accuracy +│ {result['test_accuracy']:.4f}, 114 rows", text)
     assert re.search(rf"held-out loss +│ {result['held_out_loss']:.6g}", text)
-    assert result["test_accuracy"] > 0.93
+    assert re.search(rf"held-out accuracy +│ {result['held_out_accuracy']:.4f}", text)
+    assert min(result["test_accuracy"], result["held_out_accuracy"]) > 0.93
     lines = [json.loads(line) for line in pathlib.Path("run/history.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [*range(1, result["outer_steps"] + 1)]
     assert min(line["held_out_loss"] for line in lines) < 0.7 * lines[0]["held_out_loss"]
     assert lines[-1]["gradient_evals"] == result["gradient_evals"]
+    for line in lines:  # a share of the 114 held-out rows
+        assert abs(line["held_out_accuracy"] * 114 - round(line["held_out_accuracy"] * 114)) < 1e-9
+    best = min(lines, key=lambda line: line["held_out_loss"])
+    assert abs(best["held_out_accuracy"] - result["held_out_accuracy"]) < 1.5 / 114
     with Image.open("run/loss.png") as picture:
         assert picture.width > 600
     assert {path.name for path in pathlib.Path("run").iterdir()} == {
@@ -92,7 +95,12 @@ def test_a_regression(capsys: pytest.CaptureFixture[str]) -> None:
     result = result_of(capsys, "diabetes", "--penalty", "per-feature", "--gradient", "Implicit", "--max-steps", "5")
     assert result["task"] == "regression"
     assert len(result["alpha"]) == 10
-    assert 0.2 < result["test_r2"] < 0.7
+    assert min(result["test_r2"], result["held_out_r2"]) > 0.2
+    assert max(result["test_r2"], result["held_out_r2"]) < 0.7
+    lines = [json.loads(line) for line in pathlib.Path(result["run_dir"], "history.jsonl").read_text().splitlines()]
+    best = min(lines, key=lambda line: line["held_out_loss"])
+    assert abs(best["held_out_loss"] / result["held_out_loss"] - 1) < 0.01  # in the units of the target
+    assert abs(best["held_out_r2"] - result["held_out_r2"]) < 0.01
     assert "test_accuracy" not in result
     assert result_of(capsys, "diabetes", "--test-fraction", "0", "--max-steps", "2")["test_r2"] is None
 
@@ -216,8 +224,8 @@ def test_an_interrupted_search_keeps_its_history(
 
     seen = tune._Progress.observe
 
-    def observe(self: Any, step: Any) -> None:
-        seen(self, step)
+    def observe(self: Any, step: Any, score: float) -> None:
+        seen(self, step, score)
         if step.step == 2:
             raise KeyboardInterrupt
 
@@ -226,3 +234,19 @@ def test_an_interrupted_search_keeps_its_history(
     assert "interrupted" in capsys.readouterr().err
     assert len(pathlib.Path("run/history.jsonl").read_text().splitlines()) == 2
     assert not pathlib.Path("run/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("words", [("predict", "run", "new.csv"), ("evaluate", "run"), ("report", "run")])
+def test_the_commands_of_trained_runs_say_how_to_use_a_tuned_model(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pathlib.Path("rows.csv").write_text(CSV)
+    result_of(capsys, "rows.csv", "--max-steps", "1", "--run-dir", "run")
+    assert main(list(words)) == 1
+    error = capsys.readouterr().err
+    assert re.fullmatch("equipoise: error: run holds a model of `equipoise tune`. .*\n", error), error
+    pathlib.Path("new.csv").write_text("color,width\nred,0\nred,6\n")
+    found: dict[str, Any] = {}
+    code = error.partition("in Python: ")[2].strip().replace("model.predict", "answer = model.predict")
+    exec(code.replace("from equipoise", "\nfrom equipoise").replace("; ", "\n"), found)
+    assert found["answer"].tolist() == ["no", "yes"]

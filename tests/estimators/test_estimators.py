@@ -24,6 +24,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import equipoise as eq
+from equipoise.bilevel import OuterStep
 from equipoise.estimators import BilevelLogisticRegression, BilevelNonlinearLeastSquares, BilevelRidge
 from equipoise.estimators.splits import holdout
 
@@ -266,6 +267,45 @@ def test_given_rows_judge() -> None:
         BilevelLogisticRegression().fit(X, y, validation=(X, y + 5))
     with pytest.raises(ValueError, match="validation must be"):
         BilevelLogisticRegression().fit(X, y, validation=X)
+
+
+@pytest.mark.parametrize("kind", ["binary", "multinomial", "ridge", "ridges"])
+def test_an_observer_is_told_the_held_out_score_of_each_step(kind: str) -> None:
+    X, y = table(load_breast_cancer if kind == "binary" else load_wine)
+    X, targets = X[:, :4], X[:, 5:7] if kind == "ridges" else X[:, 5]
+    cls, wanted = (BilevelRidge, targets) if kind.startswith("ridge") else (BilevelLogisticRegression, y)
+    train, judge = the_split(X, y)[0]
+    weights = np.random.default_rng(0).uniform(size=len(judge))
+    told: list[tuple[OuterStep, float]] = []
+    model = cls(max_iter=3).fit(
+        X[train],
+        wanted[train],
+        validation=(X[judge], wanted[judge], weights),
+        observe=lambda step, score: told.append((step, score)),
+    )
+    assert [step for step, _ in told] == model.outer_history_
+    for step, score in told:  # the model with the penalty of that step, solved further
+        alpha = step.hyper[0].exp().item()
+        again = cls(max_iter=1, alpha_start=alpha).fit(
+            X[train], wanted[train], validation=(X[judge], wanted[judge], weights)
+        )
+        assert score == pytest.approx(again.score(X[judge], wanted[judge], weights), abs=0.02)
+        assert again.validation_score_ == pytest.approx(again.score(X[judge], wanted[judge], weights), abs=1e-12)
+        assert step.value == pytest.approx(again.validation_loss_, rel=0.02)
+
+
+def test_the_held_out_score_is_the_mean_over_folds() -> None:
+    X, y = table(load_wine)
+    splits = list(StratifiedKFold(3).split(X, y))
+    model = BilevelLogisticRegression(cv=splits, max_iter=1, alpha_bounds=(1e-3, 1)).fit(X, y)
+    scores = [logistic(model.alpha_, X[train], y[train]).score(X[judge], y[judge]) for train, judge in splits]
+    assert model.validation_score_ == pytest.approx(np.mean(scores), abs=1e-12)
+
+
+def test_one_held_out_row_has_no_r2() -> None:
+    X, y = table(load_diabetes)
+    model = BilevelRidge(max_iter=1).fit(X[1:50], y[1:50], validation=(X[:1], y[:1]))
+    assert math.isnan(model.validation_score_)
 
 
 def test_weights_are_repeated_rows_where_the_rows_that_judge_are_given() -> None:

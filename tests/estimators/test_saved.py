@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from equipoise.estimators import BilevelLogisticRegression, BilevelNonlinearLeastSquares, BilevelRidge, load, save
 from equipoise.estimators.encoding import Encoding
 from equipoise.files import CheckpointError, read_facts, read_tensors, write_tensors
+from equipoise.solvers import LBFGS
 
 
 def data(classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -41,7 +42,10 @@ def test_a_loaded_estimator_predicts_as_the_saved_one(kind: str, tmp_path: pathl
     again = load(tmp_path / "model.safetensors")
     assert type(again) is type(model)
     assert again.encoding_ is None
-    for attribute in ("coef_", "intercept_", "alpha_", "validation_loss_", "n_iter_", "n_features_in_"):
+    assert again.outer_status_ is model.outer_status_
+    assert again.get_params() == model.get_params()
+    kept = ("coef_", "intercept_", "alpha_", "validation_loss_", "validation_score_", "n_iter_", "n_features_in_")
+    for attribute in kept:
         before, after = getattr(model, attribute), getattr(again, attribute)
         assert np.shape(before) == np.shape(after)
         np.testing.assert_array_equal(before, after)
@@ -51,6 +55,18 @@ def test_a_loaded_estimator_predicts_as_the_saved_one(kind: str, tmp_path: pathl
         np.testing.assert_array_equal(model.predict_proba(X), again.predict_proba(X))
     with pytest.raises(ValueError, match="features"):
         again.predict(X[:, :3])
+
+
+def test_parameters_that_are_plain_values_come_along(tmp_path: pathlib.Path) -> None:
+    X, y = data(2)
+    model = BilevelLogisticRegression(
+        groups=np.array([0, 0, 1, 1]), alpha_bounds=(1e-3, 1.0), alpha_start=np.array([0.1, 0.2]), max_iter=2,
+        class_weight={0: 1.0, 1: 2.0}, solver=LBFGS(max_steps=99), random_state=np.random.RandomState(0),
+    ).fit(X, y)  # fmt: skip
+    save(model, tmp_path / "model.safetensors")
+    found, default = load(tmp_path / "model.safetensors").get_params(), BilevelLogisticRegression().get_params()
+    told = {"groups": (0, 0, 1, 1), "alpha_bounds": (1e-3, 1.0), "alpha_start": (0.1, 0.2), "max_iter": 2}
+    assert found == {**default, **told}
 
 
 def test_encoding_and_facts_come_along(tmp_path: pathlib.Path) -> None:
@@ -90,6 +106,8 @@ def test_damaged_files_are_refused(tmp_path: pathlib.Path) -> None:
         {"encoding": {"label": "y"}},
         {"num_features": 5},
         {"scalar": 3},
+        {"status": "DONE"},
+        {"parameters": {"alpha": 1}},
         {"classes": 7, "num_features": "many"},
     ):
         write_tensors(path, tensors, {**facts, **change})

@@ -32,7 +32,7 @@ def minimize_outer(
     step: StepRule = TrustRegion(),
     max_steps: int = 30,
     max_evals: int | None = None,
-    observe: Callable[[OuterStep], None] | None = None,
+    observe: Callable[[OuterStep, Any], None] | None = None,
 ) -> OuterSolution:
     r"""Minimize an outer loss of the solution of an inner problem over hyperparameters.
 
@@ -61,7 +61,7 @@ def minimize_outer(
         step: the rule that accepts points and proposes the next one.
         max_steps: largest number of outer steps.
         max_evals: no step begins once `gradient_evals` has reached this number.
-        observe: called with each `OuterStep`.
+        observe: called as `observe(step, z)` with each `OuterStep` and the state found.
 
     Returns:
         `OuterSolution` with the best point seen; its `status` says how the walk ended.

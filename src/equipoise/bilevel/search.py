@@ -24,7 +24,7 @@ def grid_search(
     grid: Iterable[Tensor | Sequence[Tensor]],
     solver: Solver | None = None,
     tolerance: float = 1e-3,
-    observe: Callable[[OuterStep], None] | None = None,
+    observe: Callable[[OuterStep, Any], None] | None = None,
 ) -> OuterSolution:
     """Evaluate the outer loss at given hyperparameters, each inner solve started at the solution before.
 
@@ -35,7 +35,7 @@ def grid_search(
         grid: the points, each a tensor or a tuple of tensors.
         solver: as in `minimize_outer`.
         tolerance: of all inner solves, relative as in `minimize_outer`.
-        observe: called with each `OuterStep`.
+        observe: as in `minimize_outer`.
 
     Returns:
         `OuterSolution` with the best point and the counts of all.
@@ -81,7 +81,7 @@ def random_search(
     seed: int = 0,
     solver: Solver | None = None,
     tolerance: float = 1e-3,
-    observe: Callable[[OuterStep], None] | None = None,
+    observe: Callable[[OuterStep, Any], None] | None = None,
 ) -> OuterSolution:
     """`grid_search` at points drawn uniformly between the bounds.
 
@@ -95,7 +95,7 @@ def random_search(
         seed: of the draw.
         solver: as in `grid_search`.
         tolerance: as in `grid_search`.
-        observe: called with each `OuterStep`.
+        observe: as in `minimize_outer`.
 
     Returns:
         `OuterSolution` with the best point and the counts of all.

@@ -53,7 +53,7 @@ class Walk:
         hyper0: Tensor | Sequence[Tensor],
         solver: Solver | None,
         gradient: Gradient | None,
-        observe: Callable[[OuterStep], None] | None,
+        observe: Callable[[OuterStep, Any], None] | None,
     ) -> None:
         if not callable(outer):
             raise TypeError(f"outer must be a function outer(z, *hyper) that returns (B,), got {outer!r}")
@@ -205,13 +205,14 @@ class Walk:
             seconds=time.perf_counter() - self.began,
         )
         self.history.append(line)
+        z = _detached(self.inner_solution.value)
         # An inexact solution may have a low outer loss by chance: the higher of both values counts.
         value = max(line.value, trial.value) if math.isfinite(trial.value) else math.inf
         key = (not converged, not accepted, value)
         if self.best is None or key < self.best[0]:
-            self.best = (key, line, _detached(self.inner_solution.value))
+            self.best = (key, line, z)
         if self.observe is not None:
-            self.observe(line)
+            self.observe(line, z)
 
     def solution(self, status: OuterStatus) -> OuterSolution:
         """The best point: the lowest value among those whose inner solve converged, if there is one."""

@@ -26,7 +26,7 @@ from equipoise.train import evaluate as evaluate_split
 from equipoise.train.evaluation import to_device
 from equipoise.train.readers import DataError, open_image, resize_and_crop, to_mode, to_tensor
 from equipoise.train.recipes import RECIPES
-from equipoise.train.run import RunError, config_yaml, new_folder, read_config
+from equipoise.train.run import RunError, config_yaml, folder_config, new_folder, read_config
 from equipoise.train.serialize import nearest
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")  # in a folder; a file may have any
@@ -132,7 +132,7 @@ def evaluate(arguments: list[str]) -> int:
         ("--json", {"action": "store_true", "help": "print JSON"}),
     ]
     folder = _run_folder(arguments, "evaluate")
-    base = _evaluated(_run_config(folder) if folder is not None else RECIPES["mdeq-digits"]())
+    base = _evaluated(folder_config(folder) if folder is not None else RECIPES["mdeq-digits"]())
     config, options = parse(
         arguments,
         base,
@@ -183,7 +183,7 @@ def predict(arguments: list[str]) -> int:
         ("--json", {"action": "store_true", "help": "print JSON, one line per image"}),
     ]
     folder = _run_folder(arguments, "predict")
-    base = _evaluated(_run_config(folder) if folder is not None else RECIPES["mdeq-digits"]())
+    base = _evaluated(folder_config(folder) if folder is not None else RECIPES["mdeq-digits"]())
     config, options = parse(
         arguments,
         base,
@@ -376,12 +376,6 @@ def _evaluated(config: TrainConfig) -> TrainConfig:
     )
 
 
-def _run_config(folder: Path) -> TrainConfig:
-    if not (folder / "config.yaml").is_file():
-        raise RunError(f"{folder} is not a run folder: it has no config.yaml")
-    return read_config(folder / "config.yaml")
-
-
 def _run_model(folder: Path, console: Console, *, quiet: bool) -> tuple[Any, dict[str, Any]]:
     """The model of a run and its facts: the final one, or that of the newest whole checkpoint."""
     path = folder / "model.safetensors"
@@ -390,7 +384,7 @@ def _run_model(folder: Path, console: Console, *, quiet: bool) -> tuple[Any, dic
     state, problems = checkpoint.read_newest_state(folder / "checkpoints")
     if state is None:
         raise CheckpointError("; ".join([*problems, f"{folder} has no model yet: its run has saved no checkpoint"]))
-    config = _run_config(folder)
+    config = folder_config(folder)
     model = checkpoint.model_of_state(state, config.model, config.solver, config.gradient)
     if not quiet:
         for problem in problems:

@@ -32,6 +32,7 @@ GRADIENTS: dict[str, Gradient] = {
     "Implicit": Implicit(solver=CG(max_steps=1000)),
     "JacobianFree": JacobianFree(),
 }
+NAMES = {"accuracy": "accuracy", "r2": "R²"}
 PENALTIES = {"shared": None, "per-feature": "feature", "per-class": "output"}
 MAX_CLASSES = 100  # whole-numbered labels with more values are targets of a regression
 FILES = ("config.json", "history.jsonl", "model.safetensors", "result.json", "loss.png")
@@ -72,13 +73,13 @@ def tune(arguments: list[str]) -> int:
     run = _Run(folder, overwrite=options.overwrite, asked=asked)
     say(f"run folder {folder}")
     start = time.perf_counter()
-    with _Progress(console, run, options.max_steps) as progress, warnings.catch_warnings(record=True) as caught:
+    score = "accuracy" if task == "classification" else "r2"
+    with _Progress(console, run, options.max_steps, score) as progress, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model.fit(table.X[train], table.y[train], observe=progress.observe)
     seconds = time.perf_counter() - start
     for warning in caught:
         say(f"note: {warning.message}")
-    score = "accuracy" if task == "classification" else "r2"
     tested = float(model.score(table.X[test], table.y[test])) if len(test) else None
     alphas = np.atleast_1d(model.alpha_).tolist()
     result = {
@@ -86,6 +87,7 @@ def tune(arguments: list[str]) -> int:
         "task": task,
         "alpha": alphas,
         "held_out_loss": model.validation_loss_,
+        f"held_out_{score}": _finite(model.validation_score_),
         f"test_{score}": tested,
         "status": model.outer_status_.name,
         "outer_steps": model.n_iter_,
@@ -98,10 +100,12 @@ def tune(arguments: list[str]) -> int:
     if options.json:
         sys.stdout.write(json.dumps(result) + "\n")
         return 0
+    named = NAMES[score]
     facts = {
         "penalty alpha": _span(alphas),
         "held-out loss": f"{model.validation_loss_:.6g}",
-        f"test {score.replace('r2', 'R²')}": "no test rows" if tested is None else f"{tested:.4f}, {len(test):,} rows",
+        f"held-out {named}": f"{model.validation_score_:.4f}",
+        f"test {named}": "no test rows" if tested is None else f"{tested:.4f}, {len(test):,} rows",
         "search": f"{model.outer_status_.name}: {model.outer_status_.remedy}",
         "outer steps": str(model.n_iter_),
         "gradients of the training loss": f"{result['gradient_evals']:,}",
@@ -110,6 +114,11 @@ def tune(arguments: list[str]) -> int:
     }
     console.print(facts_table(facts))
     return 0
+
+
+def _finite(value: float) -> float | None:
+    """A number as JSON has it."""
+    return value if math.isfinite(value) else None
 
 
 def _span(alphas: Sequence[float]) -> str:
@@ -130,13 +139,14 @@ class _Run:
             (folder / name).unlink(missing_ok=True)
         write_atomic(folder / "config.json", (json.dumps(asked, indent=2) + "\n").encode())
 
-    def log(self, step: OuterStep) -> dict[str, Any]:
-        """Append an outer step to `history.jsonl`."""
+    def log(self, step: OuterStep, score: dict[str, float | None]) -> dict[str, Any]:
+        """Append an outer step and its score to `history.jsonl`."""
         line = {
             "step": step.step,
-            "held_out_loss": step.value if math.isfinite(step.value) else None,
+            "held_out_loss": _finite(step.value),
+            **score,
             "log_alpha": step.hyper[0].tolist(),
-            "gradient_norm": step.gradient_norm if math.isfinite(step.gradient_norm) else None,
+            "gradient_norm": _finite(step.gradient_norm),
             "accepted": step.accepted,
             "inner_converged": step.inner_converged,
             "gradient_evals": step.gradient_evals,
@@ -163,8 +173,8 @@ class _Run:
 class _Progress:
     """A bar on a terminal, a line for each outer step elsewhere."""
 
-    def __init__(self, console: Console, run: _Run, total: int) -> None:
-        self.console, self.run = console, run
+    def __init__(self, console: Console, run: _Run, total: int, score: str) -> None:
+        self.console, self.run, self.score = console, run, score
         self.bar = TwoLines(
             TextColumn("outer step"),
             BarColumn(bar_width=None),
@@ -184,16 +194,13 @@ class _Progress:
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
-    def observe(self, step: OuterStep) -> None:
+    def observe(self, step: OuterStep, score: float) -> None:
         """Log a step and show it."""
-        line = self.run.log(step)
-        alphas = step.hyper[0].exp()
-        alpha = (
-            f"{float(alphas[0]):.3g}" if len(alphas) == 1 else f"{float(alphas.min()):.2g} to {float(alphas.max()):.2g}"
-        )
+        self.run.log(step, {f"held_out_{self.score}": _finite(score)})
+        figures = f"held-out loss {step.value:.6g}  {NAMES[self.score]} {score:.4f}"
         text = (
-            f"alpha {alpha}  held-out loss {step.value:.6g}{'' if step.accepted else '  (rejected)'}  "
-            f"gradients {line['gradient_evals']:,}"
+            f"alpha {_span(step.hyper[0].exp().tolist())}  {figures}{'' if step.accepted else '  (rejected)'}  "
+            f"gradients {step.gradient_evals:,}"
         )
         self.bar.update(self.task, completed=step.step, figures=text)
         if not self.console.is_terminal:

@@ -89,6 +89,10 @@ class BilevelEstimator(BaseEstimator, abc.ABC):
     def _loss(self, design: Design, rows: Rows) -> Loss:
         """Mean loss of some rows."""
 
+    @abc.abstractmethod
+    def _score(self, scores: np.ndarray, rows: Rows) -> float:
+        """How well scores of the design, `(k, n)`, fit rows with weights `(n,)`: accuracy or R²."""
+
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.input_tags.sparse = True
@@ -105,7 +109,8 @@ class BilevelEstimator(BaseEstimator, abc.ABC):
         judges: Rows | None,
         classes: np.ndarray | None = None,
         names: np.ndarray | None = None,
-        observe: Callable[[OuterStep], None] | None = None,
+        unit: float = 1.0,
+        observe: Callable[[OuterStep, float], None] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Search for the penalty and fit with it: coefficients `(k, d)` and intercepts `(k,)`.
 
@@ -115,7 +120,8 @@ class BilevelEstimator(BaseEstimator, abc.ABC):
             judges: rows of the outer loss that were passed apart; None: they are split off.
             classes: `(n,)` class numbers; None: regression.
             names: what the classes are called.
-            observe: called with each outer step.
+            unit: of the losses that are reported.
+            observe: called with each outer step and the score of its solution on the held-out rows.
         """
         self._check_options()
         inner, outer, num_splits = self._parts(rows, judges, classes, names)
@@ -140,6 +146,15 @@ class BilevelEstimator(BaseEstimator, abc.ABC):
             )
             labels = None if len(first) == 1 else torch.from_numpy(groups)
             judge = self._loss(design.on(outer.features), outer)
+
+            def reported(step: OuterStep) -> OuterStep:
+                return dataclasses.replace(step, value=step.value * unit, gradient_norm=step.gradient_norm * unit)
+
+            def watch(step: OuterStep, z: Tensor) -> None:
+                assert observe is not None
+                finite = math.isfinite(step.value)
+                observe(reported(step), self._mean_score(judge.design.scores(z), outer) if finite else math.nan)
+
             solution = minimize_outer(
                 lambda z, _: judge(z) / num_splits,
                 InnerLoss(self._loss(design, inner), GroupPenalty(design=design, groups=labels)),
@@ -149,7 +164,7 @@ class BilevelEstimator(BaseEstimator, abc.ABC):
                 solver=self._solver(),
                 gradient=Shine(fallback_ratio=math.inf) if self.gradient is None else self.gradient,
                 max_steps=self.max_iter,
-                observe=observe,
+                observe=None if observe is None else watch,
             )
             if solution.status is OuterStatus.NONFINITE:
                 raise ValueError("the loss is not finite at the first penalty; rescale X and y, or raise alpha_start")
@@ -159,7 +174,8 @@ class BilevelEstimator(BaseEstimator, abc.ABC):
             design, factor = design.rescaled(scale(alpha))
             penalty = GroupPenalty(design=design, groups=labels)
             z = self._solve(InnerLoss(self._loss(design, inner), penalty), log_alpha, solution.z * factor)
-            value = float(self._loss(design.on(outer.features), outer)(z).mean())
+            judge = self._loss(design.on(outer.features), outer)
+            value, score = float(judge(z).mean()), self._mean_score(judge.design.scores(z), outer)
             if self.refit and inner is not rows:
                 whole = InnerLoss(self._loss(design.on(rows.features), rows), penalty)
                 z = self._solve(whole, log_alpha, z.mean(0, keepdim=True))
@@ -167,11 +183,17 @@ class BilevelEstimator(BaseEstimator, abc.ABC):
                 _warn("an inner solve of the search")
             weights, intercepts = (part.mean(0).numpy() for part in design.coefficients(z))
         self.alpha_ = float(alpha[0]) if self.groups is None else alpha
-        self.validation_loss_ = value
-        self.outer_history_ = solution.history
+        self.validation_loss_, self.validation_score_ = value * unit, score
+        self.outer_history_ = [reported(step) for step in solution.history]
         self.outer_status_ = solution.status
         self.n_iter_ = len(solution.history)
         return weights, intercepts
+
+    def _mean_score(self, scores: Tensor, rows: Rows) -> float:
+        """The mean over the folds, of scores `(B, k, n)`."""
+        weights = np.broadcast_to(rows.weights, (len(scores), scores.shape[-1]))
+        parts = zip(scores.numpy(), weights, strict=True)
+        return float(np.mean([self._score(part, dataclasses.replace(rows, weights=weight)) for part, weight in parts]))
 
     def _solver(self) -> Solver:
         return LBFGS(max_steps=1000, memory=30) if self.solver is None else self.solver

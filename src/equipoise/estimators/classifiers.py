@@ -9,6 +9,7 @@ import numpy as np
 import scipy.special
 import torch
 from sklearn.base import ClassifierMixin
+from sklearn.metrics import accuracy_score
 from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import column_or_1d
@@ -32,7 +33,7 @@ class _Classifier(ClassifierMixin, BilevelEstimator):
         sample_weight: Any = None,
         *,
         validation: Any = None,
-        observe: Callable[[OuterStep], None] | None = None,
+        observe: Callable[[OuterStep, float], None] | None = None,
     ) -> Any:
         """Search for the penalty, then fit with it.
 
@@ -42,7 +43,8 @@ class _Classifier(ClassifierMixin, BilevelEstimator):
             sample_weight: `(n,)` weights >= 0; rows of weight zero are left out.
             validation: rows of the outer loss, `(X, y)` or `(X, y, sample_weight)`; then all of `X` trains, and
                 `validation_fraction` and `cv` are unheeded.
-            observe: called with each `OuterStep` of the search.
+            observe: called as `observe(step, score)` with each `OuterStep` of the search and the accuracy of its
+                solution on the held-out rows, with their weights; the mean over the folds.
 
         Returns:
             The estimator itself.
@@ -68,6 +70,9 @@ class _Classifier(ClassifierMixin, BilevelEstimator):
         self.classes_, self.coef_, self.intercept_ = names, weights, intercepts
         return self
 
+    def _score(self, scores: np.ndarray, rows: Rows) -> float:
+        return float(accuracy_score(rows.target, self._best(scores.T), sample_weight=rows.weights))
+
     def _check_classes(self, names: np.ndarray) -> None:
         """Refuse more classes than the model has."""
 
@@ -87,6 +92,11 @@ class _Classifier(ClassifierMixin, BilevelEstimator):
         numbers = np.searchsorted(names, y)
         return Rows(X, numbers, weigh(validation[2] if len(validation) == 3 else None, X) * balance[numbers])
 
+    @staticmethod
+    def _best(scores: np.ndarray) -> np.ndarray:
+        """Class numbers: `(n, 1)` or `(n, k)` scores to `(n,)`."""
+        return (scores[:, 0] > 0).astype(np.int64) if scores.shape[1] == 1 else scores.argmax(1)
+
     def decision_function(self, X: Any) -> np.ndarray:
         """Scores, `(n,)` for two classes, `(n, k)` for more."""
         scores = self._decision(X)
@@ -94,8 +104,7 @@ class _Classifier(ClassifierMixin, BilevelEstimator):
 
     def predict(self, X: Any) -> np.ndarray:
         """The label with the largest score, `(n,)`."""
-        scores = self.decision_function(X)
-        return self.classes_[(scores > 0).astype(np.int64) if scores.ndim == 1 else scores.argmax(1)]
+        return self.classes_[self._best(self._decision(X))]
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Probabilities of the classes, `(n, k)`, in the order of `classes_`."""
@@ -151,6 +160,7 @@ class BilevelLogisticRegression(_Classifier):
         intercept_: `(1,)` or `(k,)`.
         classes_: the labels.
         validation_loss_: the outer loss at `alpha_`.
+        validation_score_: accuracy on the held-out rows there, with the weights of the loss.
         n_iter_: number of outer steps.
         outer_history_: a record of each step, see `OuterStep`; its `hyper` are logarithms of penalties.
         outer_status_: how the search ended, see `OuterStatus`.
@@ -226,7 +236,8 @@ class BilevelNonlinearLeastSquares(_Classifier):
         targets: $y_i$ of the two classes. The published experiments take (-1, 1), which no sigmoid reaches.
 
     Attributes:
-        alpha_, coef_, intercept_, classes_, validation_loss_, n_iter_, outer_history_, outer_status_: as there.
+        alpha_, coef_, intercept_, classes_, validation_loss_, validation_score_, n_iter_, outer_history_,
+        outer_status_: as there.
 
     Example:
         >>> from sklearn.datasets import load_breast_cancer
@@ -281,6 +292,9 @@ class BilevelNonlinearLeastSquares(_Classifier):
         tags = super().__sklearn_tags__()
         tags.classifier_tags.multi_class = False
         return tags
+
+    def _score(self, scores: np.ndarray, rows: Rows) -> float:
+        return float(accuracy_score(rows.target, self._best(scores.T), sample_weight=rows.weights))
 
     def _check_classes(self, names: np.ndarray) -> None:
         if len(names) > 2:

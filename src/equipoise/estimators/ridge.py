@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn.base import MultiOutputMixin, RegressorMixin
+from sklearn.metrics import r2_score
 
 from equipoise.bilevel import OuterStep
 from equipoise.estimators.base import BilevelEstimator, Rows, weigh
@@ -35,6 +37,7 @@ class BilevelRidge(MultiOutputMixin, RegressorMixin, BilevelEstimator):
     Attributes:
         coef_: `(d,)`, for several targets `(k, d)`.
         intercept_: a number, for several targets `(k,)`.
+        validation_score_: $R^2$ on the held-out rows, the mean over the targets.
         alpha_, validation_loss_, n_iter_, outer_history_, outer_status_: as there.
 
     Example:
@@ -87,7 +90,7 @@ class BilevelRidge(MultiOutputMixin, RegressorMixin, BilevelEstimator):
         sample_weight: Any = None,
         *,
         validation: Any = None,
-        observe: Callable[[OuterStep], None] | None = None,
+        observe: Callable[[OuterStep, float], None] | None = None,
     ) -> BilevelRidge:
         """Search for the penalty, then fit with it.
 
@@ -97,7 +100,8 @@ class BilevelRidge(MultiOutputMixin, RegressorMixin, BilevelEstimator):
             sample_weight: `(n,)` weights >= 0; rows of weight zero are left out.
             validation: rows of the outer loss, `(X, y)` or `(X, y, sample_weight)`; then all of `X` trains, and
                 `validation_fraction` and `cv` are unheeded.
-            observe: called with each `OuterStep` of the search.
+            observe: called as `observe(step, score)` with each `OuterStep` of the search and the $R^2$ of its
+                solution on the held-out rows, with their weights; the mean over the folds.
 
         Returns:
             The estimator itself.
@@ -132,9 +136,8 @@ class BilevelRidge(MultiOutputMixin, RegressorMixin, BilevelEstimator):
             given = weigh(validation[2] if len(validation) == 3 else None, features)
             judges = Rows(features, target(wanted), given)
         coefficients, intercepts = self._tune(
-            rows, outputs=1 if y.ndim == 1 else y.shape[1], judges=judges, observe=observe
+            rows, outputs=1 if y.ndim == 1 else y.shape[1], judges=judges, unit=spread**2, observe=observe
         )
-        self.validation_loss_ *= spread**2
         coefficients, intercepts = coefficients * spread, intercepts * spread + center
         self.coef_ = coefficients[0] if y.ndim == 1 else coefficients
         self.intercept_ = float(intercepts[0]) if y.ndim == 1 else intercepts
@@ -144,6 +147,11 @@ class BilevelRidge(MultiOutputMixin, RegressorMixin, BilevelEstimator):
         """The targets, `(n,)` or `(n, k)`."""
         values = self._decision(X)
         return values[:, 0] if self.coef_.ndim == 1 else values
+
+    def _score(self, scores: np.ndarray, rows: Rows) -> float:
+        if len(rows.weights) < 2:  # of one row there is no variance to explain
+            return math.nan
+        return float(r2_score(rows.target.T, scores.T, sample_weight=rows.weights))
 
     def _loss(self, design: Design, rows: Rows) -> Loss:
         target, weights = torch.from_numpy(rows.target), torch.from_numpy(rows.weights)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from equipoise.bilevel import OuterStatus
 from equipoise.estimators.classifiers import BilevelLogisticRegression, BilevelNonlinearLeastSquares
 from equipoise.estimators.encoding import Encoding
 from equipoise.estimators.ridge import BilevelRidge
@@ -31,8 +35,9 @@ def save(
 ) -> None:
     """Save a fitted estimator in one safetensors file, atomically.
 
-    What it needs to predict is saved, and the penalties found; how it was searched for them is not, so `load` gives an
-    estimator whose parameters are the defaults.
+    Saved are what it needs to predict, the penalties found and how the search ended, and parameters that are plain
+    values: numbers, strings, lists of them. A `solver`, `gradient` or splitter is not, nor `outer_history_`: after
+    `load` these parameters have their defaults.
 
     Args:
         model: a fitted estimator of this package.
@@ -68,7 +73,10 @@ def save(
         "names": _names(model),
         "classes": _labels(model),
         "validation_loss": float(model.validation_loss_),
+        "validation_score": None if math.isnan(model.validation_score_) else float(model.validation_score_),
         "num_steps": int(model.n_iter_),
+        "status": model.outer_status_.name,
+        "parameters": _plain(model.get_params(deep=False)),
         "scalar": [attribute for attribute in ARRAYS if np.ndim(getattr(model, attribute)) == 0],
         "encoding": None if encoding is None else encoding.to_plain(),
         "about": dict(about or {}),
@@ -80,7 +88,8 @@ def save(
 def load(path: str | os.PathLike[str]) -> Any:
     """Load what `save` wrote: an estimator that predicts as the saved one.
 
-    Its attribute `encoding_` is the `Encoding` saved with it, or None; `read_rows(file, model.encoding_)` reads rows.
+    Parameters that were sequences are tuples now. Its
+    attribute `encoding_` is the `Encoding` saved with it, or None; `read_rows(file, model.encoding_)` reads rows.
 
     Raises:
         CheckpointError: the file is missing, truncated, damaged, or of another kind.
@@ -95,7 +104,7 @@ def load(path: str | os.PathLike[str]) -> Any:
     if facts.get("kind") != "estimator":
         raise CheckpointError(f"{path} is no saved estimator but {facts.get('kind', 'something else')!r}")
     try:
-        model = CLASSES[facts["class"]]()
+        model: Any = CLASSES[facts["class"]](**_tuples(facts["parameters"]))
         for attribute in ARRAYS:
             values = tensors[attribute].numpy()
             setattr(model, attribute, float(values[0]) if attribute in facts["scalar"] else values)
@@ -105,6 +114,8 @@ def load(path: str | os.PathLike[str]) -> Any:
             model.feature_names_in_ = np.array(facts["names"], dtype=object)
         model.n_features_in_ = int(facts["num_features"])
         model.validation_loss_, model.n_iter_ = float(facts["validation_loss"]), int(facts["num_steps"])
+        model.validation_score_ = math.nan if facts["validation_score"] is None else float(facts["validation_score"])
+        model.outer_status_ = OuterStatus[facts["status"]]
         model.encoding_ = None if facts["encoding"] is None else Encoding.from_plain(facts["encoding"])
         if model.coef_.shape[-1] != model.n_features_in_:
             raise ValueError(f"{model.coef_.shape[-1]} coefficients for {model.n_features_in_} features")
@@ -116,6 +127,22 @@ def load(path: str | os.PathLike[str]) -> Any:
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The facts saved with an estimator: its class, labels, encoding, and what was passed as `about`."""
     return read_facts(Path(path))
+
+
+def _plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that JSON returns as they were, sequences as lists."""
+    found = {}
+    for name, value in parameters.items():
+        plain = value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+        plain = list(plain) if isinstance(plain, tuple) else plain
+        with contextlib.suppress(TypeError, ValueError):
+            if json.loads(json.dumps(plain, allow_nan=False)) == plain:
+                found[name] = plain
+    return found
+
+
+def _tuples(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in parameters.items()}
 
 
 def _names(model: Estimator) -> list[str] | None:

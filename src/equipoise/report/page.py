@@ -15,13 +15,14 @@ from typing import Any
 from matplotlib.figure import Figure
 from PIL import Image
 
+from equipoise.files import write_atomic
 from equipoise.models import MDEQClassifier
 from equipoise.report.answers import Answers, look
 from equipoise.report.figures import confusion_map, curve, decay, step_counts, to_svg
 from equipoise.train import RunError, TrainConfig, checkpoint, evaluate
 from equipoise.train.data import Splits
 from equipoise.train.evaluation import summary
-from equipoise.train.run import config_yaml, read_config, read_lines
+from equipoise.train.run import config_yaml, folder_config, read_lines
 
 EXAMPLES, MIXUPS = 24, 12  # images and rows shown
 
@@ -45,9 +46,7 @@ def write_report(run_dir: str | os.PathLike[str], *, max_images: int = 2000) -> 
     folder = Path(run_dir)
     if max_images < 1:
         raise ValueError(f"max_images={max_images!r}: must be >= 1")
-    if not (folder / "config.yaml").is_file():
-        raise RunError(f"{folder} is not a run folder: it has no config.yaml")
-    config = read_config(folder / "config.yaml")
+    config = folder_config(folder)
     splits = config.data.load()
     finished = (folder / "result.json").is_file()
     if finished:
@@ -67,7 +66,7 @@ def write_report(run_dir: str | os.PathLike[str], *, max_images: int = 2000) -> 
     except (KeyError, IndexError, TypeError, ValueError) as error:
         what = f"{type(error).__name__}: {error}"
         raise RunError(f"{folder}: metrics.jsonl or result.json is damaged or of another version ({what})") from error
-    checkpoint.write_atomic(folder / "report.html", page.encode())
+    write_atomic(folder / "report.html", page.encode())
     return folder / "report.html"
 
 
@@ -81,14 +80,17 @@ def _so_far(model: MDEQClassifier, state: checkpoint.State, splits: Splits, conf
         steps=place["step"],
         steps_per_epoch=steps_per_epoch,
         seconds=place["seconds"],
-        backward_share=place["backward_seconds"] / place["seconds"],
+        backward_share=place["backward_seconds"] / place["seconds"] if place["seconds"] else 0.0,
         parameters=sum(p.numel() for p in model.parameters()),
         device=next(model.parameters()).device,
         world_size=1,
     )
     total = min(steps_per_epoch * config.epochs, config.stop_after or steps_per_epoch * config.epochs)
     at = f"step {place['step']:,} of {total:,}"
-    return {**facts, "unfinished": f"Not finished: all below is of the checkpoint at {at}."}
+    return {
+        **facts,
+        "unfinished": f"Not finished: the curves are of the training so far, all else is of the checkpoint at {at}.",
+    }
 
 
 def render(

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from equipoise.files import CheckpointError, read_facts, read_tensors, write_tensors
-from equipoise.files import write_atomic as write_atomic
 from equipoise.gradients import Gradient
 from equipoise.models import MDEQClassifier, MDEQConfig
 from equipoise.solvers import Solver

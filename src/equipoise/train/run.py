@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from equipoise.files import write_atomic
 from equipoise.train import checkpoint
 from equipoise.train.config import TrainConfig
 from equipoise.train.serialize import from_plain, to_plain
@@ -25,7 +26,7 @@ class RunError(ValueError):
 
 def write_config(config: TrainConfig, path: Path) -> None:
     """Write a configuration as YAML, atomically."""
-    checkpoint.write_atomic(path, config_yaml(config).encode())
+    write_atomic(path, config_yaml(config).encode())
 
 
 def config_yaml(config: TrainConfig) -> str:
@@ -62,6 +63,23 @@ def read_config(path: str | os.PathLike[str], base: TrainConfig | None = None) -
         return from_plain(TrainConfig, content)
     except (ValueError, TypeError) as error:
         raise RunError(f"{path}: {error}") from error
+
+
+def folder_config(folder: Path) -> TrainConfig:
+    """The configuration of the run that a folder holds.
+
+    Raises:
+        RunError: it holds none, or one of another kind; the message says what to use.
+    """
+    if (folder / "config.yaml").is_file():
+        return read_config(folder / "config.yaml")
+    if (folder / "config.json").is_file():
+        raise RunError(
+            f"{folder} holds a model of `equipoise tune`. It takes rows, in Python: from equipoise.estimators import "
+            f"load, read_rows; model = load({str(folder / 'model.safetensors')!r}); "
+            "model.predict(read_rows('new.csv', model.encoding_))"
+        )
+    raise RunError(f"{folder} is not a run folder: it has no config.yaml")
 
 
 def overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -146,7 +164,7 @@ class RunFolder:
             for left_over in self.path.glob(".*.tmp"):  # of processes that were killed
                 left_over.unlink(missing_ok=True)
             text = "".join(json.dumps(line) + "\n" for line in kept)
-            checkpoint.write_atomic(self.path / "metrics.jsonl", text.encode())
+            write_atomic(self.path / "metrics.jsonl", text.encode())
             if self.config.tensorboard:
                 self.events = _event_writer(self.path, step)
         return kept
@@ -167,7 +185,7 @@ class RunFolder:
     def finish(self, result: dict[str, Any]) -> None:
         """Write `result.json`, the last file of a run."""
         if self.writes:
-            checkpoint.write_atomic(self.path / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+            write_atomic(self.path / "result.json", (json.dumps(result, indent=2) + "\n").encode())
 
     def close(self) -> None:
         """Close the event file."""
