@@ -7,7 +7,6 @@ a map is built that contracts, and `equipoise.certify` proves it.
 from __future__ import annotations
 
 import math
-import weakref
 from typing import Any, Literal
 
 import torch
@@ -22,7 +21,8 @@ NONEXPANSIVE = (
     nn.Identity,
     nn.ReLU,
     nn.Tanh,
-    nn.Sigmoid,
+    nn.LeakyReLU,
+    nn.Softplus,
     nn.PixelShuffle,
     nn.PixelUnshuffle,
     nn.Flatten,
@@ -66,13 +66,13 @@ def lipschitz_bound(module: nn.Module, *, training: bool = False) -> float:
     own = getattr(module, "lipschitz_bound", None)
     if own is not None:
         return float(own(training))
-    if _plain(module, nn.Sequential):
+    if isinstance(module, nn.Sequential):
         return math.prod(lipschitz_bound(layer, training=training) for layer in module)
-    if _plain(module, *NONEXPANSIVE):
+    if isinstance(module, NONEXPANSIVE):
         return 1.0
     if isinstance(module, VariationalDropout):
         return 1 / (1 - module.p) if training else 1.0
-    if _plain(module, nn.Linear):
+    if isinstance(module, nn.Linear):
         return float(torch.linalg.matrix_norm(module.weight.detach().double(), ord=2))
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         raise UnknownConstant(module, "batch statistics have no place in a map; use MeanOnlyGroupNorm")
@@ -83,11 +83,6 @@ def lipschitz_bound(module: nn.Module, *, training: bool = False) -> float:
     raise UnknownConstant(
         module, "no Lipschitz constant is known; use the layers of equipoise.nn, or give it lipschitz_bound(training)"
     )
-
-
-def _plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether a module is of one of these kinds and computes what they do: a subclass may add a skip connection."""
-    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
 
 
 class _Clip(torch.autograd.Function):
@@ -275,9 +270,6 @@ class CappedConv2d(nn.Conv2d):
     last switched to evaluation: it costs little and may be some percent behind. The gradient is that of the leading
     singular value in either mode.
 
-    The bound is kept until the kernel changes. PyTorch does not notice changes of `kernel.data`; after them, switch the
-    mode.
-
     Args:
         in_channels: of the input.
         out_channels: of the output.
@@ -339,10 +331,9 @@ class CappedConv2d(nn.Conv2d):
     def train(self, mode: bool = True) -> CappedConv2d:
         """Switch the mode; on the way to evaluation the power iteration is compared with the bound."""
         parts: Any = self.parametrizations["weight"]  # type: ignore[index]
-        limit = parts[0]
-        limit.known = limit.followed = None
+        limit, kernel = parts[0], parts.original
         if limit.steering and not mode:
-            limit.tighten(parts.original)
+            limit.tighten(kernel)
         limit.steering = mode
         return super().train(mode)
 
@@ -362,13 +353,13 @@ class _Cap(nn.Module):
         self.steering = (
             True  # unlike `training`, which a backward pass turns off although it must meet the same weights
         )
-        self.followed: _Mark | None = None  # the kernel that the vector was last adapted to
-        self.known: tuple[_Mark, Tensor] | None = None  # a kernel and its bound
+        self.followed: tuple[int, int] | None = None  # the kernel that the vector was last adapted to
+        self.known: tuple[tuple[int, int], Tensor] | None = None  # a kernel and its bound
         with torch.no_grad():
             image = torch.randn(1, kernel.shape[1], *size, dtype=kernel.dtype, device=kernel.device)
             norm, image = self._iterate(kernel, image, 20)
             self.register_buffer("vector", image)
-            self.register_buffer("slack", _ratio(self._bound(kernel), norm))
+            self.register_buffer("slack", self._bound(kernel) / norm)
 
     def forward(self, kernel: Tensor) -> Tensor:
         with torch.autocast(kernel.device.type, enabled=False):
@@ -380,27 +371,27 @@ class _Cap(nn.Module):
     def tighten(self, kernel: Tensor) -> None:
         """Compare the power iteration with the bound."""
         with torch.no_grad():
-            self.slack.copy_(_ratio(self._bound(kernel), self._iterate(kernel, self.vector, 5)[0]))
+            self.slack.copy_(self._bound(kernel) / self._iterate(kernel, self.vector, 5)[0])
 
     def _norm(self, kernel: Tensor) -> Tensor:
         """The norm by which the kernel is judged, with the derivative of the leading singular value."""
-        if self.steering and self.training and not (self.followed and self.followed.fits(kernel)):
+        if self.steering and self.training and self.followed != _identity(kernel):
             with torch.no_grad():
                 self.vector.copy_(self._iterate(kernel, self.vector, 2)[1])
-            self.followed = _Mark(kernel)
+            self.followed = _identity(kernel)
         if not self.steering and not torch.is_grad_enabled():
             return self._bound(kernel)
         norm, _ = self._iterate(kernel, self.vector.clone(), 0)
         if self.steering:
             return norm * self.slack
         bound, found = self._bound(kernel), norm.detach()
-        return bound + (norm - found) * _ratio(bound, found)
+        return bound + (norm - found) * (bound / found)
 
     @torch.no_grad()
     def _bound(self, kernel: Tensor) -> Tensor:
-        if self.known is None or not self.known[0].fits(kernel):
+        if self.known is None or self.known[0] != _identity(kernel):
             bound = conv_norm_bound(kernel, self.size, stride=self.stride, padding=self.padding)
-            self.known = _Mark(kernel), bound
+            self.known = _identity(kernel), bound
         return self.known[1]
 
     def _iterate(self, kernel: Tensor, image: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
@@ -411,25 +402,9 @@ class _Cap(nn.Module):
         return super()._apply(fn, recurse)
 
 
-class _Mark:
-    """Remembers a kernel and how often it was changed; what is written to `kernel.data` does not count as a change."""
-
-    def __init__(self, kernel: Tensor) -> None:
-        # Not by its id, which a later tensor may inherit.
-        self.kernel = weakref.ref(kernel)
-        self.version = _version(kernel)
-
-    def fits(self, kernel: Tensor) -> bool:
-        return self.kernel() is kernel and self.version is not None and self.version == _version(kernel)
-
-
-def _version(kernel: Tensor) -> int | None:
-    return None if kernel.is_inference() else kernel._version  # changes of inference tensors are not counted
-
-
-def _ratio(bound: Tensor, norm: Tensor) -> Tensor:
-    """How far a bound is above a norm; 1 for a kernel of zeros."""
-    return torch.where(norm > 0, bound / norm, 1.0)
+def _identity(kernel: Tensor) -> tuple[int, int]:
+    """A kernel and how often it was changed."""
+    return id(kernel), kernel._version
 
 
 class SLLBlock(nn.Module):

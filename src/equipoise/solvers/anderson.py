@@ -36,8 +36,8 @@ class Anderson(Solver):
     that best point and forgets the others.
 
     With a proved Lipschitz constant $L < 1$ the safeguard is a proof: a step that reduces the residual by less than
-    Picard's would, $\|r_{k+1}\| > (1 - \beta + \beta L)\,\|r_{\text{best}}\|$, is taken back, so that at most every
-    other evaluation is lost. As with `Picard`, the tolerance then bounds the error instead of the residual.
+    Picard's would, $\|r_{k+1}\| > L\,\|r_{\text{best}}\|$, is taken back, so that at most every other evaluation is
+    lost. As with `Picard`, the tolerance then bounds the error instead of the residual.
 
     Args:
         memory: number of points combined.
@@ -115,9 +115,8 @@ class Anderson(Solver):
         if self.lipschitz is None:
             restart = ~(squares[:, slot] <= self.growth**2 * squares.amin(dim=1))
         else:
-            rate = 1 - self.mixing * (1 - self.lipschitz)
             others = squares.index_fill(1, torch.tensor([slot], device=squares.device), torch.inf)
-            restart = ~(squares[:, slot] <= rate**2 * others.amin(dim=1))
+            restart = ~(squares[:, slot] <= self.lipschitz**2 * others.amin(dim=1))
         # Relative to each column, and no finer than the rounding of the products.
         ridge = torch.diag_embed((self.ridge + 4 * eps) * squares)
         factor, info = torch.linalg.cholesky_ex(matrix + ridge)
