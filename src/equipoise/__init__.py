@@ -2,7 +2,7 @@
 
 from equipoise import bilevel, nn
 from equipoise.bilevel import minimize_outer
-from equipoise.certificate import Certificate, CertificateError, certify, jacobian_norm
+from equipoise.certificate import Certificate, CertificateError, certify, contraction_solver, jacobian_norm
 from equipoise.fixed_point import fixed_point
 from equipoise.gradients import Gradient, Implicit, JacobianFree, Neumann, Phantom, Shine, Unrolled
 from equipoise.linalg import InverseEstimate
@@ -39,6 +39,7 @@ __all__ = [
     "Unrolled",
     "bilevel",
     "certify",
+    "contraction_solver",
     "fixed_point",
     "jacobian_norm",
     "minimize_outer",

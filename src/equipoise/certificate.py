@@ -98,11 +98,9 @@ class Certificate:
         return min(found)
 
     def solver(self, *, rtol: float = 1e-3) -> Solver:
-        r"""A solver that reaches the equilibrium of every input, with a proof.
+        r"""A solver that reaches the equilibrium of every input, with a proof: that of `contraction_solver`.
 
-        Up to $L = 0.6$ Picard iteration, above it Anderson acceleration that goes back to Picard's step wherever it
-        contracts less than $L$ promises. Both bound the error by `rtol`, $\|f(z) - z\| / (1 - L) \le
-        \mathrm{rtol}\,\|f(z)\|$. Where only the weighted norm contracts, Picard iteration on the residual.
+        Where only the weighted norm contracts, Picard iteration on the residual.
 
         Args:
             rtol: relative error.
@@ -117,11 +115,7 @@ class Certificate:
         if self.norm >= 1:
             wanted = rtol * (1 - self.radius) / self.condition
             return Picard(rtol=wanted, max_steps=self.evaluations(wanted))
-        if self.norm <= PICARD_UP_TO:
-            return Picard(rtol=rtol, lipschitz=self.norm, max_steps=self.evaluations(rtol, lipschitz=self.norm))
-        # A step that is taken back costs an evaluation, and the Picard step after it contracts.
-        steps = 2 * self.evaluations(rtol, lipschitz=self.norm)
-        return Anderson(rtol=rtol, lipschitz=self.norm, max_steps=steps)
+        return contraction_solver(self.norm, rtol=rtol)
 
     def require(self) -> Certificate:
         """This certificate, if the map contracts.
@@ -139,6 +133,39 @@ class Certificate:
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for files."""
         return {**dataclasses.asdict(self), "contracts": self.contracts, "tightness": self.tightness}
+
+
+def contraction_solver(lipschitz: float, *, rtol: float = 1e-3, max_steps: int | None = None) -> Solver:
+    r"""The solver for a map with a Lipschitz constant $L < 1$, forward and, as $J^T$ has the same, backward.
+
+    Up to $L = 0.6$ Picard iteration, above it Anderson acceleration that goes back to Picard's step wherever it
+    contracts less than $L$ promises. Both bound the error by `rtol`, $\|f(z) - z\| / (1 - L) \le
+    \mathrm{rtol}\,\|f(z)\|$.
+
+    Args:
+        lipschitz: $L$: a certificate's `norm`, or before training what the layers allow, `Contraction.constant`.
+        rtol: relative error.
+        max_steps: most evaluations; None: as many as the proof needs.
+
+    Returns:
+        The solver.
+
+    Raises:
+        ValueError: `lipschitz` is outside [0, 1), or `rtol` is not positive.
+
+    Example:
+        >>> import equipoise as eq
+        >>> eq.contraction_solver(0.5).max_steps
+        13
+    """
+    if not 0 <= lipschitz < 1:
+        raise ValueError(f"lipschitz={lipschitz!r}: must lie in [0, 1); only a contraction has such a solver")
+    if not rtol > 0:
+        raise ValueError(f"rtol={rtol!r}: must be > 0")
+    picard = lipschitz <= PICARD_UP_TO
+    needed = _evaluations(lipschitz, 1.0, rtol * (1 - lipschitz)) if picard else _accelerated(lipschitz, rtol)
+    family = Picard if picard else Anderson
+    return family(rtol=rtol, lipschitz=lipschitz, max_steps=needed if max_steps is None else min(needed, max_steps))
 
 
 def certify(model: nn.Module, *, training: bool = False, solution: Solution | None = None) -> Certificate:
@@ -238,6 +265,18 @@ def _evaluations(lipschitz: float, condition: float, rtol: float) -> int:
     while condition * power * (1 + lipschitz) > rtol * (1 - power * lipschitz):
         k, power = k + 1, power * lipschitz
     return k + 1
+
+
+def _accelerated(lipschitz: float, rtol: float) -> int:
+    """Evaluations after which safeguarded Anderson acceleration from zero has stopped.
+
+    A step that is taken back costs an evaluation, and the Picard step after it contracts: after $2 k + 1$ evaluations
+    $|r| \\le L^k |r_0|$. And $|f(z)| \\ge |z^*| - L |z - z^*| \\ge |r_0| / (1 + L) - L |r| / (1 - L)$.
+    """
+    k, power = 0, 1.0
+    while power * (1 + rtol * lipschitz) * (1 + lipschitz) > rtol * (1 - lipschitz):
+        k, power = k + 1, power * lipschitz
+    return 2 * k + 1
 
 
 def _perron(matrix: Tensor) -> tuple[float, tuple[float, ...]]:

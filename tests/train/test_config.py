@@ -13,7 +13,7 @@ import yaml
 from train.toy import FULL, PLAIN, Toy
 
 import equipoise as eq
-from equipoise.models import MDEQConfig
+from equipoise.models import MDEQConfig, ScaledLayers
 from equipoise.train import (
     SGD,
     Adam,
@@ -64,9 +64,52 @@ def test_recipes_have_their_names_and_a_configuration_file_holds_every_field(nam
     plain = yaml.safe_load(config_yaml(config))
     assert list(plain) == [field.name for field in dataclasses.fields(TrainConfig)]
     assert list(plain["model"]) == [field.name for field in dataclasses.fields(MDEQConfig)]
-    assert plain["solver"]["class_path"] == "equipoise.Broyden"
-    assert plain["solver"]["init_args"].keys() == {field.name for field in dataclasses.fields(eq.Broyden)}
+    assert plain["solver"]["class_path"] == f"equipoise.{type(config.solver).__name__}"
+    assert plain["solver"]["init_args"].keys() == {field.name for field in dataclasses.fields(config.solver)}
     assert plain["optimizer"]["class_path"].startswith("equipoise.train.")
+
+
+@pytest.mark.parametrize("name", [name for name in recipes.RECIPES if name.startswith("lipschitz")])
+def test_solvers_of_contracting_recipes_follow_from_the_constant_of_their_layers(name: str) -> None:
+    config = recipes.RECIPES[name]()
+    layers, n, p = config.model.contraction, config.model.num_levels, config.model.dropout
+    assert layers is not None
+    assert isinstance(config.gradient, eq.Implicit)
+    assert config.eval_solver is not None
+    in_training, in_evaluation = layers.constant(n, dropout=p), layers.constant(n)
+    assert in_evaluation <= in_training < 1
+    for solver, constant in (
+        (config.solver, in_training),
+        (config.gradient.solver, in_training),
+        (config.eval_solver, in_evaluation),
+    ):
+        assert isinstance(solver, eq.Anderson if constant > 0.6 else eq.Picard)
+        assert solver.lipschitz == constant
+    assert (config.solver.max_steps, config.gradient.solver.max_steps) == (18, 20)
+    assert config.eval_solver == eq.contraction_solver(in_evaluation, rtol=config.solver.rtol)
+    assert config.pretraining.steps == 0
+
+
+def test_published_settings_of_the_lipschitz_mdeq() -> None:
+    config = recipes.lipschitz_cifar10()
+    assert config.model.contraction == ScaledLayers(
+        slope=0.4, update=0.5, exchange=0.3, weights="softmax", max_gamma=1.0, cap=2.0
+    )
+    assert config.model.channels == (32, 64, 128, 256)
+    assert config.model.dropout == 0.3
+    assert config.optimizer == Adam(lr=1e-3)
+    assert config.schedule == Schedule(final_lr=1e-6)
+    assert (config.epochs, config.batch_size, config.solver.rtol) == (200, 128, 1e-3)
+    assert config.data.flip
+    assert config.data.crop_padding == 4
+
+
+def test_layers_that_do_not_contract_make_no_recipe() -> None:
+    with pytest.raises(ValueError, match=r"ScaledLayers\(slope=0.8.* allows a constant of 4\.844.* lower slope, cap"):
+        recipes.contracting(recipes.mdeq_digits(), ScaledLayers(slope=0.8))
+    smaller = recipes.contracting(recipes.mdeq_digits(), ScaledLayers(slope=0.2))
+    assert isinstance(smaller.solver, eq.Picard)
+    assert smaller.solver.lipschitz == pytest.approx(0.1255, abs=0.01)
 
 
 def test_the_saved_configuration_reproduces_the_run(tmp_path: pathlib.Path) -> None:
