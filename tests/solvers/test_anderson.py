@@ -195,3 +195,15 @@ def test_a_memory_longer_than_the_solve_is_not_reserved() -> None:
 def test_fields_out_of_range(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         eq.Anderson(**fields)
+
+
+def test_a_proved_constant_keeps_the_promised_rate_and_still_accelerates() -> None:
+    slopes, x = torch.linspace(0.85, 0.9, 4), torch.randn(3, 4)  # plain steps are hardly better than promised
+    f = eq.Map(lambda z, x: slopes * z + x, 0 * x, [x], params=())
+    solution = eq.Anderson(lipschitz=0.9, max_steps=400, rtol=1e-6).solve(f, 0 * x, trace=True).raise_for_status()
+    assert solution.trace is not None
+    best = solution.trace.cummin(dim=0).values
+    k = torch.arange(len(best)) // 2  # every other evaluation may be lost
+    assert bool(((best <= best[0] * 0.9 ** k[:, None] * (1 + 1e-12)) | best.isnan()).all())
+    picard = eq.Picard(lipschitz=0.9, max_steps=400, rtol=1e-6).solve(f, 0 * x)
+    assert bool((solution.num_steps < 0.5 * picard.raise_for_status().num_steps).all())

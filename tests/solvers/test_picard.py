@@ -89,6 +89,13 @@ def test_banachs_bound_is_attained_by_a_scaling_and_so_stops_no_later_than_it_mu
     assert 0.9 * atol < error <= atol
 
 
+def test_a_step_from_two_constants_is_never_longer_than_that_of_the_map() -> None:
+    slope, x = torch.tensor([[-0.5], [0.5]]), torch.ones(2, 1)  # both have these constants; a step of 2 would diverge
+    solver = eq.Picard(lipschitz=0.5, one_sided=0.5, max_steps=60, rtol=1e-10)
+    assert solver.step == 1
+    torch.testing.assert_close(solve(slope, x, solver).raise_for_status().value, x / (1 - slope), rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -46,7 +46,7 @@ class ScaledLayers(Contraction):
     """
 
     slope: float = 0.4
-    """Slope $s$ of the activations, in (0, 1]: the main knob, as the constant grows with its third power."""
+    """Slope $s$ of the activations, in (0, 1]: the main knob, as the constant grows with its square at least."""
     update: float = 0.5
     """Share $\\alpha$ of what the residual block has found, in [0, 1]; the rest is the state itself."""
     exchange: float = 0.3

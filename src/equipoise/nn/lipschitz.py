@@ -47,8 +47,8 @@ def lipschitz_bound(module: nn.Module, *, training: bool = False) -> float:
     """Lipschitz constant of a layer or chain of layers, with its present weights.
 
     Args:
-        module: one of the layers of this file, a convolution or linear layer, a non-expansive activation, up-sampling,
-            `VariationalDropout`, a `Sequential` of these, or any module with a method `lipschitz_bound(training)`.
+        module: one of the layers of this file, a linear layer, a non-expansive activation, `VariationalDropout`, a
+            `Sequential` of these, or any module with a method `lipschitz_bound(training)`.
         training: count dropout as it is in training, where what is kept is enlarged.
 
     Returns:
@@ -74,6 +74,8 @@ def lipschitz_bound(module: nn.Module, *, training: bool = False) -> float:
         return 1 / (1 - module.p) if training else 1.0
     if isinstance(module, nn.Linear):
         return float(torch.linalg.matrix_norm(module.weight.detach().double(), ord=2))
+    if isinstance(module, nn.modules.conv._ConvNd):
+        raise UnknownConstant(module, "its norm is not bounded, and depends on the size of the image; use CappedConv2d")
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         raise UnknownConstant(module, "batch statistics have no place in a map; use MeanOnlyGroupNorm")
     if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):

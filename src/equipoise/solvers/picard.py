@@ -24,7 +24,8 @@ class Picard(Solver):
     Weaker than a contraction, and still enough: if $f$ is $L$-Lipschitz, $L \ge 1$ allowed, and one-sided bounded,
     $\langle f(z) - f(z'), z - z' \rangle \le \mu \|z - z'\|^2$ with $\mu < 1$, the damped iteration with
     $\beta = (1 - \mu) / (1 - 2 \mu + L^2)$ contracts by $\sqrt{1 - (1 - \mu)^2 / (1 - 2 \mu + L^2)}$, and
-    $\|z - z^*\| \le \|f(z) - z\| / (1 - \mu)$. Given both constants, this is the step and this is the bound.
+    $\|z - z^*\| \le \|f(z) - z\| / (1 - \mu)$. Given both constants, this is the step and this is the bound. Where
+    $\mu > L^2$ the formula exceeds one and proves nothing; the step is then one, and the map contracts by $L < 1$.
 
     Args:
         damping: $\beta$; below 1 it also tames maps that oscillate. With `one_sided` it follows from the constants.
@@ -66,7 +67,7 @@ class Picard(Solver):
         """The damping in use."""
         if self.one_sided is None or self.lipschitz is None:
             return self.damping
-        return (1 - self.one_sided) / (1 - 2 * self.one_sided + self.lipschitz**2)
+        return min(1.0, (1 - self.one_sided) / (1 - 2 * self.one_sided + self.lipschitz**2))
 
     def tolerance(self, size: Tensor) -> Tensor:
         allowed = super().tolerance(size)
