@@ -433,6 +433,8 @@ def main() -> None:
     setting = dataclasses.replace(setting, config=config)
     data = "digits" if args.quick else args.data
     seeds = 1 if args.quick else args.seeds
+    if args.show and not args.json.exists():
+        parser.error(f"--show: {args.json} does not exist; leave --show out to measure, and write it")
     chosen = variants(setting)
     names = list(chosen)
     record = begin(args.json, setting, args.device, args.threads)

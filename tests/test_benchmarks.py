@@ -51,6 +51,9 @@ def test_backward_cost(tmp_path: pathlib.Path) -> None:
     pytest.importorskip("sklearn")
     target, picture = tmp_path / "backward.json", tmp_path / "backward.png"
     command = [sys.executable, "benchmarks/backward_cost.py", "--quick", "--json", str(target), "--plot", str(picture)]
+    early = subprocess.run([*command, "--show"], cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert early.returncode == 2
+    assert f"--show: {target} does not exist" in early.stderr
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert run.returncode == 0, run.stderr
     figures = json.loads(target.read_text())["figures"]

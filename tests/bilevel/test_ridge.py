@@ -355,6 +355,12 @@ def test_a_start_at_the_solution_of_the_inner_problem() -> None:
         ({"max_steps": 0}, ValueError, "max_steps"),
         ({"max_evals": 0}, ValueError, "max_evals"),
         ({"solver": eq.Anderson()}, ValueError, "inverse"),
+        (
+            {"solver": eq.LBFGS(cadence=5, outer=lambda z, rows: z[:, 0])},
+            ValueError,
+            r"give LBFGS\(cadence=...\) alone",
+        ),
+        ({"solver": eq.AdjointBroyden(cadence=5, outer=lambda z, rows: z[:, 0])}, ValueError, "AdjointBroyden"),
     ],
 )
 def test_wrong_arguments_are_named(options: dict[str, object], error: type[Exception], words: str) -> None:

@@ -54,7 +54,7 @@ def minimize_outer(
         bounds: pair of the least and the largest values: numbers, or tensors that fit the hyperparameters.
         solver: of the inner problem; its tolerances are replaced at each step. None: `LBFGS(max_steps=1000, memory=60)`
             for a loss, `AdjointBroyden(max_steps=200, memory=240, cadence=5)` for an `InnerMap`. With a `cadence` it is
-            told the outer loss.
+            told the outer loss; its own `outer` must be None.
         gradient: how the solution is differentiated.
         tolerance: schedule of the inner tolerance: of the gradient's norm, relative to that at `z0` and `hyper0` and to
             how strongly the outer loss depends on it; for `InnerMap`, of the residual relative to the state.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from typing import ClassVar
 
 LEAST = 1e-12
 
@@ -56,7 +57,15 @@ class Exponential(_Falling):
 
 
 @dataclasses.dataclass(frozen=True)
-class Quadratic(_Falling):
+class _Power(_Falling):
+    power: ClassVar[int]
+
+    def at(self, step: int) -> float:
+        return max(self.first / step**self.power, LEAST)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quadratic(_Power):
     r"""$\varepsilon_k = \varepsilon_1 / k^2$, at least $10^{-12}$.
 
     Args:
@@ -68,12 +77,11 @@ class Quadratic(_Falling):
     Source: Pedregosa (2016), section 4.
     """
 
-    def at(self, step: int) -> float:
-        return max(self.first / step**2, LEAST)
+    power = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Cubic(_Falling):
+class Cubic(_Power):
     r"""$\varepsilon_k = \varepsilon_1 / k^3$, at least $10^{-12}$.
 
     Args:
@@ -85,8 +93,7 @@ class Cubic(_Falling):
     Source: Pedregosa (2016), section 4.
     """
 
-    def at(self, step: int) -> float:
-        return max(self.first / step**3, LEAST)
+    power = 3
 
 
 @dataclasses.dataclass(frozen=True)

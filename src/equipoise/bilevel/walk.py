@@ -58,6 +58,11 @@ class Walk:
         if not callable(outer):
             raise TypeError(f"outer must be a function outer(z, *hyper) that returns (B,), got {outer!r}")
         self.outer, self.inner = outer, inner if isinstance(inner, Inner) else InnerLoss(inner)
+        if isinstance(solver, (AdjointBroyden, LBFGS)) and solver.outer is not None:
+            name = type(solver).__name__
+            raise ValueError(
+                f"solver={name}(outer=...): it is told the outer loss of this problem; give {name}(cadence=...) alone"
+            )
         self.solver = self.inner.solver if solver is None else solver
         self.gradient, self.observe = gradient, observe
         self.layout = HyperLayout.of(hyper0)

@@ -51,39 +51,23 @@ class Rows:
         return dataclasses.replace(self, weights=weights)
 
 
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)  # scikit-learn reads the parameters off its __init__
 class BilevelEstimator(BaseEstimator, abc.ABC):
     """Base of the linear estimators that tune their penalty: the split, the search, the last fit, the scores."""
 
-    def __init__(
-        self,
-        *,
-        groups: Any,
-        validation_fraction: float,
-        cv: Any,
-        gradient: Gradient | None,
-        solver: Solver | None,
-        alpha_start: Any,
-        alpha_bounds: Any,
-        max_iter: int,
-        tol: float,
-        fit_intercept: bool,
-        refit: bool,
-        warm_start: bool,
-        random_state: Any,
-    ) -> None:
-        self.groups = groups
-        self.validation_fraction = validation_fraction
-        self.cv = cv
-        self.gradient = gradient
-        self.solver = solver
-        self.alpha_start = alpha_start
-        self.alpha_bounds = alpha_bounds
-        self.max_iter = max_iter
-        self.tol = tol
-        self.fit_intercept = fit_intercept
-        self.refit = refit
-        self.warm_start = warm_start
-        self.random_state = random_state
+    groups: Any = None
+    validation_fraction: float = 0.25
+    cv: Any = None
+    gradient: Gradient | None = None
+    solver: Solver | None = None
+    alpha_start: Any = None
+    alpha_bounds: Any = None
+    max_iter: int = 30
+    tol: float = 1e-6
+    fit_intercept: bool = True
+    refit: bool = True
+    warm_start: bool = False
+    random_state: Any = None
 
     @abc.abstractmethod
     def _loss(self, design: Design, rows: Rows) -> Loss:

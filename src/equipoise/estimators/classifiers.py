@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -17,14 +18,13 @@ from sklearn.utils.validation import column_or_1d
 from equipoise.bilevel import OuterStep
 from equipoise.estimators.base import BilevelEstimator, Rows, weigh
 from equipoise.estimators.linear import Design, LogisticLoss, Loss, MultinomialLoss, SigmoidLoss
-from equipoise.gradients import Gradient
-from equipoise.solvers import Solver
 
 
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class _Classifier(ClassifierMixin, BilevelEstimator):
     """Labels to class numbers and back, class weights, probabilities."""
 
-    class_weight: Any
+    class_weight: Any = None
 
     def fit(
         self,
@@ -178,41 +178,6 @@ class BilevelLogisticRegression(_Classifier):
     Source: Pedregosa (2016), section 5; Ramzi et al. (2022), section 3.1.
     """
 
-    def __init__(
-        self,
-        *,
-        groups: Any = None,
-        validation_fraction: float = 0.25,
-        cv: Any = None,
-        gradient: Gradient | None = None,
-        solver: Solver | None = None,
-        alpha_start: Any = None,
-        alpha_bounds: Any = None,
-        max_iter: int = 30,
-        tol: float = 1e-6,
-        fit_intercept: bool = True,
-        class_weight: Any = None,
-        refit: bool = True,
-        warm_start: bool = False,
-        random_state: Any = None,
-    ) -> None:
-        super().__init__(
-            groups=groups,
-            validation_fraction=validation_fraction,
-            cv=cv,
-            gradient=gradient,
-            solver=solver,
-            alpha_start=alpha_start,
-            alpha_bounds=alpha_bounds,
-            max_iter=max_iter,
-            tol=tol,
-            fit_intercept=fit_intercept,
-            refit=refit,
-            warm_start=warm_start,
-            random_state=random_state,
-        )
-        self.class_weight = class_weight
-
     def _loss(self, design: Design, rows: Rows) -> Loss:
         target, weights = torch.from_numpy(rows.target), torch.from_numpy(rows.weights)
         if design.outputs == 1:
@@ -220,6 +185,7 @@ class BilevelLogisticRegression(_Classifier):
         return MultinomialLoss(design=design, target=target, weights=weights, mean=True)
 
 
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class BilevelNonlinearLeastSquares(_Classifier):
     r"""Two classes told apart by least squares on probabilities, with penalties found by gradient.
 
@@ -251,42 +217,7 @@ class BilevelNonlinearLeastSquares(_Classifier):
     Source: Ramzi et al. (2022), appendix on regularized nonlinear least squares.
     """
 
-    def __init__(
-        self,
-        *,
-        groups: Any = None,
-        validation_fraction: float = 0.25,
-        cv: Any = None,
-        gradient: Gradient | None = None,
-        solver: Solver | None = None,
-        alpha_start: Any = None,
-        alpha_bounds: Any = None,
-        max_iter: int = 30,
-        tol: float = 1e-6,
-        fit_intercept: bool = True,
-        class_weight: Any = None,
-        refit: bool = True,
-        warm_start: bool = False,
-        random_state: Any = None,
-        targets: tuple[float, float] = (0, 1),
-    ) -> None:
-        super().__init__(
-            groups=groups,
-            validation_fraction=validation_fraction,
-            cv=cv,
-            gradient=gradient,
-            solver=solver,
-            alpha_start=alpha_start,
-            alpha_bounds=alpha_bounds,
-            max_iter=max_iter,
-            tol=tol,
-            fit_intercept=fit_intercept,
-            refit=refit,
-            warm_start=warm_start,
-            random_state=random_state,
-        )
-        self.class_weight = class_weight
-        self.targets = targets
+    targets: tuple[float, float] = (0, 1)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,10 +15,9 @@ from sklearn.metrics import r2_score
 from equipoise.bilevel import OuterStep
 from equipoise.estimators.base import BilevelEstimator, Rows, weigh
 from equipoise.estimators.linear import Design, Loss, SquaredLoss
-from equipoise.gradients import Gradient
-from equipoise.solvers import Solver
 
 
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class BilevelRidge(MultiOutputMixin, RegressorMixin, BilevelEstimator):
     r"""Ridge regression whose penalties minimize the squared error on held-out rows, found by gradient.
 
@@ -50,38 +50,7 @@ class BilevelRidge(MultiOutputMixin, RegressorMixin, BilevelEstimator):
     Source: Pedregosa (2016), section 5.
     """
 
-    def __init__(
-        self,
-        *,
-        groups: Any = None,
-        validation_fraction: float = 0.25,
-        cv: Any = None,
-        gradient: Gradient | None = None,
-        solver: Solver | None = None,
-        alpha_start: Any = None,
-        alpha_bounds: Any = None,
-        max_iter: int = 30,
-        tol: float = 1e-8,
-        fit_intercept: bool = True,
-        refit: bool = True,
-        warm_start: bool = False,
-        random_state: Any = None,
-    ) -> None:
-        super().__init__(
-            groups=groups,
-            validation_fraction=validation_fraction,
-            cv=cv,
-            gradient=gradient,
-            solver=solver,
-            alpha_start=alpha_start,
-            alpha_bounds=alpha_bounds,
-            max_iter=max_iter,
-            tol=tol,
-            fit_intercept=fit_intercept,
-            refit=refit,
-            warm_start=warm_start,
-            random_state=random_state,
-        )
+    tol: float = 1e-8
 
     def fit(
         self,
