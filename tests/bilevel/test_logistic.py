@@ -76,7 +76,7 @@ def tune(**options: object) -> eq.bilevel.OuterSolution:
     return eq.minimize_outer(held_out, INNER, **chosen)
 
 
-@pytest.mark.parametrize("hyper0", [0.0, 6.0, -5.0])
+@pytest.mark.parametrize("hyper0", [0.0, 6.0, pytest.param(-5.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("gradient", [VANILLA, EXACT], ids=["Shine", "Implicit"])
 def test_the_region_finds_the_optimum_of_scipy(gradient: eq.Gradient, hyper0: float) -> None:
     solution = tune(gradient=gradient, hyper0=torch.tensor(hyper0))
@@ -143,7 +143,7 @@ def test_a_penalty_for_each_group_is_as_good_as_scipys() -> None:
     assert tune(hyper0=torch.zeros(3), max_steps=60).value < optimum().fun
 
 
-@pytest.mark.parametrize("hyper0", [-12.0, 12.0])
+@pytest.mark.parametrize("hyper0", [-12.0, pytest.param(12.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("gradient", [VANILLA, EXACT, eq.JacobianFree()], ids=lambda gradient: type(gradient).__name__)
 @pytest.mark.parametrize("step", [TrustRegion(), pytest.param(HoagStep(), marks=pytest.mark.slow)])
 def test_extreme_penalties_are_survived(gradient: eq.Gradient, hyper0: float, step: eq.bilevel.StepRule) -> None:

@@ -251,7 +251,13 @@ def test_null_is_understood_inside_a_class_inside_a_class(capsys: pytest.Capture
     shown(capsys, "train", "mdeq-digits", *words, "--print-config")
 
 
-@pytest.mark.parametrize("recipe", sorted(commands.RECIPES))
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        recipe if recipe in ("mdeq-digits", "mdeq-imagenet-xl") else pytest.param(recipe, marks=pytest.mark.slow)
+        for recipe in sorted(commands.RECIPES)
+    ],
+)
 def test_the_printed_configuration_is_the_recipe_and_prints_itself(
     recipe: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -152,6 +152,7 @@ def test_ridge_of_several_targets() -> None:
     np.testing.assert_allclose(each.coef_, reference.coef_, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_group_of_noise_is_penalized_away() -> None:
     rng = np.random.default_rng(0)
     signal = rng.standard_normal((120, 3))
@@ -322,7 +323,7 @@ def test_weights_are_repeated_rows_where_the_rows_that_judge_are_given() -> None
 
 def test_pipelines_searches_and_copies() -> None:
     X, y = load_wine(return_X_y=True, as_frame=True)
-    model = BilevelLogisticRegression(random_state=0, max_iter=2, alpha_bounds=(1e-3, 10))
+    model = BilevelLogisticRegression(random_state=0, max_iter=1, tol=1e-3, alpha_bounds=(1e-3, 10))
     pipeline = make_pipeline(StandardScaler().set_output(transform="pandas"), model)
     assert cross_val_score(pipeline, X, y, cv=2, n_jobs=1).mean() > 0.9
     pipeline.fit(X, y)

@@ -189,6 +189,7 @@ def test_it_needs_as_many_evaluations_as_scipy() -> None:
     assert all(mine <= 1.1 * other + 3 for mine, other in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("atol", [1e-4, 1e-8])
 def test_each_strength_of_a_batch_is_trained_as_if_alone(atol: float) -> None:
     # With a short memory the many steps at weak penalties amplify rounding, which does depend on the batch.
@@ -231,6 +232,7 @@ def test_the_hypergradient_is_exact(gradient: eq.Implicit) -> None:
     torch.testing.assert_close(slopes, dense().slope, rtol=1e-8, atol=0)
 
 
+@pytest.mark.slow
 def test_the_hypergradient_is_that_of_retraining_and_of_conjugate_gradients() -> None:
     log_lambda = dense().log_lambda
     slopes = hypergradient(log_lambda)
@@ -252,6 +254,7 @@ def test_the_second_derivative_is_exact() -> None:
     torch.testing.assert_close(curvature, dense().curvature, rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 def test_the_error_of_the_hypergradient_is_proportional_to_the_inner_tolerance() -> None:
     errors = []
     for atol in (1e-2, 1e-5, 1e-8):
@@ -377,6 +380,7 @@ def medians(z: Tensor, q: Tensor) -> tuple[float, float, float]:
     return error, cosine, slope_error
 
 
+@pytest.mark.slow
 def test_the_shared_q_improves_with_the_inner_tolerance() -> None:
     rows = [quality(dataclasses.replace(SOLVER, wolfe=0.1, atol=atol)) for atol in (1e1, 1e-4, 1e-8)]
     errors, cosines, slopes = zip(*rows, strict=True)
@@ -404,12 +408,14 @@ def test_awareness_of_the_held_out_loss_corrects_the_hypergradient(cadence: int)
     assert aware[2] < 0.02
 
 
+@pytest.mark.slow
 def test_the_shared_q_improves_with_the_memory() -> None:
     errors = [quality(dataclasses.replace(SOLVER, atol=1e-6, memory=memory))[0] for memory in (5, 20, 100)]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.7 * errors[0]
 
 
+@pytest.mark.slow
 def test_descent_along_the_shared_hypergradient_finds_the_best_strength() -> None:
     def at(log_lambda: float) -> float:
         return float(held_out_loss(Dense.solve(torch.tensor([[log_lambda]])).z))

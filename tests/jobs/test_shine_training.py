@@ -70,6 +70,7 @@ def digits() -> tuple[Tensor, Tensor]:
     return torch.tensor(images / 8 - 1, dtype=torch.float32)[order], torch.tensor(labels)[order]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_cosine_of_the_parameter_gradient_where_the_map_does_not_contract(seed: int) -> None:
     """Jacobian-free < SHINE < with adjoint Broyden < with outer-aware updates; refined by five, near the last."""
