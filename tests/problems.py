@@ -40,6 +40,13 @@ def spectral(d: int, norm: float, generator: torch.Generator) -> Tensor:
     return a * (norm / torch.linalg.matrix_norm(a, 2))
 
 
+def conv_matrix(kernel: Tensor, size: tuple[int, int], stride: int = 1, padding: int = 0) -> Tensor:
+    """The matrix of a zero-padded convolution of images of a size, `(outputs, inputs)`, from all unit images."""
+    pixels = kernel.shape[1] * size[0] * size[1]
+    images = torch.eye(pixels, dtype=kernel.dtype).view(pixels, kernel.shape[1], *size)
+    return torch.nn.functional.conv2d(images, kernel, stride=stride, padding=padding).flatten(1).T
+
+
 def affine(batch: int = 5, d: int = 6, norm: float = 0.7) -> Problem:
     """z -> A z + x, with z* = (I - A)^-1 x."""
     generator = torch.Generator().manual_seed(1)

@@ -167,6 +167,77 @@ def test_the_ridge_tempers_the_acceleration_towards_equal_weights() -> None:
     torch.testing.assert_close(last[0], weights @ images / weights.sum(), rtol=1e-6, atol=1e-7)
 
 
+def deceptive(lipschitz: float, seed: int, d: int = 24) -> tuple[Field, Tensor]:
+    """A piecewise linear contraction, `L` times a product of orthogonal matrices and absolute values, plus `x`."""
+    generator = torch.Generator().manual_seed(seed)
+    first, second = (torch.linalg.qr(torch.randn(d, d, generator=generator))[0] for _ in range(2))
+    x = torch.randn(1, d, generator=generator)
+    return lambda z: lipschitz * ((z @ first.T).abs() @ second.T) + x, x
+
+
+@pytest.mark.parametrize("lipschitz", [0.5, 0.9])
+@pytest.mark.parametrize("memory", [2, 5])
+def test_with_a_constant_no_more_than_every_other_evaluation_is_lost(lipschitz: float, memory: int) -> None:
+    """After 2 k + 1 evaluations the least residual is at most L^k times the first: half of Picard's proved pace."""
+    solver = eq.Anderson(lipschitz=lipschitz, memory=memory, max_steps=60, rtol=0)
+    lost = 0
+    for seed in range(5):
+        f, x = deceptive(lipschitz, seed)
+        trace = eq.fixed_point(f, torch.zeros_like(x), solver=solver, params=(), trace=True).trace
+        assert trace is not None
+        sizes, least = trace[:, 0].tolist(), math.inf
+        taken_back = False
+        for k, size in enumerate(sizes):
+            if size < 1e-5 * sizes[0]:  # rounding shows from here on
+                break
+            now = k > 0 and size > lipschitz * least * (1 + 1e-8)
+            assert not (now and taken_back), "the step after one that was taken back is Picard's"
+            taken_back = now
+            lost += now
+            least = min(least, size)
+            assert least <= lipschitz ** (k // 2) * sizes[0] * (1 + 1e-9)
+    if lipschitz == 0.9:
+        assert lost > 0, "some step must be taken back for this test to say something"
+
+
+def test_where_plain_acceleration_is_worse_than_picard_the_proof_keeps_its_count() -> None:
+    """Slopes that vary with the logarithm of the state: what the last points say of them is wrong at every scale."""
+    lipschitz, waves = 0.8, 2.0
+
+    def f(z: Tensor) -> Tensor:
+        # The slope of z sin(c log z) is sin + c cos, at most sqrt(1 + c^2).
+        return lipschitz / math.sqrt(1 + waves**2) * z * torch.sin(waves * z.abs().clamp_min(1e-300).log())
+
+    z0 = torch.linspace(0.5, 1.0, 5)[None]
+    tolerance: dict[str, Any] = {"rtol": 0.0, "atol": 1e-6, "max_steps": 300}
+    counts = [
+        int(eq.fixed_point(f, z0, solver=solver, params=()).raise_for_status().num_steps)
+        for solver in (
+            eq.Picard(**tolerance, lipschitz=lipschitz),
+            eq.Anderson(**tolerance),
+            eq.Anderson(**tolerance, growth=math.inf),
+            eq.Anderson(**tolerance, lipschitz=lipschitz),
+        )
+    ]
+    picard, plain, unguarded, safe = counts
+    first = float((f(z0) - z0).norm())
+    proved = math.ceil(math.log(1e-6 * (1 - lipschitz) / first) / math.log(lipschitz))
+    assert min(plain, unguarded) > 2 * picard
+    assert picard <= 1 + proved
+    assert safe <= min(1 + 2 * proved, 2 * picard)
+
+
+def test_with_a_constant_the_tolerance_bounds_the_error() -> None:
+    a = spectral(8, 0.9, torch.Generator().manual_seed(3))
+    x = torch.randn(5, 8)
+    exact = torch.linalg.solve(torch.eye(8) - a, x.T).T
+    solver = eq.Anderson(lipschitz=0.9, rtol=1e-2, max_steps=200)
+    solution = eq.fixed_point(lambda z, x: z @ a.T + x, 0 * x, x, params=(), solver=solver).raise_for_status()
+    allowed = 1e-2 * (solution.value @ a.T + x).norm(dim=1)
+    assert bool(((solution.value - exact).norm(dim=1) <= allowed).all())
+    assert bool((solution.residual <= 0.1 * allowed * (1 + 1e-12)).all())
+
+
 def test_a_memory_longer_than_the_solve_is_not_reserved() -> None:
     shapes = []
 
@@ -190,6 +261,9 @@ def test_a_memory_longer_than_the_solve_is_not_reserved() -> None:
         ({"ridge": -1e-9}, r"Anderson\(ridge=-1e-09\): must be >= 0"),
         ({"ridge": math.nan}, r"Anderson\(ridge=nan\): must be >= 0"),
         ({"growth": 1.0}, r"Anderson\(growth=1.0\): must be > 1"),
+        ({"lipschitz": 1.0}, r"Anderson\(lipschitz=1.0\): must lie in \[0, 1\); only a contraction has a bound"),
+        ({"lipschitz": 0.5, "mixing": 0.5}, r"Anderson\(mixing=0.5\): must be 1 with lipschitz"),
+        ({"lipschitz": -0.5}, r"Anderson\(lipschitz=-0.5\): must lie in"),
     ],
 )
 def test_fields_out_of_range(fields: dict[str, Any], message: str) -> None:

@@ -96,9 +96,85 @@ def test_a_step_from_two_constants_is_never_longer_than_that_of_the_map() -> Non
     torch.testing.assert_close(solve(slope, x, solver).raise_for_status().value, x / (1 - slope), rtol=1e-9, atol=0)
 
 
+def one_sided_map(mu: float, lipschitz: float) -> Tensor:
+    """The plane's scaled rotation that attains both constants: <A d, d> = mu |d|^2 and |A d| = L |d| for every d."""
+    turn = math.sqrt(lipschitz**2 - mu**2)
+    return torch.tensor([[mu, -turn], [turn, mu]])
+
+
+CONSTANTS = [(0.0, 1.5), (0.5, 2.0), (-1.0, 3.0), (0.9, 1.0), (-0.4, 0.5), (0.2, 0.5), (0.4, 0.5), (0.0, 0.9)]
+
+
+@pytest.mark.parametrize(("mu", "lipschitz"), CONSTANTS)
+def test_one_sided_damping_has_the_step_that_is_best_and_contracts_as_promised(mu: float, lipschitz: float) -> None:
+    step = eq.Picard(one_sided=mu, lipschitz=lipschitz).step
+    # The worst |(1 - t) d + t A d| / |d|, by brute force over steps.
+    rates = lambda t: ((1 - t) ** 2 + 2 * t * (1 - t) * mu + (t * lipschitz) ** 2).sqrt()  # noqa: E731
+    grid = torch.linspace(0, 1, 100_001)
+    assert step == pytest.approx(float(grid[rates(grid).argmin()]), abs=2e-5)
+    if mu <= lipschitz**2:
+        rate = math.sqrt(1 - (1 - mu) ** 2 / (1 - 2 * mu + lipschitz**2))
+    else:
+        rate = lipschitz
+    assert float(rates(torch.tensor(step))) == pytest.approx(rate)
+    # The scaled rotation attains this rate in every step.
+    a, x = one_sided_map(mu, lipschitz), torch.tensor([[1.0, 2.0]])
+    solver = eq.Picard(one_sided=mu, lipschitz=lipschitz, max_steps=6, rtol=0)
+    trace = eq.fixed_point(lambda z, x: z @ a.T + x, 0 * x, x, params=(), solver=solver, trace=True).trace
+    assert trace is not None
+    torch.testing.assert_close(trace[1:] / trace[:-1], torch.full((5, 1), rate), rtol=1e-6, atol=1e-9)
+
+
+def test_the_example_of_the_specification_contracts_by_083() -> None:
+    step = eq.Picard(one_sided=0.0, lipschitz=1.5).step
+    assert step == pytest.approx(1 / 3.25)
+    assert math.sqrt(1 - step) == pytest.approx(0.83, abs=5e-3)
+
+
+@pytest.mark.parametrize(("mu", "lipschitz"), CONSTANTS)
+def test_no_map_within_its_constants_is_slower_than_one_sided_damping_promises(mu: float, lipschitz: float) -> None:
+    """Among them reflections, which the step beyond 1 of the formula where mu > L^2 would not solve."""
+    solver = eq.Picard(one_sided=mu, lipschitz=lipschitz)
+    t = solver.step
+    rate = math.sqrt((1 - t) ** 2 + 2 * t * (1 - t) * mu + (t * lipschitz) ** 2)
+    generator, worst = torch.Generator().manual_seed(1), 0.0
+    candidates = [one_sided_map(mu, lipschitz), min(mu, lipschitz) * torch.eye(2), -lipschitz * torch.eye(2)]
+    for _ in range(300):
+        a = torch.randn(2, 2, generator=generator)
+        candidates.append(a * (lipschitz / torch.linalg.matrix_norm(a, ord=2)))
+    for a in candidates:
+        if float(torch.linalg.eigvalsh((a + a.T) / 2).max()) > mu + 1e-12:
+            continue
+        found = float(torch.linalg.matrix_norm((1 - t) * torch.eye(2) + t * a, ord=2))
+        assert found <= rate * (1 + 1e-12)
+        worst = max(worst, found)
+    assert worst == pytest.approx(rate)
+
+
+@pytest.mark.parametrize(("mu", "lipschitz"), [(0.0, 1.5), (0.9, 1.2), (-2.0, 3.0), (0.4, 0.5)])
+def test_the_one_sided_bound_is_one_of_the_error(mu: float, lipschitz: float) -> None:
+    a, x = one_sided_map(mu, lipschitz), torch.tensor([[1.0, 2.0], [-3.0, 0.5]])
+    exact = torch.linalg.solve(torch.eye(2) - a, x.T).T
+    f = lambda z, x: z @ a.T + x  # noqa: E731
+    solver = eq.Picard(one_sided=mu, lipschitz=lipschitz, max_steps=5000, rtol=1e-3, atol=1e-5)
+    solution = eq.fixed_point(f, 0 * x, x, params=(), solver=solver).raise_for_status()
+    image = f(solution.value, x)
+    allowed = 1e-5 + 1e-3 * image.norm(dim=1)
+    assert bool(((solution.value - exact).norm(dim=1) <= allowed).all())
+    assert bool((solution.residual <= (1 - mu) * allowed * (1 + 1e-12)).all())
+    # Everywhere on the way |z - z*| <= |f(z) - z| / (1 - mu), which a map that is mu times the identity attains.
+    for z in torch.randn(50, 1, 2):
+        assert float((z - exact[:1]).norm()) <= float((f(z, x[:1]) - z).norm()) / (1 - mu) * (1 + 1e-12)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"one_sided": 0.0}, r"Picard\(one_sided=0.0, lipschitz=None\): needs a Lipschitz constant L"),
+        ({"one_sided": 1.0, "lipschitz": 2.0}, r"Picard\(one_sided=1.0, lipschitz=2.0\): .*-L <= one_sided < 1"),
+        ({"one_sided": -3.0, "lipschitz": 2.0}, r"Picard\(one_sided=-3.0, lipschitz=2.0\)"),
+        ({"one_sided": math.nan, "lipschitz": 2.0}, r"Picard\(one_sided=nan, lipschitz=2.0\)"),
+        ({"one_sided": 0.0, "lipschitz": 2.0, "damping": 0.5}, r"damping=0.5\): follows from one_sided and lipschitz"),
         ({"damping": 0.0}, r"Picard\(damping=0.0\): must lie in \(0, 1\]"),
         ({"damping": 1.5}, r"Picard\(damping=1.5\): must lie in"),
         ({"damping": math.nan}, r"Picard\(damping=nan\): must lie in"),

@@ -99,7 +99,7 @@ class ScaledLayers(Contraction):
                     paths[i, j] = 2 ** (j - i) * g * c
                 elif j < i:
                     paths[i, j] = (g * c) ** (i - j) * s ** (i - j - 1)
-        return c * s * share * paths * block
+        return max(1.0, g) * c * s * share * paths * block  # the norm after the fusion need not have scales
 
     def constant(self, num_levels: int, *, dropout: float = 0.0) -> float:
         return float(torch.linalg.matrix_norm(self.block_matrix(num_levels, dropout=dropout), ord=2))

@@ -380,6 +380,10 @@ class Post(nn.Sequential):
         """`(B, C, H, W) -> (B, C, H, W)`; the injection has had its turn in the block."""
         return super().forward(y)
 
+    def lipschitz_bound(self, training: bool) -> float:
+        """Product of its layers' constants."""
+        return math.prod(lipschitz_bound(layer, training=training) for layer in self)
+
 
 class Budget(nn.Module):
     r"""$\kappa y + u$ with a learned budget $\kappa = \bar\kappa \sigma(k)$, the same at every level.

@@ -70,7 +70,15 @@ def weight_norm(module: nn.Module, name: str = "weight", dim: int = 0) -> nn.Mod
 
     Returns:
         The same module.
+
+    Raises:
+        ValueError: the weight is parametrized already, say capped.
     """
+    if parametrize.is_parametrized(module, name):
+        raise ValueError(
+            f"weight_norm({type(module).__name__.removeprefix('Parametrized')}): its {name} is parametrized already, "
+            "and weight normalisation would undo a cap; use one of them"
+        )
     parametrize.register_parametrization(module, name, _WeightNorm(dim))
     return module
 

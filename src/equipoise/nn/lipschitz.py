@@ -7,22 +7,24 @@ a map is built that contracts, and `equipoise.certify` proves it.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from equipoise.linalg import readable
 from equipoise.nn.layers import VariationalDropout
 from equipoise.nn.operator_norm import conv_norm_bound, conv_power_iteration
+
+M = TypeVar("M", bound=nn.Module)
 
 NONEXPANSIVE = (
     nn.Identity,
     nn.ReLU,
     nn.Tanh,
-    nn.LeakyReLU,
-    nn.Softplus,
+    nn.Sigmoid,
     nn.PixelShuffle,
     nn.PixelUnshuffle,
     nn.Flatten,
@@ -38,7 +40,7 @@ class UnknownConstant(ValueError):
     """
 
     def __init__(self, module: nn.Module, reason: str) -> None:
-        super().__init__(f"{type(module).__name__}: {reason}")
+        super().__init__(f"{type(module).__name__.removeprefix('Parametrized')}: {reason}")
         self.module = module
         self.reason = reason
 
@@ -66,13 +68,15 @@ def lipschitz_bound(module: nn.Module, *, training: bool = False) -> float:
     own = getattr(module, "lipschitz_bound", None)
     if own is not None:
         return float(own(training))
-    if isinstance(module, nn.Sequential):
+    if _plain(module, nn.Sequential):
         return math.prod(lipschitz_bound(layer, training=training) for layer in module)
-    if isinstance(module, NONEXPANSIVE):
+    if _plain(module, *NONEXPANSIVE):
         return 1.0
+    if _plain(module, nn.LeakyReLU):
+        return max(1.0, abs(module.negative_slope))
     if isinstance(module, VariationalDropout):
         return 1 / (1 - module.p) if training else 1.0
-    if isinstance(module, nn.Linear):
+    if _plain(module, nn.Linear):
         return float(torch.linalg.matrix_norm(module.weight.detach().double(), ord=2))
     if isinstance(module, nn.modules.conv._ConvNd):
         raise UnknownConstant(module, "its norm is not bounded, and depends on the size of the image; use CappedConv2d")
@@ -85,6 +89,11 @@ def lipschitz_bound(module: nn.Module, *, training: bool = False) -> float:
     raise UnknownConstant(
         module, "no Lipschitz constant is known; use the layers of equipoise.nn, or give it lipschitz_bound(training)"
     )
+
+
+def _plain(module: nn.Module, *kinds: type[M]) -> TypeGuard[M]:
+    """Whether a module is of one of these kinds and computes what they do: a subclass may add a skip connection."""
+    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
 
 
 class _Clip(torch.autograd.Function):
@@ -112,6 +121,9 @@ class _Clipped(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         return _Clip.apply(weight, self.bound)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight
 
 
 class MeanOnlyGroupNorm(nn.Module):
@@ -333,9 +345,9 @@ class CappedConv2d(nn.Conv2d):
     def train(self, mode: bool = True) -> CappedConv2d:
         """Switch the mode; on the way to evaluation the power iteration is compared with the bound."""
         parts: Any = self.parametrizations["weight"]  # type: ignore[index]
-        limit, kernel = parts[0], parts.original
+        limit = parts[0]
         if limit.steering and not mode:
-            limit.tighten(kernel)
+            limit.tighten(parts.original)
         limit.steering = mode
         return super().train(mode)
 
@@ -344,10 +356,14 @@ class CappedConv2d(nn.Conv2d):
 
 
 class _Cap(nn.Module):
-    """Divides a kernel by its norm over the cap, where the norm is larger."""
+    """Divides a kernel by its norm over the cap, where the norm is larger.
+
+    Whether a kernel has changed is told by its values: PyTorch does not count what fused optimizers write.
+    """
 
     vector: Tensor
     slack: Tensor
+    followed: Tensor
 
     def __init__(self, kernel: Tensor, cap: float, size: tuple[int, int], stride: int, padding: int) -> None:
         super().__init__()
@@ -355,13 +371,14 @@ class _Cap(nn.Module):
         self.steering = (
             True  # unlike `training`, which a backward pass turns off although it must meet the same weights
         )
-        self.followed: tuple[int, int] | None = None  # the kernel that the vector was last adapted to
-        self.known: tuple[tuple[int, int], Tensor] | None = None  # a kernel and its bound
+        self.known: tuple[Tensor, Tensor] | None = None  # a kernel and its bound
         with torch.no_grad():
             image = torch.randn(1, kernel.shape[1], *size, dtype=kernel.dtype, device=kernel.device)
             norm, image = self._iterate(kernel, image, 20)
             self.register_buffer("vector", image)
-            self.register_buffer("slack", self._bound(kernel) / norm)
+            # The kernel that the vector was last adapted to.
+            self.register_buffer("followed", torch.full_like(kernel, torch.nan), persistent=False)
+            self.register_buffer("slack", _ratio(self._bound(kernel), norm))
 
     def forward(self, kernel: Tensor) -> Tensor:
         with torch.autocast(kernel.device.type, enabled=False):
@@ -373,40 +390,50 @@ class _Cap(nn.Module):
     def tighten(self, kernel: Tensor) -> None:
         """Compare the power iteration with the bound."""
         with torch.no_grad():
-            self.slack.copy_(self._bound(kernel) / self._iterate(kernel, self.vector, 5)[0])
+            self.slack.copy_(_ratio(self._bound(kernel), self._iterate(kernel, self.vector, 5)[0]))
 
     def _norm(self, kernel: Tensor) -> Tensor:
         """The norm by which the kernel is judged, with the derivative of the leading singular value."""
-        if self.steering and self.training and self.followed != _identity(kernel):
-            with torch.no_grad():
-                self.vector.copy_(self._iterate(kernel, self.vector, 2)[1])
-            self.followed = _identity(kernel)
+        if self.steering and self.training:
+            self._follow(kernel)
         if not self.steering and not torch.is_grad_enabled():
             return self._bound(kernel)
         norm, _ = self._iterate(kernel, self.vector.clone(), 0)
         if self.steering:
             return norm * self.slack
         bound, found = self._bound(kernel), norm.detach()
-        return bound + (norm - found) * (bound / found)
+        return bound + (norm - found) * _ratio(bound, found)
+
+    @torch.no_grad()
+    def _follow(self, kernel: Tensor) -> None:
+        changed = (kernel != self.followed).any()
+        if readable(changed) and not bool(changed):
+            return
+        self.vector.copy_(torch.where(changed, self._iterate(kernel, self.vector, 2)[1], self.vector))
+        self.followed.copy_(kernel)
 
     @torch.no_grad()
     def _bound(self, kernel: Tensor) -> Tensor:
-        if self.known is None or self.known[0] != _identity(kernel):
-            bound = conv_norm_bound(kernel, self.size, stride=self.stride, padding=self.padding)
-            self.known = _identity(kernel), bound
+        if torch.compiler.is_compiling():
+            return self._compute(kernel)
+        if self.known is None or self.known[0].dtype != kernel.dtype or not torch.equal(self.known[0], kernel):
+            self.known = kernel.clone(), self._compute(kernel)
         return self.known[1]
+
+    def _compute(self, kernel: Tensor) -> Tensor:
+        return conv_norm_bound(kernel, self.size, stride=self.stride, padding=self.padding)
 
     def _iterate(self, kernel: Tensor, image: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
         return conv_power_iteration(kernel, image, stride=self.stride, padding=self.padding, iterations=iterations)
 
     def _apply(self, fn: Any, recurse: bool = True) -> _Cap:
-        self.known = None  # a conversion exchanges the kernel's memory and tells nobody
+        self.known = None  # it may be of another type or device
         return super()._apply(fn, recurse)
 
 
-def _identity(kernel: Tensor) -> tuple[int, int]:
-    """A kernel and how often it was changed."""
-    return id(kernel), kernel._version
+def _ratio(bound: Tensor, norm: Tensor) -> Tensor:
+    """How far a bound is above a norm; 1 for a kernel of zeros."""
+    return torch.where(norm > 0, bound / norm, 1.0)
 
 
 class SLLBlock(nn.Module):

@@ -66,8 +66,10 @@ def _symbols(kernel: Tensor, size: tuple[int, int], stride: int, padding: int) -
 def _gram_bound(matrices: Tensor) -> Tensor:
     """Upper bounds of the spectral norms of `(F, m, n)`, by repeated squaring of the smaller Gram matrix."""
     m, n = matrices.shape[-2:]
+    tiny = torch.finfo(matrices.dtype).tiny
+    unit = matrices.detach().abs().amax().clamp_min(tiny)  # squares neither overflow nor vanish
+    matrices = matrices / unit
     gram = matrices @ matrices.mH if m <= n else matrices.mH @ matrices
-    tiny = torch.finfo(gram.dtype).tiny
     log = torch.zeros(gram.shape[:-2], dtype=matrices.real.dtype, device=matrices.device)
     for _ in range(SQUARINGS):
         size = torch.linalg.matrix_norm(gram).clamp_min(tiny)
@@ -75,7 +77,7 @@ def _gram_bound(matrices: Tensor) -> Tensor:
         gram = gram @ gram
         log = 2 * (log + size.log())
     log = log + torch.linalg.matrix_norm(gram).clamp_min(tiny).log()
-    return (log / 2 ** (SQUARINGS + 1)).exp()
+    return (log / 2 ** (SQUARINGS + 1)).exp() * unit
 
 
 def conv_power_iteration(
@@ -96,7 +98,9 @@ def conv_power_iteration(
     for _ in range(iterations):
         out = F.conv2d(image, kernel, stride=stride, padding=padding)
         back = conv_transpose(out, kernel, image.shape[-2:], stride=stride, padding=padding)
-        image = back / torch.linalg.vector_norm(back).clamp_min(torch.finfo(back.dtype).tiny)
+        size = torch.linalg.vector_norm(back)
+        # Of a kernel that is zero for now, nothing is learned, and the image is still a start for the next one.
+        image = torch.where(size > 0, back / size.clamp_min(torch.finfo(back.dtype).tiny), image)
     return torch.linalg.vector_norm(F.conv2d(image, kernel, stride=stride, padding=padding)), image
 
 
