@@ -190,8 +190,8 @@ def certify(model: nn.Module, *, training: bool = False, solution: Solution | No
         >>> from equipoise.models import MDEQClassifier, MDEQConfig, SLLLayers
         >>> config = dataclasses.replace(MDEQConfig.digits(), dropout=0.0, contraction=SLLLayers(ceiling=0.5))
         >>> certificate = eq.certify(MDEQClassifier(config).eval())
-        >>> certificate.contracts, round(certificate.norm, 6), certificate.evaluations(1e-3)
-        (True, 0.4, 9)
+        >>> certificate.contracts, certificate.norm <= 0.5, certificate.evaluations(1e-3) <= 12
+        (True, True, True)
     """
     deq = model if isinstance(model, DEQ) else getattr(model, "deq", None)
     cell: Any = deq.cell if isinstance(deq, DEQ) else model
