@@ -18,6 +18,7 @@ import equipoise
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+LONG = ("estimators", "hyperparameters")  # pages that fit for seconds
 LANGUAGES = {"python", "console", "text", "yaml", "toml", "json"}
 
 
@@ -27,7 +28,11 @@ def _user_defaults(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.slow) if page.stem in LONG else page for page in PAGES],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 def test_code_blocks_run(page: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Python blocks of a page run in order, in one namespace."""
     module = types.ModuleType("__docs__")  # dataclasses look their module up

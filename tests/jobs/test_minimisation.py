@@ -332,6 +332,7 @@ def scipy_inverse(pairs: Pairs, scaled: bool) -> Tensor:
     return torch.tensor(gamma * inverse.todense())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize("memory", [5, 100])
 def test_the_inverse_is_built_from_the_accepted_steps(memory: int, scaled: bool) -> None:
@@ -396,6 +397,7 @@ def test_the_shared_q_improves_with_the_inner_tolerance() -> None:
     assert slope > 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cadence", [1, 5])
 def test_awareness_of_the_held_out_loss_corrects_the_hypergradient(cadence: int) -> None:
     solver = dataclasses.replace(SOLVER, atol=1e-6)

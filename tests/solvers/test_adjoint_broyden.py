@@ -71,7 +71,7 @@ def quartic(target: Tensor) -> Loss:
     return lambda z, rows: (z - target[rows]).pow(4).sum(1) / 4
 
 
-@pytest.mark.parametrize("norm", [0.9, 3.0])
+@pytest.mark.parametrize("norm", [0.9, pytest.param(3.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("memory", "cadence"), [(1, None), (3, None), (40, None), (2, 1), (5, 3), (40, 1), (40, 3)])
 def test_points_and_inverse_are_those_of_the_dense_method(memory: int, cadence: int | None, norm: float) -> None:
     f, z0, steps, target = tanh_map(20, norm), torch.randn(2, 20), 10, torch.randn(2, 20)
@@ -172,7 +172,7 @@ def test_a_cadence_without_a_loss_costs_and_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["named", "closure"])
-@pytest.mark.parametrize("memory", [3, 60])
+@pytest.mark.parametrize("memory", [3, pytest.param(60, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("cadence", [None, 2])
 def test_a_row_gets_the_answer_and_inverse_that_it_gets_alone(memory: int, named: bool, cadence: int | None) -> None:
     """Rows stop at different steps, the others go on past the memory's end; the loss reads each row's own target."""

@@ -176,7 +176,9 @@ def test_rosenbrock_against_scipy(start: list[float]) -> None:
     assert solution.num_evals <= 1.1 * count + 3
 
 
-@pytest.mark.parametrize(("size", "condition"), [(10, 1e2), (50, 1e2), (30, 1e3)])
+@pytest.mark.parametrize(
+    ("size", "condition"), [(10, 1e2), *(pytest.param(*p, marks=pytest.mark.slow) for p in [(50, 1e2), (30, 1e3)])]
+)
 def test_quadratics_against_scipy(size: int, condition: float) -> None:
     h, _, minimiser = quadratic(size, condition)
     z0 = torch.zeros(1, size)
@@ -243,7 +245,7 @@ def test_slopes_alone_on_a_map_that_is_no_gradient() -> None:
 STARTS = torch.tensor([[-1.2, 1.0], [0.0, 0.0], [2.0, -1.0], [-3.0, 5.0], [0.5, 0.5], [1.01, 1.0]])
 
 
-@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("closure", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_rows_do_not_depend_on_their_batch(closure: bool) -> None:
     solver = eq.LBFGS(max_steps=200, memory=5, rtol=0, atol=1e-8)
     together = minimise(rosenbrock, STARTS, solver, closure=closure)

@@ -149,7 +149,7 @@ AWARE = eq.LBFGS(
 )
 
 
-@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("closure", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_rows_do_not_depend_on_their_batch(closure: bool) -> None:
     together = AWARE.solve(DescentMap(rosenbrock, STARTS, params=None if closure else ()), STARTS).raise_for_status()
     assert together.inverse is not None
@@ -281,6 +281,7 @@ def test_published_quality_in_the_prescribed_direction() -> None:
     assert float(plain["prescribed ratio"].median()) == pytest.approx(1.0325, abs=0.01)
 
 
+@pytest.mark.slow
 def test_with_probes_the_direction_tends_to_the_exact_one() -> None:
     """The theorem: errors fall with the tolerance, which they do not without probes."""
     errors: dict[int | None, list[float]] = {None: [], 1: []}
@@ -362,6 +363,7 @@ def test_pairs_are_those_of_the_accepted_steps_in_order() -> None:
         torch.testing.assert_close(y[0, k] * scale, gradients[-1] - gradients[0], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scaled", [True, False])
 def test_an_inverse_is_made_again_from_its_pairs(scaled: bool) -> None:
     """Rows that learned different numbers of pairs, some of which left the batch early."""

@@ -72,7 +72,7 @@ def error_on_the_circle(stepper: Stepper, steps: list[float]) -> float:
     return float((end.base[0] - torch.tensor([math.cos(time), -math.sin(time)])).norm())
 
 
-@pytest.mark.parametrize("varying", [False, True], ids=["constant", "varying"])
+@pytest.mark.parametrize("varying", [pytest.param(False, marks=pytest.mark.slow), True], ids=["constant", "varying"])
 @pytest.mark.parametrize(
     ("stepper", "order", "coarse"), [(VCAB3(), 3, 80), (BS3(), 3, 40), (Tsit5(), 5, 12), (Euler(), 1, 160)], ids=str
 )
