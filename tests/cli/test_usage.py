@@ -107,7 +107,7 @@ def test_every_field_of_the_configuration_is_in_the_help(capsys: pytest.CaptureF
 def test_the_help_of_a_recipe_shows_its_own_values(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, "train", "mdeq-fashion-mnist", "--help")
     assert "In brackets: the values of mdeq-fashion-mnist" in text
-    assert re.search(r"--batch_size int .*\[128\]", text)
+    assert re.search(r"--batch_size int .*\[64\]", text)
 
 
 @pytest.mark.parametrize("command", COMMANDS[2:])
