@@ -204,7 +204,8 @@ def certify(model: nn.Module, *, training: bool = False, solution: Solution | No
     except UnknownConstant as error:
         name = next((name for name, module in model.named_modules() if module is error.module), "a layer")
         raise CertificateError(f"{name} ({error})") from error
-    norm = float(torch.linalg.matrix_norm(matrix, ord=2))
+    finite = bool(matrix.isfinite().all())
+    norm = float(torch.linalg.matrix_norm(matrix, ord=2)) if finite else math.inf
     radius, weights = _perron(matrix)
     measured = None if solution is None else float(jacobian_norm(solution).amax())
     certificate = Certificate(
@@ -261,10 +262,8 @@ def jacobian_norm(solution: Solution, num_iterations: int = 30) -> Tensor:
 
 
 def _evaluations(lipschitz: float, condition: float, rtol: float) -> int:
-    k, power = 0, 1.0
-    while condition * power * (1 + lipschitz) > rtol * (1 - power * lipschitz):
-        k, power = k + 1, power * lipschitz
-    return k + 1
+    # The inequality is one of the power L^k alone.
+    return _steps(lipschitz, rtol / (condition * (1 + lipschitz) + rtol * lipschitz)) + 1
 
 
 def _accelerated(lipschitz: float, rtol: float) -> int:
@@ -273,10 +272,15 @@ def _accelerated(lipschitz: float, rtol: float) -> int:
     A step that is taken back costs an evaluation, and the Picard step after it contracts: after $2 k + 1$ evaluations
     $|r| \\le L^k |r_0|$. And $|f(z)| \\ge |z^*| - L |z - z^*| \\ge |r_0| / (1 + L) - L |r| / (1 - L)$.
     """
-    k, power = 0, 1.0
-    while power * (1 + rtol * lipschitz) * (1 + lipschitz) > rtol * (1 - lipschitz):
-        k, power = k + 1, power * lipschitz
-    return 2 * k + 1
+    return 2 * _steps(lipschitz, rtol * (1 - lipschitz) / ((1 + rtol * lipschitz) * (1 + lipschitz))) + 1
+
+
+def _steps(lipschitz: float, power: float) -> int:
+    """The least k with L^k at most as large as a power."""
+    if power >= 1:
+        return 0
+    k = 1 if lipschitz == 0 else math.ceil(math.log(power) / math.log(lipschitz))
+    return k + (lipschitz**k > power)  # logarithms are rounded
 
 
 def _perron(matrix: Tensor) -> tuple[float, tuple[float, ...]]:

@@ -352,7 +352,7 @@ class Fusion(nn.Module):
         """`(n, n)`, float64: weight times constant of each path."""
         n = round((1 + math.sqrt(1 + 4 * len(self.paths))) / 2)
         weights = torch.ones(n, n) if self.weights is None else self.weights().detach().cpu()
-        matrix = weights.double()
+        matrix = weights.to(torch.float64, copy=True)
         for i in range(n):
             for j in range(n):
                 if i != j:
