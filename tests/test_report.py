@@ -118,6 +118,22 @@ def test_cards_show_the_result(run: Path) -> None:
     }
 
 
+def test_the_page_says_what_is_proved(run: Path) -> None:
+    assert "<dt>Certificate</dt><dd>not certified: deq.cell.blocks.0.conv1 (Conv2d: " in page_of(run)
+    result = json.loads((run / "result.json").read_text())
+    numbers = {"certified_lipschitz": 0.73, "predicted_evaluations": 27, "measured_lipschitz": 0.41, "tightness": 0.56}
+    older = {key: value for key, value in result.items() if key not in {*numbers, "not_certified"}}
+    for facts, text in (
+        (
+            {**result, **numbers, "not_certified": None},
+            "contracts: L = 0.73 (measured 0.41, 56% tight), at most 27 evaluations, cut at 8",
+        ),
+        (older, "not asked for by the version that made this run; see equipoise certify"),
+    ):
+        page = render(CONFIG, read_lines(run), facts, some_answers([True, False]), ("a", "b", "c"))
+        assert f"<dt>Certificate</dt><dd>{text}</dd>" in page
+
+
 def test_the_table_of_epochs_shows_the_log(run: Path) -> None:
     page = page_of(run)
     rows = re.findall(r"<tr>(<td>.*?)</tr>", page[page.index('id="numbers"') : page.index('id="configuration"')])

@@ -15,10 +15,15 @@ from equipoise.solution import Solution
 from equipoise.solvers import Anderson, Picard, Solver
 
 PICARD_UP_TO = 0.6  # a contraction this strong gains nothing from acceleration
+ROUNDING = 1e-5  # relative, of weights that were divided by their norms in 32-bit arithmetic
 
 
 class CertificateError(ValueError):
     """A model whose contraction cannot be proved; the message names the module and the reason."""
+
+
+class UnprovedConstant(CertificateError):
+    """A solver that was given a Lipschitz constant which the weights do not prove."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +57,11 @@ class Certificate:
     def contracts(self) -> bool:
         """Whether the map is proved to contract, in the weighted norm at least."""
         return self.radius < 1
+
+    @property
+    def lipschitz(self) -> float | None:
+        """The constant that is proved: in the Euclidean norm, or, where that is 1 or more, in the weighted one."""
+        return None if not self.contracts else self.norm if self.norm < 1 else self.radius
 
     @property
     def tightness(self) -> float | None:
@@ -96,6 +106,23 @@ class Certificate:
         if self.norm < 1:
             found.append(_evaluations(self.norm, 1.0, wanted))
         return min(found)
+
+    def evaluations_of(self, solver: Solver) -> int | None:
+        """Evaluations after which a solver has stopped if its `max_steps` let it, for every input.
+
+        Args:
+            solver: any.
+
+        Returns:
+            The number; None where nothing is proved: the map, or this kind of solver, which need not converge.
+        """
+        if not self.contracts or solver.rtol == 0:
+            return None
+        if isinstance(solver, Picard) and solver.step == 1:
+            return self.evaluations(solver.rtol, lipschitz=solver.lipschitz)
+        if isinstance(solver, Anderson) and solver.lipschitz is not None:
+            return _accelerated(solver.lipschitz, solver.rtol)
+        return None
 
     def solver(self, *, rtol: float = 1e-3) -> Solver:
         r"""A solver that reaches the equilibrium of every input, with a proof: that of `contraction_solver`.
@@ -218,8 +245,8 @@ def certify(model: nn.Module, *, training: bool = False, solution: Solution | No
     )
     for owner in (deq, deq.gradient) if isinstance(deq, DEQ) else ():
         claimed = getattr(getattr(owner, "solver", None), "lipschitz", None)
-        if claimed is not None and norm > claimed * (1 + 1e-6):
-            raise CertificateError(
+        if claimed is not None and norm > claimed * (1 + ROUNDING):
+            raise UnprovedConstant(
                 f"the solver of the {type(owner).__name__} was given lipschitz={claimed}, and the weights prove "
                 f"{norm:.4f} only; give it certify(model).solver(), or a constant above the bound of the layers"
             )

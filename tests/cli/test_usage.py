@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from train.toy import PLAIN
+from train.toy import contracting_toys
 
 import equipoise as eq
 from equipoise.cli import commands, main
@@ -37,7 +37,7 @@ from equipoise.train import (
 from equipoise.train.run import read_config
 from equipoise.train.serialize import from_plain, known_classes, to_plain
 
-COMMANDS = ("recipes", "train", "evaluate", "predict", "report")
+COMMANDS = ("recipes", "train", "evaluate", "certify", "predict", "report")
 LETTERS = {"True": "true", "False": "false", "None": "null"}
 
 
@@ -107,7 +107,7 @@ def test_every_field_of_the_configuration_is_in_the_help(capsys: pytest.CaptureF
 def test_the_help_of_a_recipe_shows_its_own_values(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, "train", "mdeq-fashion-mnist", "--help")
     assert "In brackets: the values of mdeq-fashion-mnist" in text
-    assert re.search(r"--batch_size int .*\[64\]", text)
+    assert re.search(r"--epochs int .*\[5\]", text)
 
 
 @pytest.mark.parametrize("command", COMMANDS[2:])
@@ -145,7 +145,8 @@ def test_the_examples_of_all_help_texts_work(
     for command in COMMANDS:
         lines += examples(shown(capsys, command, "--help"))
     assert len(lines) >= 18
-    fit(PLAIN, run_dir="runs/demo")
+    demo = contracting_toys()["tight"]  # one that is certified
+    fit(demo, run_dir="runs/demo")
     pathlib.Path("scans").mkdir()
     for name in ("digit.png", "scan1.png", "scan2.png", "scans/a.png"):
         Image.new("L", (4, 4), 90).save(name)
@@ -166,7 +167,7 @@ def test_the_examples_of_all_help_texts_work(
             assert shown(capsys, *words), line
     configs = [config for config, _ in asked]
     assert dataclasses.replace(recipes.mdeq_digits(), seed=1) in configs  # of the file that an example wrote
-    assert PLAIN in configs  # `--config runs/demo/config.yaml` and `--resume`
+    assert demo in configs  # `--config runs/demo/config.yaml` and `--resume`
     assert {str(details["run_dir"]) for _, details in asked} >= {"runs/demo", "runs/again", "runs/mdeq-digits-1"}
     assert [details["resume"] for _, details in asked].count(True) == 1
 

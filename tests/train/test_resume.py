@@ -14,7 +14,7 @@ import time
 
 import pytest
 import torch
-from train.toy import ENVIRONMENT, FULL, PLAIN, Interrupt, Interrupted, Run, Toy, command, timeless
+from train.toy import ENVIRONMENT, FULL, PLAIN, Interrupt, Interrupted, Run, Toy, command, contracting_toys, timeless
 
 from equipoise.train import SGD, AdamW, Result, RunError, TrainConfig, checkpoint, fit
 from equipoise.train.run import read_config, read_lines
@@ -24,6 +24,8 @@ pytestmark = pytest.mark.slow  # each test trains: together they take too long f
 SGD_RUN = dataclasses.replace(PLAIN, optimizer=SGD(lr=0.05), tensorboard=True)
 ADAMW_RUN = dataclasses.replace(FULL, optimizer=AdamW(lr=0.01, weight_decay=0.1), channels_last=True, log_every=5)
 DOUBLE_RUN = dataclasses.replace(FULL, precision="64-true", stop_after=7, checkpoint_every=2)
+SCALED_RUN = dataclasses.replace(contracting_toys()["scaled"], checkpoint_every=1)
+TIGHT_RUN = dataclasses.replace(contracting_toys()["tight"], ema_decay=None)
 
 
 def assert_same(found: Result, expected: Result) -> None:
@@ -50,6 +52,8 @@ def interrupt(config: TrainConfig, run_dir: pathlib.Path, step: int, *, resume: 
         pytest.param(SGD_RUN, (7,), id="from the end of an epoch"),
         pytest.param(ADAMW_RUN, (7,), id="weights in channels-last order"),
         pytest.param(DOUBLE_RUN, (4, 6), id="double precision, checkpoints at every other step, stopped in an epoch"),
+        pytest.param(SCALED_RUN, (3, 6), id="capped convolutions, whose power iterations are part of the state"),
+        pytest.param(TIGHT_RUN, (6,), id="layers that contract, after an evaluation"),
     ],
 )
 def test_resumed_is_uninterrupted(

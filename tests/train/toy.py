@@ -15,8 +15,19 @@ import torch
 from torch import nn
 
 import equipoise as eq
-from equipoise.models import MDEQConfig
-from equipoise.train import Adam, ImageData, JacobianPenalty, Observer, Pretraining, Result, Schedule, TrainConfig, fit
+from equipoise.models import MDEQConfig, ScaledLayers, SLLLayers
+from equipoise.train import (
+    Adam,
+    ImageData,
+    JacobianPenalty,
+    Observer,
+    Pretraining,
+    Result,
+    Schedule,
+    TrainConfig,
+    fit,
+    recipes,
+)
 from equipoise.train.data import Splits, TensorSplit
 from equipoise.train.serialize import from_plain, to_plain
 
@@ -82,6 +93,13 @@ FULL = dataclasses.replace(
     checkpoint_every=1,
 )
 """Everything at once that has a state or is random."""
+
+
+def contracting_toys() -> dict[str, TrainConfig]:
+    """Runs whose map contracts, one of each kind of layers; the caps are so low that they bind from the beginning."""
+    layers = {"scaled": ScaledLayers(slope=0.8, cap=0.5), "tight": SLLLayers(ceiling=0.5)}
+    base = dataclasses.replace(FULL, checkpoint_every=None, penalty=JacobianPenalty())
+    return {kind: recipes.contracting(base, each) for kind, each in layers.items()}
 
 
 Run = Callable[[TrainConfig], Result]

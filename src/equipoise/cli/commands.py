@@ -24,6 +24,7 @@ from equipoise.gradients import JacobianFree
 from equipoise.train import CheckpointError, TrainConfig, checkpoint, fit
 from equipoise.train import evaluate as evaluate_split
 from equipoise.train.evaluation import to_device
+from equipoise.train.proof import summarize
 from equipoise.train.readers import DataError, open_image, resize_and_crop, to_mode, to_tensor
 from equipoise.train.recipes import RECIPES
 from equipoise.train.run import RunError, config_yaml, folder_config, new_folder, read_config
@@ -131,7 +132,7 @@ def evaluate(arguments: list[str]) -> int:
         ("--split", {"choices": ["test", "validation", "train"], "default": "test", "help": "images [test]"}),
         ("--json", {"action": "store_true", "help": "print JSON"}),
     ]
-    folder = _run_folder(arguments, "evaluate")
+    folder = run_folder(arguments, "evaluate")
     base = _evaluated(folder_config(folder) if folder is not None else RECIPES["mdeq-digits"]())
     config, options = parse(
         arguments,
@@ -145,7 +146,7 @@ def evaluate(arguments: list[str]) -> int:
         fields=("data", "solver", "eval_batch_size", "precision", "accelerator", "channels_last"),
     )
     console = Console()
-    model, _ = _run_model(Path(options.run), console, quiet=options.json)
+    model, _ = run_model(Path(options.run), console, quiet=options.json)
     split = getattr(config.data.load(), options.split)
     if split is None:
         raise RunError("the run set no validation images aside; evaluate --split test")
@@ -166,6 +167,7 @@ def evaluate(arguments: list[str]) -> int:
                 "mean solver steps per sample": f"{found['mean_steps']:.1f}",
                 "converged": f"{found['converged']:.1%}",
                 "mean relative residual": f"{found['residual']:.2e}",
+                "certificate": summarize(found, config.solver.max_steps),
                 "time": f"{seconds:.1f} s",
             }
         )
@@ -182,7 +184,7 @@ def predict(arguments: list[str]) -> int:
         ("--invert", {"action": "store_true", "help": "swap dark and light, for dark ink on light ground"}),
         ("--json", {"action": "store_true", "help": "print JSON, one line per image"}),
     ]
-    folder = _run_folder(arguments, "predict")
+    folder = run_folder(arguments, "predict")
     base = _evaluated(folder_config(folder) if folder is not None else RECIPES["mdeq-digits"]())
     config, options = parse(
         arguments,
@@ -199,7 +201,7 @@ def predict(arguments: list[str]) -> int:
     if options.top < 1:
         raise UsageError(f"--top {options.top}: must be >= 1")
     console = Console()
-    model, facts = _run_model(Path(options.run), console, quiet=options.json)
+    model, facts = run_model(Path(options.run), console, quiet=options.json)
     names = facts["about"].get("classes") or [str(number) for number in range(config.model.num_classes)]
     failed = False
     files, size = _image_files(options.images), config.eval_batch_size
@@ -267,7 +269,7 @@ def report(arguments: list[str]) -> int:
         ("run", {"metavar": "RUN", "help": "run folder"}),
         ("--images", {"type": int, "metavar": "N", "default": 2000, "help": "test images to look at, at most"}),
     ]
-    _run_folder(arguments, "report")
+    run_folder(arguments, "report")
     _, options = parse(
         arguments,
         RECIPES["mdeq-digits"](),
@@ -359,7 +361,7 @@ def _value(arguments: list[str], name: str) -> str | None:
     return None
 
 
-def _run_folder(arguments: list[str], command: str) -> Path | None:
+def run_folder(arguments: list[str], command: str) -> Path | None:
     """The run folder that a command line names first; None if it only asks for help."""
     if not arguments or arguments[0].startswith("-"):
         if "-h" in arguments or "--help" in arguments:
@@ -376,7 +378,7 @@ def _evaluated(config: TrainConfig) -> TrainConfig:
     )
 
 
-def _run_model(folder: Path, console: Console, *, quiet: bool) -> tuple[Any, dict[str, Any]]:
+def run_model(folder: Path, console: Console, *, quiet: bool) -> tuple[Any, dict[str, Any]]:
     """The model of a run and its facts: the final one, or that of the newest whole checkpoint."""
     path = folder / "model.safetensors"
     if path.exists():

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from equipoise.train import Observer, Result
+from equipoise.train.proof import summarize
 
 
 class PlainDisplay(Observer):
@@ -112,6 +113,7 @@ def result_table(result: Result) -> Table:
         {
             "test accuracy": f"{result.test_accuracy:.4f}",
             "mean solver steps per sample": f"{result.test['mean_steps']:.1f}",
+            "certificate": summarize(result.test),
             "share of time in backward": f"{result.test['backward_share']:.0%}",
             "time": f"{result.test['seconds']:.0f} s",
             "run folder": str(result.run_dir),

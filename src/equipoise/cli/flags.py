@@ -85,6 +85,12 @@ class Parser(jsonargparse.ArgumentParser):
         text = re.sub(r"Problem with given class_path '[\w.]+': ", "", text)
         text = re.sub(r'^Parser key "([^"]+)": ', r"--\1: ", text)
         text = re.sub(r"^--([\w.]+): --([\w.]+): ", r"--\1.\2: ", text)
+        # A field of a class that may be left out: what is wrong with the field, not with the class.
+        text = re.sub(
+            r"^--([\w.]+): Does not validate .* Errors: - --([\w.]+): (.*?) - Expected .*NestedArg.*",
+            r"--\1.\2: \3",
+            text,
+        )
         text = re.sub(
             r"Does not validate against.* Subtypes: \[(.*?)\] Errors: .* Given value: (.*)", _union_error, text
         )
@@ -255,7 +261,10 @@ def _names(name: str, hint: Any, value: Any, values: dict[str, str]) -> set[str]
     if family is not None:
         names.add(f"{name}.help")
         classes = known_classes(family)
-        chosen = values.get(name, "").rpartition(".")[2] or (value or {}).get("class_path", "").rpartition(".")[2]
+        given = values.get(name, "").rpartition(".")[2]
+        if given.isidentifier() and given not in {*classes, "null"}:
+            raise UsageError(f"--{name}: unknown class {given!r}; {nearest(given, classes)}")
+        chosen = given or (value or {}).get("class_path", "").rpartition(".")[2]
         if chosen not in classes:
             return names
         cls, inside = classes[chosen], (value or {}).get("init_args", {})

@@ -1,4 +1,4 @@
-"""The command line: `equipoise recipes | train | evaluate | predict | report | tune`."""
+"""The command line: `equipoise recipes | train | evaluate | certify | predict | report | tune`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ commands:
   recipes    list the named recipes
   train      train a recipe, or a configuration file
   evaluate   accuracy and solver statistics of a run
+  certify    prove from a run's weights that its map contracts, and how fast
   predict    classify image files with a run
   tune       tune the penalties of a linear model of a table by gradient
   report     write report.html into a run's folder: curves, solver, mistakes
@@ -32,6 +33,7 @@ examples:
   equipoise train mdeq-digits --epochs 5 --solver Anderson --solver.memory 6 --gradient JacobianFree
   equipoise train --config runs/demo/config.yaml --run-dir runs/again
   equipoise evaluate runs/demo --solver.max_steps 6
+  equipoise certify runs/demo
   equipoise predict runs/demo digit.png
   equipoise report runs/demo
   equipoise tune breast-cancer
@@ -80,12 +82,14 @@ def run(arguments: list[str]) -> int:
         sys.stdout.write(f"equipoise {equipoise.__version__}\n")
         return 0
     from equipoise.cli import commands  # torch and its friends take seconds: not for --help
+    from equipoise.cli.certify import certify
     from equipoise.cli.tune import tune
 
     known = {
         "recipes": commands.recipes,
         "train": commands.train,
         "evaluate": commands.evaluate,
+        "certify": certify,
         "predict": commands.predict,
         "report": commands.report,
         "tune": tune,

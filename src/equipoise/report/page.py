@@ -22,6 +22,7 @@ from equipoise.report.figures import confusion_map, curve, decay, step_counts, t
 from equipoise.train import RunError, TrainConfig, checkpoint, evaluate
 from equipoise.train.data import Splits
 from equipoise.train.evaluation import summary
+from equipoise.train.proof import FACTS, summarize
 from equipoise.train.run import config_yaml, folder_config, read_lines
 
 EXAMPLES, MIXUPS = 24, 12  # images and rows shown
@@ -74,9 +75,11 @@ def _so_far(model: MDEQClassifier, state: checkpoint.State, splits: Splits, conf
     """What `result.json` would hold had the run ended at a checkpoint, and that it did not."""
     place = state.facts["place"]
     steps_per_epoch = len(splits.train) // config.batch_size
+    tested = evaluate(model, splits.test, config)
     facts = summary(
         config,
-        evaluate(model, splits.test, config),
+        tested,
+        {key: tested[key] for key in FACTS},
         steps=place["step"],
         steps_per_epoch=steps_per_epoch,
         seconds=place["seconds"],
@@ -169,12 +172,19 @@ def _facts(config: TrainConfig, result: Mapping[str, Any]) -> list[tuple[str, An
         ("Data", config.data),
         ("Solver", config.solver),
         ("Solver in evaluation", config.eval_solver or "the same"),
+        ("Certificate", _certificate(config, result)),
         ("Gradient", config.gradient),
         ("Optimizer", config.optimizer),
         ("Seed", result["seed"]),
         ("Machine", f"{result['device']}, processes: {result['world_size']}, precision {config.precision}"),
         ("Versions", f"equipoise {result['equipoise']}, torch {result['torch']}"),
     ]
+
+
+def _certificate(config: TrainConfig, result: Mapping[str, Any]) -> str:
+    if "not_certified" not in result:
+        return "not asked for by the version that made this run; see equipoise certify"
+    return summarize(result, (config.eval_solver or config.solver).max_steps)
 
 
 Titled = list[tuple[str, Figure]]

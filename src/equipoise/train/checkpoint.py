@@ -15,6 +15,7 @@ from equipoise.files import CheckpointError, read_facts, read_tensors, write_ten
 from equipoise.gradients import Gradient
 from equipoise.models import MDEQClassifier, MDEQConfig
 from equipoise.solvers import Solver
+from equipoise.train.proof import prove
 from equipoise.train.serialize import from_plain, nearest, to_plain
 
 MODELS = {"MDEQClassifier": (MDEQClassifier, MDEQConfig)}
@@ -22,7 +23,9 @@ KEEP = 2  # resumable checkpoints in a run folder
 
 
 def save(model: MDEQClassifier, path: str | os.PathLike[str], *, about: Mapping[str, Any] | None = None) -> None:
-    """Save a model with its configuration, solver and gradient in one safetensors file, atomically.
+    """Save a model with its configuration, solver, gradient and certificate in one safetensors file, atomically.
+
+    The certificates of the map, in evaluation and in training, are among the facts, or the reason why there are none.
 
     Args:
         model: a model of `equipoise.models`.
@@ -31,6 +34,7 @@ def save(model: MDEQClassifier, path: str | os.PathLike[str], *, about: Mapping[
 
     Raises:
         ValueError: the model is of another kind, or its solver or gradient holds what a file cannot.
+        CertificateError: the solver was given a Lipschitz constant that the weights do not prove.
         OSError: the file cannot be written; an older one of the same name stays.
 
     Example:
@@ -50,6 +54,7 @@ def save(model: MDEQClassifier, path: str | os.PathLike[str], *, about: Mapping[
         "config": to_plain(model.config),
         "solver": to_plain(model.deq.solver),
         "gradient": to_plain(model.deq.gradient),
+        "certificate": prove(model).as_dict(),
         "about": dict(about or {}),
     }
     write_tensors(Path(path), model.state_dict(), {"kind": "model", **config})
@@ -58,10 +63,12 @@ def save(model: MDEQClassifier, path: str | os.PathLike[str], *, about: Mapping[
 def load(path: str | os.PathLike[str]) -> MDEQClassifier:
     """Load what `save` wrote: a model in evaluation mode, on the CPU.
 
-    Only safetensors are read, and only known dataclasses restored; nothing in the file can run code.
+    Only safetensors are read, and only known dataclasses restored; nothing in the file can run code. The certificates
+    are computed again.
 
     Raises:
-        CheckpointError: the file is missing, truncated, damaged, or of another kind.
+        CheckpointError: the file is missing, truncated, damaged, of another kind, or claims a contraction that its
+            weights do not prove.
     """
     tensors, facts = read_tensors(Path(path))
     if facts.get("kind") != "model":
@@ -79,11 +86,15 @@ def load(path: str | os.PathLike[str]) -> MDEQClassifier:
         model.to(dtype).load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not describe a model of this version: {error}") from error
-    return model.eval()
+    try:
+        prove(model.eval()).supports(facts.get("certificate") or {})  # files of older versions claim nothing
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{path} is not what it says: {error}") from error
+    return model
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The facts saved with a model: its class, configuration, solver, gradient, and what was passed as `about`."""
+    """The facts saved with a model: class, configuration, solver, gradient, certificate, what was passed as `about`."""
     return read_facts(Path(path))
 
 

@@ -17,13 +17,14 @@ from equipoise.solvers import Solver
 from equipoise.train.config import TrainConfig
 from equipoise.train.data import Split
 from equipoise.train.objectives import SUMS, Classification
+from equipoise.train.proof import MEASURED, prove
 from equipoise.train.run import RunError
 
 
 def evaluate(
     model: MDEQClassifier, split: Split, config: TrainConfig, *, solver: Solver | None = None
-) -> dict[str, float]:
-    """Loss, accuracy and solver statistics of a model on a split.
+) -> dict[str, Any]:
+    """Loss, accuracy and solver statistics of a model on a split, and what is proved about its map.
 
     Args:
         model: a classifier.
@@ -32,15 +33,36 @@ def evaluate(
         solver: in place of the configured one.
 
     Returns:
-        `loss`, `accuracy`, `mean_steps`, `converged`, `residual` and `count`.
+        `loss`, `accuracy`, `mean_steps`, `converged`, `residual` and `count`; and of the certificate
+        `certified_lipschitz`, `predicted_evaluations`, `measured_lipschitz`, `tightness` and `not_certified`, the
+        reason why it is not.
+
+    Raises:
+        CertificateError: the solver was given a Lipschitz constant that the weights do not prove.
     """
     fabric = make_fabric(config)
     fabric.launch()
-    objective = Classification(model, eval_solver=solver or config.eval_solver).to(fabric.device)
+    solver = solver or config.eval_solver
+    objective = Classification(model, eval_solver=solver).to(fabric.device)
+    objective.eval()
     with surroundings(config, fabric.device):
+        proved = certified(model, split, config, solver, fabric.device)
         found = means(evaluate_sums(fabric, objective, split, config))
     del found["penalty"]
-    return found
+    return {**found, **proved}
+
+
+def certified(
+    model: MDEQClassifier, split: Split, config: TrainConfig, solver: Solver | None, device: torch.device
+) -> dict[str, Any]:
+    """What is proved about a model in evaluation mode, with the tightness at the first images of a split.
+
+    Raises:
+        CertificateError: the solver was given a Lipschitz constant that the weights do not prove.
+    """
+    batch = next(iter(split.batches(MEASURED)), None)
+    images = None if batch is None else to_device(config, *batch, device)[0]
+    return prove(model, solver=solver, images=images).facts()
 
 
 @torch.no_grad()
@@ -75,6 +97,7 @@ def means(sums: Tensor) -> dict[str, Any]:
 def summary(
     config: TrainConfig,
     tested: Mapping[str, Any],
+    proved: Mapping[str, Any],
     *,
     steps: int,
     steps_per_epoch: int,
@@ -89,6 +112,7 @@ def summary(
     Args:
         config: of the run.
         tested: means over the test images, as `means` gives them.
+        proved: about the map, as `certified` gives it.
         steps: optimizer steps made.
         steps_per_epoch: optimizer steps that pass over the training images once.
         seconds: of training and test.
@@ -103,6 +127,7 @@ def summary(
         "mean_steps": tested["mean_steps"],
         "converged": tested["converged"],
         "residual": tested["residual"],
+        **proved,
         "seconds": seconds,
         "backward_share": backward_share,
         "steps": steps,

@@ -19,6 +19,7 @@ from equipoise.train.config import TrainConfig
 from equipoise.train.data import Split, Splits, generator, mix
 from equipoise.train.evaluation import (
     bf16_is_native,
+    certified,
     evaluate_sums,
     make_fabric,
     means,
@@ -27,6 +28,7 @@ from equipoise.train.evaluation import (
     to_device,
 )
 from equipoise.train.objectives import SUMS, Classification, Moment
+from equipoise.train.proof import check_claims
 from equipoise.train.run import RunFolder, new_folder
 from equipoise.train.serialize import to_plain
 
@@ -120,6 +122,7 @@ def fit(
         RunError: the folder holds a run and neither `resume` nor `overwrite` is set, or one of another configuration.
         DataError: the data is missing or damaged.
         NonFiniteLoss: the loss became NaN or infinite.
+        CertificateError: a solver is given a Lipschitz constant that the layers of the model may exceed.
         OSError: the folder cannot be written.
 
     Example:
@@ -192,10 +195,12 @@ class _Trainer:
         start = time.perf_counter()
         line = self._evaluate("test", self.splits.test)
         self._log(line)
+        proved = certified(self.model, self.splits.test, self.config, self.config.eval_solver, self.fabric.device)
         place = self.place
         facts = summary(
             self.config,
             line,
+            proved,
             steps=place.step,
             steps_per_epoch=self.steps_per_epoch,
             seconds=place.seconds + time.perf_counter() - start,
@@ -257,6 +262,7 @@ class _Trainer:
                     before = time.perf_counter()
             if last:
                 break
+        self.module.eval()  # on the way capped norms are compared with their bounds: those of the trained weights
         lines = [self._line("epoch", "train", self._over_all(whole), place.epoch_start)]
         if self.splits.validation is not None:
             with self._averaged():
@@ -455,6 +461,7 @@ class BackwardClock:
 
 
 def _check(config: TrainConfig, splits: Splits, world_size: int) -> None:
+    check_claims(config)
     if len(splits.train) < config.batch_size:
         raise ValueError(f"batch_size={config.batch_size} exceeds the {len(splits.train)} training images; lower it")
     if config.batch_size % world_size:

@@ -1,0 +1,203 @@
+"""`equipoise certify`: what the weights of a run prove about its map, and what is seen at images."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.columns import Columns
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from equipoise.certificate import Certificate
+from equipoise.cli.commands import folder_config, run_folder, run_model
+from equipoise.cli.display import facts_table
+from equipoise.cli.errors import UsageError
+from equipoise.cli.flags import parse
+from equipoise.gradients import Implicit
+from equipoise.models import MDEQClassifier
+from equipoise.solution import Solution
+from equipoise.train.evaluation import to_device
+from equipoise.train.proof import Proof, prove
+from equipoise.train.recipes import RECIPES
+
+DESCRIPTION = """\
+What the weights of a run prove about its map: whether it contracts, in evaluation and in training, how many
+evaluations every image needs at most, and how many some test images do need. All computed afresh from the weights.
+The exit code is 0 if the map is proved to contract in evaluation, and 1 if not."""
+EXAMPLES = """\
+examples:
+  equipoise certify runs/demo
+  equipoise certify runs/demo --images 200 --rtol 1e-6
+  equipoise certify runs/demo --json
+"""
+
+
+def certify(arguments: list[str]) -> int:
+    """Prove that the map of a run contracts."""
+    own: list[tuple[str, dict[str, Any]]] = [
+        ("run", {"metavar": "RUN", "help": "run folder"}),
+        ("--images", {"type": int, "metavar": "N", "default": 32, "help": "test images to measure at; 0: none [32]"}),
+        ("--rtol", {"type": float, "metavar": "R", "default": 1e-3, "help": "wanted relative error [0.001]"}),
+        ("--json", {"action": "store_true", "help": "print JSON"}),
+    ]
+    folder = run_folder(arguments, "certify")
+    base = folder_config(folder) if folder is not None else RECIPES["lipschitz-digits"]()
+    config, options = parse(
+        arguments,
+        base,
+        usage="equipoise certify RUN [flags]",
+        description=DESCRIPTION,
+        examples=EXAMPLES,
+        own=own,
+        fields=("data",),
+    )
+    if options.images < 0:
+        raise UsageError(f"--images {options.images}: must be >= 0")
+    if not options.rtol > 0:
+        raise UsageError(f"--rtol {options.rtol:g}: must be > 0")
+    console = Console()
+    model, _ = run_model(Path(options.run), console, quiet=options.json)
+    images, labels = None, None
+    if options.images:
+        batch = next(iter(config.data.load().test.batches(options.images)))
+        images, labels = to_device(config, *batch, torch.device("cpu"))
+    proof = prove(model, solver=config.eval_solver, images=images)
+    observed = None
+    if proof.reason is None and images is not None and labels is not None:
+        observed = _observe(model, proof, images, labels, options.rtol)
+    if options.json:
+        content = {
+            "run": options.run,
+            "certified": proof.reason is None,
+            **proof.as_dict(),
+            "rtol": options.rtol,
+            "images": 0 if images is None else len(images),
+            "predicted": {mode: _predicted(found, options.rtol) for mode, found in _modes(proof)},
+            "observed": observed,
+        }
+        sys.stdout.write(json.dumps(content) + "\n")
+    else:
+        _show(console, options.run, model, proof, options.rtol, observed, 0 if images is None else len(images))
+    return 0 if proof.reason is None else 1
+
+
+def _modes(proof: Proof) -> Iterator[tuple[str, Certificate]]:
+    """The certificates that there are, with their names."""
+    for mode, found in (("evaluation", proof.evaluation), ("training", proof.training)):
+        if found is not None:
+            yield mode, found
+
+
+def _predicted(certificate: Certificate, rtol: float) -> int | None:
+    """Most evaluations of the solver that the certificate chooses, forward; backward there are no more."""
+    return certificate.solver(rtol=rtol).max_steps if certificate.contracts else None
+
+
+def _observe(
+    model: MDEQClassifier, proof: Proof, images: Tensor, labels: Tensor, rtol: float
+) -> dict[str, dict[str, Any]]:
+    """Evaluations that images need, forward and backward, with the solver that the certificate chooses."""
+    assert proof.evaluation is not None
+    solver = proof.evaluation.solver(rtol=rtol)
+    adjoint: list[Solution[Tensor]] = []
+    with model.deq.using(solver=solver, gradient=Implicit(solver=solver, observe=adjoint.append)):
+        logits, forward = model.classify(images)
+        F.cross_entropy(logits, labels).backward()
+    model.zero_grad()
+    return {"forward": _counts(forward), "backward": _counts(adjoint[0])}
+
+
+def _counts(solution: Solution[Any]) -> dict[str, Any]:
+    steps = solution.num_steps.double()
+    return {
+        "mean": float(steps.mean()),
+        "most": int(steps.max()),
+        "converged": float(solution.converged.double().mean()),
+    }
+
+
+def _show(
+    console: Console,
+    run: str,
+    model: MDEQClassifier,
+    proof: Proof,
+    rtol: float,
+    observed: dict[str, dict[str, Any]] | None,
+    count: int,
+) -> None:
+    """The same for people."""
+    layers = model.config.contraction
+    facts = {"run": run, "layers": "those of the published MDEQ" if layers is None else str(layers)}
+    facts["dropout"] = f"{model.config.dropout:g}, counted in training alone" if model.config.dropout else "none"
+    console.print(facts_table(facts))
+    modes = dict(_modes(proof))
+    if modes:
+        console.print("\n[bold]how far level z_j can move f_i[/bold]  |f_i(z) - f_i(z')| <= sum_j M_ij |z_j - z'_j|")
+        console.print(Columns([_matrix(mode, found) for mode, found in modes.items()]))
+        console.print(_numbers(modes, rtol, observed, count))
+    verdict = "[green]certified[/green]" if proof.reason is None else "[red]not certified[/red]"
+    console.print(f"{verdict}: {escape(_verdict(proof, rtol))}", highlight=False)
+
+
+def _verdict(proof: Proof, rtol: float) -> str:
+    if proof.evaluation is None or proof.reason is not None:
+        return str(proof.reason)
+    found = proof.evaluation
+    norm = "" if found.norm < 1 else "weighted "
+    text = (
+        f"every input has one equilibrium, and each evaluation brings the {norm}distance to it down to "
+        f"{found.lipschitz:.1%} at most"
+    )
+    if proof.training is not None and not proof.training.contracts:
+        text += "; in training, with dropout, this is not proved"
+    return text
+
+
+def _matrix(mode: str, found: Certificate) -> Table:
+    """The block matrix, levels by their numbers."""
+    table = Table(title=f"M in {mode}", title_justify="left")
+    table.add_column("", style="bold")
+    for j in range(len(found.block_matrix)):
+        table.add_column(f"z_{j}", justify="right")
+    for i, row in enumerate(found.block_matrix):
+        table.add_row(f"f_{i}", *(f"{value:.4f}" for value in row))
+    return table
+
+
+def _numbers(
+    modes: dict[str, Certificate], rtol: float, observed: dict[str, dict[str, Any]] | None, count: int
+) -> Table:
+    """What follows from the matrices, and what was seen."""
+    table = Table()
+    table.add_column("", style="bold")
+    for mode in modes:
+        table.add_column(mode, justify="right")
+
+    def row(name: str, value: Callable[[Certificate], str]) -> None:
+        table.add_row(name, *map(value, modes.values()))
+
+    row("Euclidean norm of M", lambda found: f"{found.norm:.4f}")
+    row("Perron radius of M", lambda found: f"{found.radius:.4f}")
+    row("weights of the levels", lambda found: ", ".join(f"{weight:.3f}" for weight in found.weights))
+    row(
+        f"largest norm of the Jacobian at {count} images",
+        lambda found: "" if found.measured is None else f"{found.measured:.4f}",
+    )
+    row("share of the bound", lambda found: "" if found.tightness is None else f"{found.tightness:.0%}")
+    row("solver", lambda found: type(found.solver(rtol=rtol)).__name__ if found.contracts else "")
+    row(
+        f"evaluations to rtol {rtol:g}, forward and backward, at most",
+        lambda found: str(_predicted(found, rtol)) if found.contracts else "no bound",
+    )
+    for way, seen in (observed or {}).items():
+        text = f"{seen['most']}, {seen['mean']:.1f} on average"
+        row(f"most of {count} images, {way}", lambda found, text=text: "" if found.training else text)  # type: ignore[misc]
+    return table

@@ -1,0 +1,160 @@
+"""What is proved about a classifier, for its file, its result, and the people who look at them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from equipoise.certificate import Certificate, CertificateError, UnprovedConstant, certify
+from equipoise.models import MDEQClassifier
+from equipoise.solvers import Solver
+from equipoise.train.config import TrainConfig
+
+MEASURED = 32  # images at which the norm of the Jacobian is measured, at most
+FACTS = ("certified_lipschitz", "predicted_evaluations", "measured_lipschitz", "tightness", "not_certified")
+ROUNDING = 1e-3  # by which the norms of the same weights may differ from one machine to another
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Proof:
+    """Certificates of a classifier's map, or why there are none.
+
+    Args:
+        evaluation: certificate of the map in evaluation; None: a layer has no known constant.
+        training: the same with dropout.
+        reason: why the map is not proved to contract in evaluation; None: it is.
+        solver: that finds the equilibrium in evaluation.
+    """
+
+    evaluation: Certificate | None
+    training: Certificate | None
+    reason: str | None
+    solver: Solver
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for a model's file."""
+        return {
+            "evaluation": None if self.evaluation is None else self.evaluation.as_dict(),
+            "training": None if self.training is None else self.training.as_dict(),
+            "reason": self.reason,
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """What `result.json` holds of it: numbers, and None where nothing is proved or measured."""
+        found = self.evaluation
+        if found is None:
+            return dict.fromkeys(FACTS[:-1]) | {"not_certified": self.reason}
+        numbers = found.lipschitz, found.evaluations_of(self.solver), found.measured, found.tightness
+        return dict(zip(FACTS, (*numbers, self.reason), strict=True))
+
+    def supports(self, claimed: Mapping[str, Any]) -> None:
+        """Whether a model's file claims no more than its weights prove.
+
+        Args:
+            claimed: what `as_dict` gave when the file was written.
+
+        Raises:
+            CertificateError: it claims more.
+        """
+        for mode, found in (("evaluation", self.evaluation), ("training", self.training)):
+            said = claimed.get(mode)
+            if said is None or not said["contracts"]:
+                continue
+            if found is None or not found.contracts:
+                raise CertificateError(f"it claims that the map contracts in {mode}, and its weights do not prove it")
+            for name in ("norm", "radius"):
+                if getattr(found, name) > said[name] * (1 + ROUNDING):
+                    raise CertificateError(
+                        f"it claims that the block matrix has {name} {said[name]:.4f} in {mode}, and its weights prove "
+                        f"{getattr(found, name):.4f} only"
+                    )
+
+
+def prove(model: MDEQClassifier, *, solver: Solver | None = None, images: Tensor | None = None) -> Proof:
+    """Certify a classifier's map as evaluation finds it, whatever mode the model is in.
+
+    Args:
+        model: a classifier, which stays as it is.
+        solver: that finds the equilibrium in evaluation; None: the model's.
+        images: a batch as the model takes it, at which the norm of the Jacobian is measured; None: it is not.
+
+    Raises:
+        CertificateError: the solver was given a Lipschitz constant that the weights do not prove.
+    """
+    if model.training:
+        model = copy.deepcopy(model).eval()
+    solver = solver or model.deq.solver
+    try:
+        # The model's own solver is that of training.
+        training = certify(model, training=True)
+        with model.deq.using(solver=solver):
+            solution = None
+            if images is not None:
+                with torch.no_grad():
+                    solution = model.deq.solve(model.stem(images))
+            evaluation = certify(model, solution=solution)
+    except UnprovedConstant:
+        raise
+    except CertificateError as error:
+        return Proof(evaluation=None, training=None, reason=str(error), solver=solver)
+    reason = None
+    try:
+        evaluation.require()
+    except CertificateError as error:
+        reason = str(error)
+    return Proof(evaluation=evaluation, training=training, reason=reason, solver=solver)
+
+
+def summarize(facts: Mapping[str, Any], max_steps: int | None = None) -> str:
+    """What `Proof.facts` says, in a line.
+
+    Args:
+        facts: numbers of a proof.
+        max_steps: of the solver, if it may end before what is predicted.
+    """
+    if facts["not_certified"] is not None:
+        reason, advice, _ = facts["not_certified"].partition("; ")
+        return f"not certified: {reason}{')' if advice and '(' in reason else ''}"
+    text = f"contracts: L = {facts['certified_lipschitz']:.2f}"
+    if facts["measured_lipschitz"] is not None:
+        text += f" (measured {facts['measured_lipschitz']:.2f}, {facts['tightness']:.0%} tight)"
+    predicted = facts["predicted_evaluations"]
+    if predicted is None:
+        return text + ", and the solver promises nothing"
+    capped = max_steps is not None and max_steps < predicted
+    return text + f", at most {predicted} evaluations" + (f", cut at {max_steps}" if capped else "")
+
+
+def check_claims(config: TrainConfig) -> None:
+    """Refuse a run whose solvers are given a constant that its layers may exceed.
+
+    Raises:
+        CertificateError: with the flag and the constant of the layers.
+    """
+    layers, n = config.model.contraction, config.model.num_levels
+    solvers = {
+        "solver": (config.solver, config.model.dropout),
+        "gradient.solver": (getattr(config.gradient, "solver", None), config.model.dropout),
+        "eval_solver": (config.eval_solver, 0.0),
+    }
+    for name, (solver, dropout) in solvers.items():
+        claimed = getattr(solver, "lipschitz", None)
+        if claimed is None or getattr(solver, "one_sided", None) is not None:
+            continue
+        if layers is None:
+            raise CertificateError(
+                f"{name}.lipschitz={claimed:g}: nothing proves it, as the layers of model.contraction=null have no "
+                "known constants; leave it out, or choose model.contraction"
+            )
+        allowed = layers.constant(n, dropout=dropout)
+        if allowed > claimed * (1 + 1e-6):
+            remedy = f"set it to {allowed:.6g} or more, or " if allowed < 0.999999 else ""
+            raise CertificateError(
+                f"{name}.lipschitz={claimed:g}: the layers of model.contraction may have {allowed:.4g}; {remedy}lower "
+                "the constants of the layers, or leave it out"
+            )
