@@ -121,12 +121,13 @@ def test_searched_pairs_stay_below_the_bound_and_come_nearer_to_it(contraction: 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @contractions
 def test_ten_thousand_searched_pairs_stay_below_the_bound(contraction: Contraction) -> None:
     model = make_model(contraction, trained=10)
     certificate = eq.certify(model)
     for _ in range(20):
-        found, weighted = ascend(model, 500, 30)
+        found, weighted = ascend(model, 500, 8)
         assert float(found.max()) <= certificate.norm * (1 + 1e-9)
         assert float(weighted.max()) <= certificate.radius * (1 + 1e-9)
 
