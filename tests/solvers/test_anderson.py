@@ -281,3 +281,9 @@ def test_a_proved_constant_keeps_the_promised_rate_and_still_accelerates() -> No
     assert bool(((best <= best[0] * 0.9 ** k[:, None] * (1 + 1e-12)) | best.isnan()).all())
     picard = eq.Picard(lipschitz=0.9, max_steps=400, rtol=1e-6).solve(f, 0 * x)
     assert bool((solution.num_steps < 0.5 * picard.raise_for_status().num_steps).all())
+
+
+def test_a_constant_of_the_whole_state_is_no_proof_for_blocks() -> None:
+    z0 = torch.zeros(1, 4)
+    with pytest.raises(ValueError, match="blocks"):
+        eq.Anderson(lipschitz=0.5).solve(eq.Map(lambda z: 0.5 * z + 1, z0, blocks=(2, 2)), z0)
