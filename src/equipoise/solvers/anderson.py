@@ -82,8 +82,8 @@ class Anderson(Solver):
     def init(self, point: Point) -> _Memory:
         if self.lipschitz is not None and point.blocks is not None:
             raise ValueError(
-                f"Anderson(lipschitz={self.lipschitz!r}): its proof is in the Euclidean norm of the whole state, and this "
-                "map has blocks that converge separately; leave it out, or use Picard"
+                f"Anderson(lipschitz={self.lipschitz!r}): its proof is in the Euclidean norm of the whole state, and "
+                "this map has blocks that converge separately; leave it out, or use Picard"
             )
         b, size = point.z.shape
         m = max(1, min(self.memory, self.max_steps))
