@@ -121,3 +121,29 @@ def test_bilevel_speed(tmp_path: pathlib.Path) -> None:
         shine, hoag = (steps[f"{method}{rule}"]["visits"][0][1] for method in ("shine", "hoag"))
         assert shine < hoag
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_lipschitz_speed(tmp_path: pathlib.Path) -> None:
+    for package in ("matplotlib", "sklearn", "lightning_fabric"):
+        pytest.importorskip(package)
+    target, picture = tmp_path / "lipschitz.json", tmp_path / "lipschitz.png"
+    script = "benchmarks/lipschitz_speed.py"
+    command = [sys.executable, script, "--quick", "--json", str(target), "--plot", str(picture)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+    assert run.returncode == 0, run.stderr
+    figures = json.loads(target.read_text())
+    certified = [f"lipschitz-s{slope}" for slope in (0.2, 0.4, 0.6, 0.8, 1.0)]
+    certified += [f"tight-{ceiling}" for ceiling in (0.5, 0.7, 0.9)]
+    keys = ("test_accuracy", "train_step_ratio", "inference_ratio", "evals_forward", "evals_backward")
+    for variant in ("mdeq", "mdeq-jacobian", "mdeq-shine", *certified):
+        for key in (*keys, "converged_fraction", "certified_L"):
+            assert f"{variant}/{key}" in figures
+    for variant in certified:
+        assert figures[f"{variant}/certified_L"] < 1
+        assert 0 < figures[f"{variant}/tightness"] <= 1
+        assert figures[f"{variant}/converged_fraction"] == 1
+        assert figures[f"{variant}/evals_ratio"] < figures["mdeq/evals_ratio"] / 3
+    assert figures["mdeq/certified_L"] is None
+    assert picture.stat().st_size > 10_000

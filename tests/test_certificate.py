@@ -503,3 +503,50 @@ def test_a_certificate_as_plain_data() -> None:
     assert data["contracts"] is True
     assert data["tightness"] is None
     assert data["radius"] == 0.5
+
+
+class Given(nn.Module):
+    """A cell with the block matrix that it is told."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        super().__init__()
+        self.matrix = matrix
+
+    def block_matrix(self, training: bool) -> Tensor:
+        return self.matrix
+
+
+@pytest.mark.parametrize("matrix", [torch.tensor([[0.7, -0.7], [0.7, 0.7]]), torch.zeros(2, 3)])
+def test_a_matrix_that_bounds_nothing_is_refused(matrix: Tensor) -> None:
+    with pytest.raises(eq.CertificateError, match="square matrix of bounds >= 0"):
+        eq.certify(Given(matrix))
+
+
+def test_a_map_that_ignores_its_state_is_certified() -> None:
+    certificate = eq.certify(Given(torch.zeros(2, 2, dtype=torch.float32)))
+    assert certificate.contracts
+    assert certificate.norm == 0
+    assert dataclasses.replace(certificate, measured=0.0).as_dict()["tightness"] is None
+
+
+def test_a_certificate_is_of_the_mode_of_the_model() -> None:
+    config = dataclasses.replace(MDEQConfig.digits(), dropout=0.5, contraction=ScaledLayers())
+    model = MDEQClassifier(config)
+    assert eq.certify(model).training
+    assert eq.certify(model).norm == eq.certify(model, training=True).norm > eq.certify(model, training=False).norm
+    assert not eq.certify(model.eval()).training
+
+
+def test_a_solver_with_a_false_constant_promises_no_count() -> None:
+    half = eq.Certificate(block_matrix=((0.5,),), training=False, norm=0.5, radius=0.5, weights=(1.0,))
+    assert half.evaluations_of(eq.Anderson(lipschitz=0.01)) is None
+    assert half.evaluations_of(eq.Anderson(lipschitz=0.5)) is not None
+
+
+def test_other_contractions_are_refused_instead_of_ignored() -> None:
+    class Mine(Contraction):
+        def constant(self, num_levels: int, *, dropout: float = 0.0) -> float:
+            return 0.5
+
+    with pytest.raises(TypeError, match="must be ScaledLayers, SLLLayers or None"):
+        dataclasses.replace(MDEQConfig.digits(), contraction=Mine())

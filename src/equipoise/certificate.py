@@ -66,7 +66,7 @@ class Certificate:
     @property
     def tightness(self) -> float | None:
         """Share of the Euclidean bound that was found at samples."""
-        return None if self.measured is None else self.measured / self.norm
+        return None if self.measured is None or self.norm == 0 else self.measured / self.norm
 
     @property
     def condition(self) -> float:
@@ -116,7 +116,8 @@ class Certificate:
         Returns:
             The number; None where nothing is proved: the map, or this kind of solver, which need not converge.
         """
-        if not self.contracts or solver.rtol == 0:
+        told = getattr(solver, "lipschitz", None)
+        if not self.contracts or solver.rtol == 0 or (told is not None and self.norm > told * (1 + ROUNDING)):
             return None
         if isinstance(solver, Picard) and solver.step == 1:
             return self.evaluations(solver.rtol, lipschitz=solver.lipschitz)
@@ -195,14 +196,14 @@ def contraction_solver(lipschitz: float, *, rtol: float = 1e-3, max_steps: int |
     return family(rtol=rtol, lipschitz=lipschitz, max_steps=needed if max_steps is None else min(needed, max_steps))
 
 
-def certify(model: nn.Module, *, training: bool = False, solution: Solution | None = None) -> Certificate:
+def certify(model: nn.Module, *, training: bool | None = None, solution: Solution | None = None) -> Certificate:
     r"""Prove from the present weights how much a model's map contracts.
 
     Args:
         model: a `DEQ`, or a model with one in `model.deq`, whose cell has a method `block_matrix(training)`; or such
             a cell.
-        training: count dropout as it is in training. The weights are those of the model's present mode: power
-            iteration steers them in training mode, and a proved bound in evaluation mode.
+        training: count dropout as it is in training; None: as in the model's mode. The weights are those of the
+            model's mode in either case: steered by power iteration in training, proved to obey caps in evaluation.
         solution: of a solve of the model; the norm of the Jacobian is measured at each of its samples, from below.
 
     Returns:
@@ -226,11 +227,16 @@ def certify(model: nn.Module, *, training: bool = False, solution: Solution | No
         raise CertificateError(
             f"{type(cell).__name__} has no method block_matrix(training) that bounds it; see docs/extending.md"
         )
+    training = model.training if training is None else training
     try:
-        matrix = cell.block_matrix(training)
+        matrix = cell.block_matrix(training).detach().double().cpu()
     except UnknownConstant as error:
         name = next((name for name, module in model.named_modules() if module is error.module), "a layer")
         raise CertificateError(f"{name} ({error})") from error
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or bool((matrix < 0).any()):
+        raise CertificateError(
+            f"{type(cell).__name__}.block_matrix must return a square matrix of bounds >= 0, got {matrix.tolist()}"
+        )
     finite = bool(matrix.isfinite().all())
     norm = float(torch.linalg.matrix_norm(matrix, ord=2)) if finite else math.inf
     radius, weights = _perron(matrix)
@@ -246,8 +252,9 @@ def certify(model: nn.Module, *, training: bool = False, solution: Solution | No
     for owner in (deq, deq.gradient) if isinstance(deq, DEQ) else ():
         claimed = getattr(getattr(owner, "solver", None), "lipschitz", None)
         if claimed is not None and norm > claimed * (1 + ROUNDING):
+            mode = "in training, " if training else ""
             raise UnprovedConstant(
-                f"the solver of the {type(owner).__name__} was given lipschitz={claimed}, and the weights prove "
+                f"the solver of the {type(owner).__name__} was given lipschitz={claimed}, and {mode}the weights prove "
                 f"{norm:.4f} only; give it certify(model).solver(), or a constant above the bound of the layers"
             )
     return certificate

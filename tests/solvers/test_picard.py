@@ -185,3 +185,12 @@ def test_the_one_sided_bound_is_one_of_the_error(mu: float, lipschitz: float) ->
 def test_fields_out_of_range(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         eq.Picard(**fields)
+
+
+@pytest.mark.parametrize("mu", [0.625, 0.9])
+def test_a_one_sided_bound_beyond_the_constant_adds_nothing(mu: float) -> None:
+    """<f(z) - f(z'), z - z'> <= L |z - z'|^2 anyway; the formula for the step has a pole at mu = (1 + L^2) / 2."""
+    solver = eq.Picard(one_sided=mu, lipschitz=0.5, max_steps=60, rtol=1e-10)
+    assert solver.step == 1
+    solution = eq.fixed_point(lambda z: 0.5 * z + 1, torch.zeros(1, 1), solver=solver).raise_for_status()
+    torch.testing.assert_close(solution.value, torch.full((1, 1), 2.0))

@@ -16,6 +16,7 @@ from equipoise import CertificateError, files, train
 from equipoise.models import MDEQClassifier, ScaledLayers, SLLLayers
 from equipoise.nn.lipschitz import _Cap
 from equipoise.train import CheckpointError, TrainConfig, checkpoint, evaluate, fit, recipes
+from equipoise.train.evaluation import certified
 from equipoise.train.proof import FACTS, check_claims, prove, summarize
 from equipoise.train.serialize import from_plain, to_plain
 
@@ -232,3 +233,27 @@ def test_layers_are_part_of_the_configuration(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=r"ceiling=1\.0: must lie in \(0, 1\)"):
         from_plain(TrainConfig, plain)
     assert isinstance(config.model.contraction, SLLLayers)
+
+
+def test_a_model_with_the_solver_of_its_certificate_is_saved(tmp_path: pathlib.Path) -> None:
+    """The constant is that of evaluation; with dropout the weights prove less, which is no reason to lose the model."""
+    config = dataclasses.replace(recipes.lipschitz_digits().model, dropout=0.3)
+    model = MDEQClassifier(config).eval()
+    model.deq.solver = eq.certify(model).solver()
+    train.save(model, tmp_path / "model")
+    stored = checkpoint.describe(tmp_path / "model")["certificate"]
+    assert stored["training"]["norm"] > stored["evaluation"]["norm"]
+    assert train.load(tmp_path / "model").deq.solver == model.deq.solver
+
+
+def test_nothing_is_promised_in_bf16() -> None:
+    config = dataclasses.replace(TOYS["scaled"], precision="bf16-mixed")
+    model = MDEQClassifier(config.model, solver=config.solver).float().eval()
+    found = certified(model, config.data.load().test, config, None, torch.device("cpu"))
+    assert found["certified_lipschitz"] is None
+    assert "bf16" in found["not_certified"]
+
+
+def test_a_bound_is_rounded_up() -> None:
+    facts = dict.fromkeys(FACTS) | {"certified_lipschitz": 0.99961, "predicted_evaluations": 3}
+    assert "L = 0.9997" in summarize(facts)

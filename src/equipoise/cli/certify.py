@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,8 +30,9 @@ from equipoise.train.proof import Proof, prove
 from equipoise.train.recipes import RECIPES
 
 DESCRIPTION = """\
-What the weights of a run prove about its map: whether it contracts, in evaluation and in training, how many
-evaluations every image needs at most, and how many some test images do need. All computed afresh from the weights.
+What the weights of a run prove about its map: whether it contracts, without and with the dropout of training, how
+many evaluations every image needs at most, and how many some test images do need. All computed afresh from the weights,
+in evaluation mode; in training mode caps are followed within some percent.
 The exit code is 0 if the map is proved to contract in evaluation, and 1 if not."""
 EXAMPLES = """\
 examples:
@@ -153,8 +155,8 @@ def _verdict(proof: Proof, rtol: float) -> str:
     found = proof.evaluation
     norm = "" if found.norm < 1 else "weighted "
     text = (
-        f"every input has one equilibrium, and each evaluation brings the {norm}distance to it down to "
-        f"{found.lipschitz:.1%} at most"
+        f"every input has one equilibrium, and each step of plain iteration brings the {norm}distance to it down to "
+        f"{math.ceil((found.lipschitz or 0) * 1000) / 10:.1f}% at most"
     )
     if proof.training is not None and not proof.training.contracts:
         text += "; in training, with dropout, this is not proved"

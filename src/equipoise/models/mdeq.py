@@ -108,6 +108,8 @@ class MDEQConfig:
             raise ValueError(
                 f"channels must be multiples of num_groups {self.num_groups}, got {self.channels}; change one of them"
             )
+        if self.contraction is not None and not isinstance(self.contraction, (ScaledLayers, SLLLayers)):
+            raise TypeError(f"contraction must be ScaledLayers, SLLLayers or None, got {self.contraction!r}")
         if isinstance(self.contraction, SLLLayers) and self.dropout:
             raise ValueError(
                 f"dropout={self.dropout} has no place in SLLLayers, whose blocks would expand; set it to 0"

@@ -120,7 +120,8 @@ class Anderson(Solver):
         if self.lipschitz is None:
             restart = ~(squares[:, slot] <= self.growth**2 * squares.amin(dim=1))
         else:
-            others = squares.index_fill(1, torch.tensor([slot], device=squares.device), torch.inf)
+            others = squares.clone()
+            others[:, slot] = torch.inf
             restart = ~(squares[:, slot] <= self.lipschitz**2 * others.amin(dim=1))
         # Relative to each column, and no finer than the rounding of the products.
         ridge = torch.diag_embed((self.ridge + 4 * eps) * squares)

@@ -54,7 +54,7 @@ class Picard(Solver):
         if self.one_sided is None:
             check_contraction(self, self.lipschitz)
             return
-        if self.lipschitz is None or not -self.lipschitz <= self.one_sided < 1:
+        if self.lipschitz is None or self.lipschitz < 0 or not -self.lipschitz <= self.one_sided < 1:
             raise ValueError(
                 f"Picard(one_sided={self.one_sided!r}, lipschitz={self.lipschitz!r}): needs a Lipschitz constant L and "
                 "-L <= one_sided < 1"
@@ -67,11 +67,14 @@ class Picard(Solver):
         """The damping in use."""
         if self.one_sided is None or self.lipschitz is None:
             return self.damping
-        return min(1.0, (1 - self.one_sided) / (1 - 2 * self.one_sided + self.lipschitz**2))
+        mu = min(self.one_sided, self.lipschitz)  # by Cauchy and Schwarz
+        return min(1.0, (1 - mu) / (1 - 2 * mu + self.lipschitz**2))
 
     def tolerance(self, size: Tensor) -> Tensor:
         allowed = super().tolerance(size)
-        bound = self.lipschitz if self.one_sided is None else self.one_sided
+        bound = self.lipschitz
+        if self.one_sided is not None and bound is not None:
+            bound = min(self.one_sided, bound)
         return allowed if bound is None else allowed * (1 - bound)
 
     def init(self, point: Point) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import platform
 from collections.abc import Iterator, Mapping
@@ -62,7 +63,11 @@ def certified(
     """
     batch = next(iter(split.batches(MEASURED)), None)
     images = None if batch is None else to_device(config, *batch, device)[0]
-    return prove(model, solver=solver, images=images).facts()
+    proof = prove(model, solver=solver, images=images)
+    if config.precision == "bf16-mixed" and proof.reason is None:
+        # Rounding of a part in 256 is beyond what the proof is about: solves stall above the tolerance.
+        proof = dataclasses.replace(proof, evaluation=None, reason="bf16-mixed rounds more than a proof allows")
+    return proof.facts()
 
 
 @torch.no_grad()

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from equipoise.certificate import Certificate, CertificateError, UnprovedConstant, certify
+from equipoise.certificate import ROUNDING, Certificate, CertificateError, UnprovedConstant, certify
 from equipoise.models import MDEQClassifier
 from equipoise.solvers import Solver
 from equipoise.train.config import TrainConfig
 
 MEASURED = 32  # images at which the norm of the Jacobian is measured, at most
 FACTS = ("certified_lipschitz", "predicted_evaluations", "measured_lipschitz", "tightness", "not_certified")
-ROUNDING = 1e-3  # by which the norms of the same weights may differ from one machine to another
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class Proof:
 
     Args:
         evaluation: certificate of the map in evaluation; None: a layer has no known constant.
-        training: the same with dropout.
+        training: the same weights with dropout. Those of training mode are steered, and follow within some percent.
         reason: why the map is not proved to contract in evaluation; None: it is.
         solver: that finds the equilibrium in evaluation.
     """
@@ -90,14 +90,14 @@ def prove(model: MDEQClassifier, *, solver: Solver | None = None, images: Tensor
         model = copy.deepcopy(model).eval()
     solver = solver or model.deq.solver
     try:
-        # The model's own solver is that of training.
-        training = certify(model, training=True)
         with model.deq.using(solver=solver):
             solution = None
             if images is not None:
                 with torch.no_grad():
                     solution = model.deq.solve(model.stem(images))
             evaluation = certify(model, solution=solution)
+        # Of the cell alone: what the solvers were told is for the mode in which they are used.
+        training = certify(model.deq.cell, training=True)
     except UnprovedConstant:
         raise
     except CertificateError as error:
@@ -120,7 +120,8 @@ def summarize(facts: Mapping[str, Any], max_steps: int | None = None) -> str:
     if facts["not_certified"] is not None:
         reason, advice, _ = facts["not_certified"].partition("; ")
         return f"not certified: {reason}{')' if advice and '(' in reason else ''}"
-    text = f"contracts: L = {facts['certified_lipschitz']:.2f}"
+    constant = math.ceil(facts["certified_lipschitz"] * 1e4) / 1e4  # a bound is rounded up
+    text = f"contracts: L = {constant:.4g}"
     if facts["measured_lipschitz"] is not None:
         text += f" (measured {facts['measured_lipschitz']:.2f}, {facts['tightness']:.0%} tight)"
     predicted = facts["predicted_evaluations"]
