@@ -48,7 +48,7 @@ from typing import Any
 import matplotlib
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, PercentFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -296,13 +296,19 @@ def plot(record: dict[str, Any]) -> Figure:
         x, y = ([means[f"{name}/{key}"] or 0.0 for name in names] for key in ("train_step_ratio", "test_accuracy"))
         spread = [spreads.get(f"{name}/test_accuracy", 0.0) for name in names]
         axes.errorbar(x, y, spread, color=color, marker=marker, ls="none", label=label, capsize=3, elinewidth=0.9)
+        # The two kinds of layers lie among each other: one is named on the left, the other on the right.
+        side, ha = (-6, "right") if family == "lipschitz" else (6, "left")
         for name, a, b in zip(names, x, y, strict=True):
             text = name if family == "mdeq" else name.split("-")[1]
-            axes.annotate(text, (a, b), (6, 5), textcoords="offset points", color=color, fontsize=8.5)
+            above = -12 if name == BASELINE or family == "lipschitz" else 5
+            axes.annotate(text, (a, b), (side, above), textcoords="offset points", color=color, fontsize=8.5, ha=ha)
     axes.set_xlabel("time of a training step, over that of mdeq")
     axes.set_ylabel("test accuracy")
-    axes.set_xlim(0, None)
+    axes.set_xscale("log")
+    axes.set_xlim(0.22, 1.4)
+    axes.xaxis.set_major_locator(FixedLocator([0.25, 0.3, 0.35, 0.4, 0.5, 0.7, 1]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
     seeds = sorted({seed for runs in record["runs"].values() for seed in runs}, key=int)
     axes.set_title(f"mean and standard deviation of seeds {', '.join(seeds)}", color=INK, fontsize=10, loc="left")

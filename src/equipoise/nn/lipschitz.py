@@ -281,8 +281,8 @@ class CappedConv2d(nn.Conv2d):
     The weight is computed from the kernel once per solve. In evaluation mode $\|K\|$ is the bound of
     `conv_norm_bound`, so the cap is proved. In training mode power iteration on the operator follows the kernel, two
     iterations each time that the kernel has changed, times the ratio to the bound that was seen when the layer was
-    last switched to evaluation: it costs little and may be some percent behind. The gradient is that of the leading
-    singular value in either mode.
+    last switched to evaluation: it costs little and may be behind, the more the weights change in a step. The
+    gradient is that of the leading singular value in either mode.
 
     Args:
         in_channels: of the input.

@@ -96,7 +96,7 @@ def mdeq_imagenet_xl() -> TrainConfig:
 
 
 def lipschitz_digits() -> TrainConfig:
-    """MDEQ that provably contracts, layers as published, on the digits: half a minute on two CPU cores."""
+    """MDEQ that provably contracts, layers as published, on the digits: a minute on a CPU."""
     config = contracting(mdeq_digits(), ScaledLayers(), rtol=1e-2)
     return dataclasses.replace(config, name="lipschitz-digits", epochs=10)
 
@@ -114,7 +114,7 @@ def lipschitz_cifar10() -> TrainConfig:
 
 
 def lipschitz_tight_digits() -> TrainConfig:
-    """MDEQ of layers whose bounds are nearly reached, on the digits: half a minute on two CPU cores."""
+    """MDEQ of layers whose bounds are nearly reached, on the digits: a minute or two on a CPU."""
     config = contracting(mdeq_digits(), SLLLayers(), rtol=1e-2)
     return dataclasses.replace(config, name="lipschitz-tight-digits", epochs=10)
 
