@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 import shutil
 from typing import Any
@@ -74,7 +75,7 @@ def test_people_read_matrices_numbers_and_a_verdict(capsys: pytest.CaptureFixtur
         assert f"{value:.4f}" in text
     assert "ScaledLayers(slope=0.8" in text
     assert "largest norm of the Jacobian at 15 images" in text
-    assert "certified: every input has one equilibrium, and each evaluation brings the distance" in text
+    assert "certified: every input has one equilibrium, and each step of plain iteration brings the distance" in text
     assert f"down to {certificate.norm:.1%} at most" in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 110
 
@@ -161,7 +162,7 @@ def test_evaluation_tells_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "tight"]) == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     norm = eq.certify(load("tight/model.safetensors")).norm
-    assert f"certificate contracts: L = {norm:.2f} (measured 0." in text
+    assert f"certificate contracts: L = {math.ceil(norm * 1e4) / 1e4:.4g} (measured 0." in text
     assert "% tight), at most " in text
     assert main(["evaluate", "plain"]) == 0
     assert "certificate not certified: deq.cell.blocks.0.conv1 (Conv2d: " in " ".join(

@@ -104,7 +104,8 @@ class _Classifier(ClassifierMixin, BilevelEstimator):
 
     def predict(self, X: Any) -> np.ndarray:
         """The label with the largest score, `(n,)`."""
-        return self.classes_[self._best(self._decision(X))]
+        best = self._best(self._decision(X))  # says so if there was no fit
+        return self.classes_[best]
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Probabilities of the classes, `(n, k)`, in the order of `classes_`."""
