@@ -14,7 +14,7 @@ from train.toy import FULL, PLAIN, Run, contracting_toys
 import equipoise as eq
 from equipoise import CertificateError, files, train
 from equipoise.models import MDEQClassifier, ScaledLayers, SLLLayers
-from equipoise.nn.lipschitz import _Cap
+from equipoise.nn.capped import _Cap
 from equipoise.train import CheckpointError, TrainConfig, checkpoint, evaluate, fit, recipes
 from equipoise.train.evaluation import certified
 from equipoise.train.proof import FACTS, check_claims, prove, summarize

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.gradients import Gradient, Implicit
+from equipoise.models.config import MDEQConfig
 from equipoise.models.contraction import SLLLayers
-from equipoise.models.mdeq import MDEQCell, MDEQConfig, MDEQEncoder, MDEQStem, conv1x1, conv3x3, initialize
+from equipoise.models.mdeq import MDEQCell, MDEQEncoder, MDEQStem, conv1x1, conv3x3, initialize
 from equipoise.nn.deq import DEQ
 from equipoise.solution import Solution
 from equipoise.solvers import Anderson, Solver

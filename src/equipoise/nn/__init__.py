@@ -1,10 +1,10 @@
 """The DEQ module, layers that are safe inside it or have known constants, and penalties."""
 
+from equipoise.nn.capped import CappedConv2d
 from equipoise.nn.deq import DEQ
 from equipoise.nn.frozen import frozen
 from equipoise.nn.layers import VariationalDropout, spectral_norm, weight_norm
 from equipoise.nn.lipschitz import (
-    CappedConv2d,
     IsometricUpsample,
     LevelWeights,
     MaxMin,

@@ -1,0 +1,175 @@
+"""The convolution whose norm as an operator is capped, by a re-parametrisation that a solve computes once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from equipoise.linalg import readable
+from equipoise.nn.lipschitz import UnknownConstant
+from equipoise.nn.operator_norm import conv_norm_bound, conv_power_iteration
+
+
+class CappedConv2d(nn.Conv2d):
+    r"""Convolution with zero padding whose operator norm is at most `cap`.
+
+    $$ W = K \min(1, c / \|K\|) $$
+
+    The weight is computed from the kernel once per solve. In evaluation mode $\|K\|$ is the bound of
+    `conv_norm_bound`, so the cap is proved. In training mode power iteration on the operator follows the kernel, two
+    iterations each time that the kernel has changed, times the ratio to the bound that was seen when the layer was
+    last switched to evaluation: it costs little and may be behind, the more the weights change in a step. The
+    gradient is that of the leading singular value in either mode.
+
+    Args:
+        in_channels: of the input.
+        out_channels: of the output.
+        kernel_size: odd.
+        stride: of the convolution.
+        cap: $c$.
+        size: largest height and width of the input images: norms grow with it.
+        bias: whether there is a bias.
+
+    Raises:
+        ValueError: a cap or size that is not positive, an even kernel; in the forward pass, a larger image.
+
+    Example:
+        >>> import torch
+        >>> from equipoise.nn import CappedConv2d, lipschitz_bound
+        >>> conv = CappedConv2d(4, 8, 3, cap=0.5, size=8).eval()
+        >>> lipschitz_bound(conv) <= 0.5 * (1 + 1e-6)
+        True
+
+    Source: the cap is that of Sato and Iiduka (2026), on the norm of the operator instead of the reshaped kernel.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        cap: float,
+        size: int | tuple[int, int],
+        bias: bool = False,
+    ) -> None:
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size={kernel_size}: must be odd")
+        super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2, bias=bias)
+        self.size = (size, size) if isinstance(size, int) else size
+        if not cap > 0 or min(self.size) < 1:
+            raise ValueError(f"cap={cap!r} and size={size!r} must be > 0")
+        self.cap = cap
+        # The norm of a 1x1 convolution does not depend on the image; one pixel shows it.
+        seen = self.size if kernel_size > 1 else (1, 1)
+        limit = _Cap(self.weight, cap, seen, stride if kernel_size > 1 else 1, kernel_size // 2)
+        parametrize.register_parametrization(self, "weight", limit)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, C_in, H, W) -> (B, C_out, ceil(H / stride), ceil(W / stride))`."""
+        if x.shape[-2] > self.size[0] or x.shape[-1] > self.size[1]:
+            raise ValueError(f"an image of {tuple(x.shape[-2:])} pixels is larger than size={self.size} of this layer")
+        return super().forward(x)
+
+    def lipschitz_bound(self, training: bool) -> float:
+        """Bound of the norm with the weight of the present mode, computed afresh in 64-bit arithmetic."""
+        if len(self.parametrizations.weight) > 1:  # type: ignore[union-attr, arg-type]
+            raise UnknownConstant(self, "another parametrization, such as weight_norm, undoes its cap; remove it")
+        weight = self.weight.detach().double()
+        return float(conv_norm_bound(weight, self.size, stride=self.stride[0], padding=int(self.padding[0])))
+
+    def train(self, mode: bool = True) -> CappedConv2d:
+        """Switch the mode; on the way to evaluation the power iteration is compared with the bound."""
+        parts: Any = self.parametrizations["weight"]  # type: ignore[index]
+        limit = parts[0]
+        if limit.steering and not mode:
+            limit.tighten(parts.original)
+        limit.steering = mode
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, cap={self.cap}, size={self.size}"
+
+
+class _Cap(nn.Module):
+    """Divides a kernel by its norm over the cap, where the norm is larger.
+
+    Whether a kernel has changed is told by its values: PyTorch does not count what fused optimizers write.
+    """
+
+    vector: Tensor
+    slack: Tensor
+    followed: Tensor
+
+    def __init__(self, kernel: Tensor, cap: float, size: tuple[int, int], stride: int, padding: int) -> None:
+        super().__init__()
+        self.cap, self.size, self.stride, self.padding = cap, size, stride, padding
+        # Unlike `training`, which a backward pass turns off although it must meet the same weights.
+        self.steering = True
+        self.known: tuple[Tensor, Tensor] | None = None  # a kernel and its bound
+        with torch.no_grad():
+            image = torch.randn(1, kernel.shape[1], *size, dtype=kernel.dtype, device=kernel.device)
+            norm, image = self._iterate(kernel, image, 20)
+            self.register_buffer("vector", image)
+            # The kernel that the vector was last adapted to.
+            self.register_buffer("followed", torch.full_like(kernel, torch.nan), persistent=False)
+            self.register_buffer("slack", _ratio(self._bound(kernel), norm))
+
+    def forward(self, kernel: Tensor) -> Tensor:
+        with torch.autocast(kernel.device.type, enabled=False):
+            return kernel * (self.cap / self._norm(kernel).clamp_min(self.cap))
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def tighten(self, kernel: Tensor) -> None:
+        """Compare the power iteration with the bound."""
+        with torch.no_grad():
+            self.slack.copy_(_ratio(self._bound(kernel), self._iterate(kernel, self.vector, 5)[0]))
+
+    def _norm(self, kernel: Tensor) -> Tensor:
+        """The norm by which the kernel is judged, with the derivative of the leading singular value."""
+        if self.steering and self.training:
+            self._follow(kernel)
+        if not self.steering and not torch.is_grad_enabled():
+            return self._bound(kernel)
+        norm, _ = self._iterate(kernel, self.vector.clone(), 0)
+        if self.steering:
+            return norm * self.slack
+        bound, found = self._bound(kernel), norm.detach()
+        return bound + (norm - found) * _ratio(bound, found)
+
+    @torch.no_grad()
+    def _follow(self, kernel: Tensor) -> None:
+        changed = (kernel != self.followed).any()
+        if readable(changed) and not bool(changed):
+            return
+        self.vector.copy_(torch.where(changed, self._iterate(kernel, self.vector, 2)[1], self.vector))
+        self.followed.copy_(kernel)
+
+    @torch.no_grad()
+    def _bound(self, kernel: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self._compute(kernel)
+        if self.known is None or self.known[0].dtype != kernel.dtype or not torch.equal(self.known[0], kernel):
+            self.known = kernel.clone(), self._compute(kernel)
+        return self.known[1]
+
+    def _compute(self, kernel: Tensor) -> Tensor:
+        return conv_norm_bound(kernel, self.size, stride=self.stride, padding=self.padding)
+
+    def _iterate(self, kernel: Tensor, image: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+        return conv_power_iteration(kernel, image, stride=self.stride, padding=self.padding, iterations=iterations)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> _Cap:
+        self.known = None  # it may be of another type or device
+        return super()._apply(fn, recurse)
+
+
+def _ratio(bound: Tensor, norm: Tensor) -> Tensor:
+    """How far a bound is above a norm; 1 for a kernel of zeros."""
+    return torch.where(norm > 0, bound / norm, 1.0)
