@@ -69,4 +69,4 @@ def solve_map(f: Map, z0: S, *, solver: Solver, gradient: Gradient, trace: bool 
         )
     start = f.pack(z0)
     solution: Solution[Any] = gradient.attach(f, start, solver.solve(f, start.detach(), trace=trace))
-    return dataclasses.replace(solution, value=f.unpack(solution.value), map=f)
+    return dataclasses.replace(solution, value=f.unpack(solution.value), map=f, start=z0)

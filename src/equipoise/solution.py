@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
@@ -43,12 +44,15 @@ class Solution(Generic[S]):
         value: the best iterate of each sample, in the structure of `z0`; differentiable.
         status: `(B,)` integers of `Status`.
         residual: `(B,)` norm of `f(z) - z` at the returned `z`; Inf where no evaluation was finite.
-        num_steps: `(B,)` evaluations of `f` spent on each sample until its record was closed.
-        num_evals: calls of `f` during the solve (a call evaluates all rows still in the batch).
+        num_steps: `(B,)` evaluations of `f` spent on each sample until its record was closed, those of the start too.
+        num_evals: calls of `f` during the solve (a call evaluates all rows still in the batch), those of the start too.
         num_vjps: vector-Jacobian products during the solve.
         inverse: estimate of `(I - J)^{-1}` that belongs to `value`, if the solver keeps one.
         trace: `(T, B)` residual of each sample at each evaluation, on request; NaN once a sample left.
         map: the map that was solved, for probes and penalties at `value`.
+        start: where the solve began, in the structure of `z0`; differentiable if it was predicted.
+        statistics: what the solver counted beside evaluations, `(B,)` each: `SteadyState` its accepted and rejected
+            steps.
     """
 
     value: S
@@ -60,6 +64,8 @@ class Solution(Generic[S]):
     inverse: InverseEstimate | None = dataclasses.field(default=None, repr=False)
     trace: Tensor | None = dataclasses.field(default=None, repr=False)
     map: Any = dataclasses.field(default=None, repr=False)
+    start: S | None = dataclasses.field(default=None, repr=False)
+    statistics: Mapping[str, Tensor] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def converged(self) -> Tensor:

@@ -56,7 +56,7 @@ def scheduled(stepper: Stepper, steps: list[float]) -> SteadyState:
     class Scheduled(type(stepper)):  # type: ignore[misc]
         def absorb(self, track: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
             landed, rejected, step = super().absorb(track, *arguments)
-            number = (track.accepted + landed - 1).clamp_max(len(steps) - 1)
+            number = (track.accepted + (landed & track.size.isfinite())).clamp_max(len(steps) - 1)
             return landed, rejected, torch.where(landed, torch.tensor(steps)[number], step)
 
     return SteadyState(stepper=Scheduled(kappa=math.inf))
@@ -67,7 +67,7 @@ def error_on_the_circle(stepper: Stepper, steps: list[float]) -> float:
     field = lambda z: torch.stack([z[:, 1], -z[:, 0]], dim=1)  # noqa: E731
     points = EVALUATIONS[type(stepper).__mro__[0]] * len(steps) + 1
     end = follow(scheduled(stepper, steps), field, torch.tensor([[1.0, 0.0]]), points)[-1]
-    assert int(end.accepted) == len(steps) + 1
+    assert int(end.accepted) == len(steps)
     time = sum(steps)
     return float((end.base[0] - torch.tensor([math.cos(time), -math.sin(time)])).norm())
 
@@ -160,7 +160,7 @@ def test_vcab3_is_the_published_recurrence(kappa: float, growth: float) -> None:
     reference = Reference(field, z0, kappa, growth, 0.5)
     for track in follow(solver, field, z0, 10):
         torch.testing.assert_close(track.base, reference.z, rtol=1e-12, atol=1e-13)
-        assert int(track.accepted) == reference.evaluations
+        assert int(track.accepted) == reference.evaluations - 1
         reference.advance()
         assert float(track.step) == pytest.approx(reference.h, rel=1e-9)
         assert int(track.rejected) == reference.shortened
@@ -320,7 +320,7 @@ def test_counts_of_steps_and_evaluations(stepper: Stepper) -> None:
     weight, x = torch.randn(8, 8) / 2, torch.randn(1, 8)
     tracks = follow(SteadyState(stepper=stepper), lambda z: torch.tanh(z @ weight + x) - 2 * z, torch.zeros(1, 8), 61)
     end = tracks[-1]
-    attempts = int(end.accepted) - 1 + (0 if isinstance(stepper, VCAB3) else int(end.rejected))
+    attempts = int(end.accepted) + (0 if isinstance(stepper, VCAB3) else int(end.rejected))
     assert attempts == 60 / EVALUATIONS[type(stepper)]
     assert int(end.rejected) > 0
 
@@ -343,10 +343,28 @@ def test_a_rejected_multistep_attempt_costs_no_evaluation() -> None:
     assert solution.num_evals == len(calls) == int(solution.num_steps.max())
     for row, steps in enumerate(solution.num_steps.tolist()):
         accepted, rejected = ([t[i][t[2] == row] for t in tracks if row in t[2]] for i in (0, 1))
-        assert int(accepted[steps - 2]) == steps - 1  # each evaluation before the last was a step
+        assert int(accepted[steps - 2]) == steps - 2  # each evaluation between the first and the last was a step
         assert int(rejected[steps - 2]) > 3
         if len(accepted) >= steps:
             assert int(accepted[-1]) == int(accepted[steps - 1])  # a sample that stopped counts no more
+
+
+@every_stepper
+def test_the_solution_tells_the_steps_of_each_sample_whoever_its_batch_mates(stepper: Stepper) -> None:
+    weight, x = torch.randn(8, 8), torch.randn(6, 8) * torch.logspace(-2, 1, 6)[:, None]
+    f = lambda z, x: torch.tanh(z @ weight + x) - z  # noqa: E731
+    solver = SteadyState(stepper=stepper, max_steps=300)
+    together = solve(f, torch.zeros_like(x), x, solver=solver)
+    assert set(together.statistics) == {"accepted", "rejected"}
+    for row in range(6):
+        alone = solve(f, torch.zeros_like(x[:1]), x[row : row + 1], solver=solver)
+        for name, counted in together.statistics.items():
+            assert int(alone.statistics[name]) == int(counted[row])
+    if isinstance(stepper, VCAB3):
+        assert together.statistics["accepted"].tolist() == (together.num_steps - 1).tolist()
+    assert int(together.statistics["rejected"].sum()) > 0
+    none = solve(f, torch.zeros_like(x), x, solver=dataclasses.replace(solver, max_steps=0))
+    assert none.statistics["accepted"].tolist() == none.statistics["rejected"].tolist() == [0] * 6
 
 
 def test_a_blow_up_sends_back_at_the_price_of_one_evaluation() -> None:

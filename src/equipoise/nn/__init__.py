@@ -16,7 +16,7 @@ from equipoise.nn.lipschitz import (
     lipschitz_bound,
 )
 from equipoise.nn.operator_norm import conv_norm_bound
-from equipoise.nn.penalties import jacobian_penalty, spectral_radius
+from equipoise.nn.penalties import jacobian_penalty, skip_penalty, spectral_radius
 
 __all__ = [
     "DEQ",
@@ -34,6 +34,7 @@ __all__ = [
     "frozen",
     "jacobian_penalty",
     "lipschitz_bound",
+    "skip_penalty",
     "spectral_norm",
     "spectral_radius",
     "weight_norm",

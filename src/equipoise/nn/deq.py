@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from equipoise.fixed_point import fixed_point
+from equipoise.fixed_point import solve_map
 from equipoise.gradients import Gradient, Implicit
+from equipoise.map import Map
 from equipoise.solution import Solution
 from equipoise.solvers import Anderson, Solver
 
@@ -24,10 +26,14 @@ class DEQ(nn.Module):
         cell: module `f(z, *inputs) -> z`.
         solver: finds the equilibrium.
         gradient: how it is differentiated.
-        init: module or function `(*inputs) -> z0`; None: zeros like the first input.
+        init: module or function `(*inputs) -> z0`; None: zeros like the first input. A module that predicts the
+            equilibrium makes a Skip DEQ, with `skip_penalty` to train it.
+        explicit_steps: applications of the cell to that start, differentiable, before the solve. One of them, with
+            `skip_penalty`, makes a Skip Reg DEQ.
 
     Raises:
         TypeError: an argument is of another kind.
+        ValueError: `explicit_steps` is negative.
 
     Example:
         >>> import torch, equipoise as eq
@@ -40,6 +46,9 @@ class DEQ(nn.Module):
         >>> layer = eq.nn.DEQ(Cell(8), solver=eq.Broyden(), gradient=eq.Shine())
         >>> layer(torch.ones(4, 8)).shape
         torch.Size([4, 8])
+
+    Source: Bai, Kolter and Koltun (2019); predictor and explicit step: Pal, Edelman and Rackauckas (2022), Skip DEQ and
+    Skip Reg DEQ.
     """
 
     def __init__(
@@ -49,12 +58,14 @@ class DEQ(nn.Module):
         solver: Solver = Anderson(),
         gradient: Gradient = Implicit(),
         init: Callable[..., Any] | None = None,
+        explicit_steps: int = 0,
     ) -> None:
         super().__init__()
         if not isinstance(cell, nn.Module):
             raise TypeError(f"cell must be a torch.nn.Module, got {type(cell).__name__}; for functions use fixed_point")
         self.cell = cell
         self.init = init
+        self.explicit_steps = explicit_steps
         self.solver = solver
         self.gradient = gradient
         self._check()
@@ -76,9 +87,29 @@ class DEQ(nn.Module):
             z0: as in `forward`.
             trace: record the residual of every evaluation.
         """
-        if z0 is None:
-            z0 = self._start(inputs)
-        return fixed_point(self.cell, z0, *inputs, solver=self.solver, gradient=self.gradient, trace=trace)
+        if z0 is not None or self.init is None:
+            return self._solve(self._start(inputs) if z0 is None else z0, inputs, trace)
+        z0 = self.init(*inputs)
+        try:
+            return self._solve(z0, inputs, trace)
+        except (TypeError, ValueError, RuntimeError) as error:
+            error.add_note(f"the solve began at what init gives, {_described(z0)}: is this a state of the cell?")
+            raise
+
+    def _solve(self, z0: Any, inputs: tuple[Any, ...], trace: bool) -> Solution[Any]:
+        f = Map(self.cell, z0, inputs)
+        if not self.explicit_steps:
+            return solve_map(f, z0, solver=self.solver, gradient=self.gradient, trace=trace)
+        with f.session(backward=True):  # with the masks and the weights of the solve, of which nothing is learned here
+            start = f.pack(z0)
+            for _ in range(self.explicit_steps):
+                start = f.call(start)
+        solution = solve_map(f, f.unpack(start), solver=self.solver, gradient=self.gradient, trace=trace)
+        return dataclasses.replace(
+            solution,
+            num_steps=solution.num_steps + self.explicit_steps,
+            num_evals=solution.num_evals + self.explicit_steps,
+        )
 
     @contextlib.contextmanager
     def using(self, *, solver: Solver | None = None, gradient: Gradient | None = None) -> Iterator[DEQ]:
@@ -92,11 +123,10 @@ class DEQ(nn.Module):
             self.solver, self.gradient = before
 
     def extra_repr(self) -> str:
-        return f"solver={self.solver}, gradient={self.gradient}"
+        steps = f", explicit_steps={self.explicit_steps}" if self.explicit_steps else ""
+        return f"solver={self.solver}, gradient={self.gradient}{steps}"
 
     def _start(self, inputs: tuple[Any, ...]) -> Any:
-        if self.init is not None:
-            return self.init(*inputs)
         if not inputs or not isinstance(inputs[0], Tensor):
             raise ValueError(
                 "DEQ(init=None) starts from zeros like its first input, which must be a tensor; pass init="
@@ -109,7 +139,20 @@ class DEQ(nn.Module):
                 f"init must be a module or a function (*inputs) -> z0, got {type(self.init).__name__}; "
                 "pass a tensor in the call, layer(x, z0=...)"
             )
+        if isinstance(self.explicit_steps, bool) or not isinstance(self.explicit_steps, int):
+            raise TypeError(f"explicit_steps must be an integer, got {self.explicit_steps!r}")
+        if self.explicit_steps < 0:
+            raise ValueError(f"explicit_steps must be >= 0, got {self.explicit_steps}")
         if not isinstance(self.solver, Solver):
             raise TypeError(f"solver must be a solver such as Anderson(), got {self.solver!r}")
         if not isinstance(self.gradient, Gradient):
             raise TypeError(f"gradient must be a gradient such as Implicit(), got {self.gradient!r}")
+
+
+def _described(state: Any) -> str:
+    """Shapes of a state, for a message."""
+    if isinstance(state, Tensor):
+        return f"a tensor {tuple(state.shape)}"
+    if isinstance(state, (tuple, list)):
+        return f"a {type(state).__name__} of {', '.join(map(_described, state))}"
+    return f"a {type(state).__name__}"

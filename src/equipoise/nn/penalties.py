@@ -45,6 +45,47 @@ def jacobian_penalty(solution: Solution, num_probes: int = 1) -> Tensor:
     return total / num_probes
 
 
+def skip_penalty(solution: Solution, *, per_scale: bool = True, detach_target: bool = False) -> Tensor:
+    r"""Mean distance of an equilibrium from the start of its solve, which a predictor or an explicit step has made.
+
+    $$ \sum_i \operatorname{mean} |z^*_i - z_{0,i}|, \qquad z_0 = g_\varphi(x) \text{ (Skip) or } f(0, x)
+       \text{ (Skip Reg)} $$
+
+    It draws the start to the equilibrium and the equilibrium to the start: the second makes the map easier to solve,
+    forward and backward. The two cotangents of the equilibrium, of this and of the task, are solved for together.
+
+    Args:
+        solution: of `DEQ.solve` with `init` or `explicit_steps`.
+        per_scale: the sum over the parts of the state of each one's mean, so that a coarse scale counts as much as the
+            finest; else the mean over all numbers of the state.
+        detach_target: train the predictor alone and leave the equilibrium as it is.
+
+    Returns:
+        Scalar.
+
+    Raises:
+        ValueError: the solution does not know its start.
+
+    Example:
+        >>> import torch, equipoise as eq
+        >>> cell = torch.nn.Bilinear(4, 4, 4)
+        >>> layer = eq.nn.DEQ(cell, init=torch.nn.Linear(4, 4))
+        >>> solution = layer.solve(torch.ones(2, 4))
+        >>> loss = solution.value.square().mean() + 0.1 * eq.nn.skip_penalty(solution)
+        >>> loss.backward()
+
+    Source: Pal, Edelman and Rackauckas (2022), Skip DEQ and Skip Reg DEQ; the norm is that of the released code.
+    """
+    if solution.start is None:
+        raise ValueError("the solution does not know its start; take it from DEQ.solve, not from a bare solver")
+    f = _map(solution)
+    target = f.pack(solution.value)
+    gap = ((target.detach() if detach_target else target) - f.pack(solution.start)).abs()
+    if not per_scale:
+        return gap.mean()
+    return torch.stack([part.mean() for part in gap.split(f.layout.sizes, dim=1)]).sum()
+
+
 def spectral_radius(solution: Solution, num_iterations: int = 100) -> Tensor:
     r"""Spectral radius of the Jacobian at each sample's equilibrium, by power iteration on $J^\top$.
 

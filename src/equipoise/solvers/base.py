@@ -71,6 +71,7 @@ class Solver(abc.ABC):
     uses_vjp: ClassVar[bool] = False  # points must be able to pull cotangents back
     keeps_inverse: ClassVar[bool] = False  # `inverse` returns an estimate
     supports_projection: ClassVar[bool] = True  # the next point may be moved onto a feasible set
+    counted: ClassVar[tuple[str, ...]] = ()  # fields of the memory, (b,) int64, that `Solution.statistics` tells
     retries: ClassVar[int] = 0  # non-finite or blown-up points in a row that the solver can back away from
 
     def __post_init__(self) -> None:
@@ -167,7 +168,9 @@ class Solver(abc.ABC):
                     keep, memory = record.leave(memory)
                     f, z = f.select(keep), z[keep]
                     preconditioner = None if preconditioner is None else preconditioner.select(keep)
-            if self.keeps_inverse and point is not None and preconditioner is None:
+            absorbs = self.counted or (self.keeps_inverse and preconditioner is None)
+            if absorbs and point is not None:
+                point = point if preconditioner is None else _preconditioned(point, preconditioner)
                 memory = self.init(point) if memory is None else memory
                 self.propose(memory, point)  # absorb the last point; where it would lead to is not needed
         counts = whole.counts
@@ -272,6 +275,7 @@ class _Record:
         gone, keep = (~self.running).nonzero()[:, 0], self.running.nonzero()[:, 0]
         memory, parted = split_rows(memory, keep, gone)
         results = tuple(x[gone] for x in (self.best_z, self.status, self.best_size, self.num_steps))
+        results += self._statistics(parted, len(gone))
         self.left.append((self.rows[gone], results, self._inverse(parted, self.best_step[gone])))
         for name in (
             "rows", "running", "status", "num_steps", "best_z", "best_step", "best_size", "best_error", "first",
@@ -283,20 +287,26 @@ class _Record:
     def _inverse(self, memory: Any, step: Tensor) -> LowRank | None:
         return self.solver.inverse(memory, step) if self.solver.keeps_inverse and memory is not None else None
 
+    def _statistics(self, memory: Any, rows: int) -> tuple[Tensor, ...]:
+        names = self.solver.counted
+        return tuple(self.rows.new_zeros(rows) if memory is None else getattr(memory, name) for name in names)
+
     def solution(self, memory: Any, f: Map, evals: int, vjps: int, steps: int) -> Solution[Tensor]:
         """Join the rows in their original order."""
         open_ = self.status == RUNNING
         self.status = self.status.masked_fill(open_, Status.MAX_STEPS)
         self.num_steps = self.num_steps.masked_fill(open_, steps)
         results: tuple[Tensor, ...] = (self.best_z, self.status, self.best_size, self.num_steps)
+        results += self._statistics(memory, len(self.rows))
         parts = [(self.rows, results, self._inverse(memory, self.best_step)), *self.left]
         inverse = tuple((rows, estimate) for rows, _, estimate in parts if estimate is not None)
         if self.left:
             order = torch.argsort(torch.cat([rows for rows, _, _ in parts]))
             results = tuple(torch.cat(column)[order] for column in zip(*(part[1] for part in parts), strict=True))
-        value, status, residual, num_steps = results
+        value, status, residual, num_steps, *counts = results
         trace = (
             None if self.trace is None else torch.stack(self.trace) if self.trace else value.new_zeros(0, self.batch)
         )
         estimate = InverseEstimate(inverse, self.batch) if inverse else None
-        return Solution(value, status, residual, num_steps, evals, vjps, estimate, trace, f)
+        statistics = dict(zip(self.solver.counted, counts, strict=True))
+        return Solution(value, status, residual, num_steps, evals, vjps, estimate, trace, f, statistics=statistics)

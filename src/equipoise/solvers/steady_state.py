@@ -55,6 +55,7 @@ class SteadyState(Solver):
     first_step: float = 1.0
     growth: float = 3.0
 
+    counted: ClassVar[tuple[str, ...]] = ("accepted", "rejected")
     retries: ClassVar[int] = 10
 
     def __post_init__(self) -> None:
@@ -92,8 +93,9 @@ class SteadyState(Solver):
         # The residual grows like the step times the stiffness: divide the step by as much.
         back = torch.where(size.isfinite(), memory.size / size, SHRINK).clamp_max(SHRINK)
         memory.step = torch.where(sound, step, memory.step * back)
+        under_way = point.running & memory.size.isfinite()  # the start is no step
         memory.base = where_rows(landed, point.z, memory.base)
         memory.size = torch.where(landed, size, memory.size)
-        memory.accepted = memory.accepted + (landed & point.running)
+        memory.accepted = memory.accepted + (landed & under_way)
         memory.rejected = memory.rejected + ((rejected | ~sound) & point.running)
         return memory.base + row_sums(self.stepper.weights(memory), memory.slopes)
