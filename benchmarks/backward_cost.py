@@ -61,7 +61,7 @@ from torch import Tensor
 
 import equipoise as eq
 from equipoise.files import write_atomic
-from equipoise.models import MDEQClassifier, MDEQConfig
+from equipoise.models import EquilibriumClassifier, MDEQConfig
 from equipoise.report.figures import BLUE, GRAY, GREEN, INK, ORANGE, STYLE
 from equipoise.train import Adam, Digits, FashionMNIST, Pretraining, TrainConfig, fit, load, recipes
 from equipoise.train.data import Split
@@ -219,7 +219,7 @@ def batches(config: TrainConfig, split: Split, size: int, count: int, device: st
                 return
 
 
-def probe(model: MDEQClassifier, config: TrainConfig, split: Split, count: int) -> dict[str, float]:
+def probe(model: EquilibriumClassifier, config: TrainConfig, split: Split, count: int) -> dict[str, float]:
     """Spectral radius of the Jacobian at equilibria, and what was published in its place."""
     device = next(model.parameters()).device
     images, _ = to_device(config, *next(split.batches(count)), device)
@@ -242,7 +242,7 @@ def probe(model: MDEQClassifier, config: TrainConfig, split: Split, count: int) 
     }
 
 
-def fallback_rate(model: MDEQClassifier, config: TrainConfig, split: Split, count: int) -> float:
+def fallback_rate(model: EquilibriumClassifier, config: TrainConfig, split: Split, count: int) -> float:
     """Share of the samples of which SHINE's estimate is replaced."""
     assert isinstance(config.gradient, eq.Shine)
     masks: list[Tensor] = []
@@ -255,7 +255,7 @@ def fallback_rate(model: MDEQClassifier, config: TrainConfig, split: Split, coun
     return float(torch.cat(masks).double().mean())
 
 
-def costs(setting: Setting, model: MDEQClassifier, split: Split, device: str) -> dict[str, dict[str, float]]:
+def costs(setting: Setting, model: EquilibriumClassifier, split: Split, device: str) -> dict[str, dict[str, float]]:
     """Time, products and error of each variant's backward pass, on one model and in turn on the same batches."""
     config, chosen = setting.config, variants(setting)
     objective = Classification(model.to(device)).train()

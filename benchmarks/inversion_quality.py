@@ -47,7 +47,7 @@ from torch import Tensor
 import equipoise as eq
 from equipoise.files import write_atomic
 from equipoise.map import DescentMap
-from equipoise.models import MDEQClassifier
+from equipoise.models import EquilibriumClassifier, build
 from equipoise.models.mdeq import MDEQCell
 from equipoise.train import recipes
 from equipoise.train.data import TensorSplit
@@ -132,7 +132,7 @@ ESTIMATORS: dict[str, tuple[eq.Solver, eq.Gradient]] = {
 class Adjoint:
     """A model at some moment of its training: the cotangent `w` of a batch's losses, by any solver and gradient."""
 
-    def __init__(self, model: MDEQClassifier, images: Tensor, labels: Tensor) -> None:
+    def __init__(self, model: EquilibriumClassifier, images: Tensor, labels: Tensor) -> None:
         self.model = copy.deepcopy(model).double().eval().requires_grad_(False)
         self.labels = labels
         with torch.no_grad():
@@ -159,7 +159,7 @@ class Adjoint:
         return torch.cat([grad.flatten(1) for grad in grads], dim=1), solution
 
 
-def look(model: MDEQClassifier, images: Tensor, labels: Tensor) -> dict[str, float]:
+def look(model: EquilibriumClassifier, images: Tensor, labels: Tensor) -> dict[str, float]:
     """Cosines of all estimators, and what is known of the reference."""
     adjoint = Adjoint(model, images, labels)
     reports: list[eq.Solution] = []
@@ -189,7 +189,7 @@ def train(steps: list[int], count: int) -> dict[int, dict[str, float]]:
     assert isinstance(split, TensorSplit)
     labels = split.labels
     images = (split.images.float() / 255 - RECIPE.data.mean[0]) / RECIPE.data.std[0]
-    model = MDEQClassifier(RECIPE.model, solver=RECIPE.solver, gradient=RECIPE.gradient)
+    model = build(RECIPE.model, solver=RECIPE.solver, gradient=RECIPE.gradient)
     objective = Classification(model, pretraining=RECIPE.pretraining)
     optimizer = torch.optim.Adam(model.parameters(), lr=RECIPE.optimizer.lr)
     figures = {}

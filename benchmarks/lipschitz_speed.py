@@ -54,7 +54,7 @@ from rich.table import Table
 
 import equipoise as eq
 from equipoise.files import write_atomic
-from equipoise.models import MDEQClassifier, MDEQConfig, ScaledLayers, SLLLayers
+from equipoise.models import EquilibriumClassifier, MDEQConfig, ScaledLayers, SLLLayers
 from equipoise.report.figures import BLUE, GRAY, GREEN, INK, STYLE
 from equipoise.train import Adam, Digits, FashionMNIST, JacobianPenalty, Pretraining, TrainConfig, fit, load
 from equipoise.train.evaluation import to_device
@@ -94,6 +94,8 @@ def base(quick: bool) -> TrainConfig:
 def variants(quick: bool) -> dict[str, TrainConfig]:
     """All variants by name, the baseline first."""
     shared = base(quick)
+    shape = shared.model
+    assert isinstance(shape, MDEQConfig)
 
     def broyden(steps: int) -> eq.Broyden:
         return eq.Broyden(max_steps=steps, memory=steps, rtol=RTOL)
@@ -109,12 +111,11 @@ def variants(quick: bool) -> dict[str, TrainConfig]:
         "mdeq-jacobian": dataclasses.replace(mdeq, penalty=JacobianPenalty(weight=0.5, probability=0.05)),
         "mdeq-shine": dataclasses.replace(mdeq, solver=broyden(8), gradient=eq.Shine(fallback_ratio=1.3)),
     }
-    levels = shared.model.num_levels
     for slope in (0.2, 0.4, 0.6, 0.8, 1.0):
-        layers = ScaledLayers(slope=slope).capped(levels, dropout=shared.model.dropout)
+        layers = ScaledLayers(slope=slope).capped(shape.num_levels, dropout=shape.dropout)
         chosen[f"lipschitz-s{slope}"] = dataclasses.replace(
             shared,
-            model=dataclasses.replace(shared.model, contraction=layers),
+            model=dataclasses.replace(shape, contraction=layers),
             solver=eq.Picard(max_steps=FORWARD, rtol=RTOL),
             gradient=eq.Implicit(solver=eq.Picard(max_steps=BACKWARD, rtol=RTOL)),
         )
@@ -123,7 +124,7 @@ def variants(quick: bool) -> dict[str, TrainConfig]:
         error = RTOL / (1 - ceiling)
         chosen[f"tight-{ceiling}"] = dataclasses.replace(
             shared,
-            model=dataclasses.replace(shared.model, contraction=SLLLayers(ceiling=ceiling)),
+            model=dataclasses.replace(shape, contraction=SLLLayers(ceiling=ceiling)),
             solver=eq.Anderson(max_steps=FORWARD, lipschitz=ceiling, rtol=error),
             gradient=eq.Implicit(solver=eq.Anderson(max_steps=BACKWARD, lipschitz=ceiling, rtol=error)),
         )
@@ -167,7 +168,7 @@ def train(name: str, seed: int, folder: pathlib.Path, quick: bool) -> dict[str, 
     }
 
 
-def evaluations(model: MDEQClassifier, config: TrainConfig, seed: int) -> dict[str, float]:
+def evaluations(model: EquilibriumClassifier, config: TrainConfig, seed: int) -> dict[str, float]:
     """Mean evaluations of a training image, forward and in the adjoint solve."""
     forward: list[float] = []
     backward: list[float] = []

@@ -21,7 +21,7 @@ from train.toy import contracting_toys
 
 import equipoise as eq
 from equipoise.cli import commands, main
-from equipoise.models import MDEQConfig
+from equipoise.models import MDEQConfig, ModelConfig
 from equipoise.train import (
     SGD,
     HubImages,
@@ -30,6 +30,7 @@ from equipoise.train import (
     Optimizer,
     Pretraining,
     Schedule,
+    SkipPenalty,
     TrainConfig,
     fit,
     recipes,
@@ -92,7 +93,7 @@ def test_every_field_of_the_configuration_is_in_the_help(capsys: pytest.CaptureF
     for field in dataclasses.fields(TrainConfig):
         if field.name != "name":
             assert re.search(rf"^  --{field.name}[. ]", text, re.MULTILINE), field.name
-    for nested in (MDEQConfig, Pretraining, JacobianPenalty, Schedule):
+    for nested in (Pretraining, JacobianPenalty, SkipPenalty, Schedule):
         for field in dataclasses.fields(nested):
             assert re.search(rf"^  --\w+\.{field.name} ", text, re.MULTILINE), field.name
     for line in text.splitlines():
@@ -120,11 +121,11 @@ def test_commands_on_runs_have_a_help_without_a_run(command: str, capsys: pytest
 PYTHON_ONLY = ("observe", "outer", "pairs")  # functions and tensors
 
 
-@pytest.mark.parametrize("family", [eq.Solver, eq.Gradient, Optimizer, ImageData])
+@pytest.mark.parametrize("family", [eq.Solver, eq.Gradient, Optimizer, ImageData, ModelConfig])
 def test_every_class_has_a_help_with_its_fields(family: type, capsys: pytest.CaptureFixture[str]) -> None:
-    flag = "data" if family is ImageData else family.__name__.lower()
+    flag = {ImageData: "data", ModelConfig: "model"}.get(family, family.__name__.lower())
     classes = {name: cls for name, cls in known_classes(family).items() if cls.__module__.startswith("equipoise.")}
-    assert len(classes) >= 3
+    assert len(classes) >= 2
     for name, cls in classes.items():
         text = shown(capsys, "train", f"--{flag}.help", name)
         for field in dataclasses.fields(cls):
@@ -206,12 +207,15 @@ def test_flags_reach_every_field(capsys: pytest.CaptureFixture[str]) -> None:
             post_norm_affine=True,
             head_channels=(2, 3, 4),
             final_channels=12,
+            predictor=True,
+            explicit_steps=2,
         ),
         solver=eq.Anderson(max_steps=5, rtol=1e-4, atol=1e-6, patience=3, memory=2, mixing=0.5, ridge=0.1, growth=2.0),
         gradient=eq.Implicit(solver=eq.Broyden(max_steps=6, rtol=1e-5, memory=4), start=eq.Neumann(steps=2)),
         eval_solver=eq.Picard(max_steps=3),
         pretraining=Pretraining(steps=1, depth=2),
         penalty=JacobianPenalty(weight=0.5, probability=0.25, num_probes=2, growth=0.1, growth_every=10, stop_epoch=3),
+        skip=SkipPenalty(weight=0.1, decay=0.9, per_scale=False, detach_target=True),
         label_smoothing=0.1,
         optimizer=SGD(lr=0.1, weight_decay=0.01, momentum=0.8, nesterov=False),
         schedule=Schedule(warmup_steps=4, final_lr=1e-3),

@@ -110,21 +110,30 @@ DAMAGES: dict[str, tuple[Callable[[pathlib.Path], bytes], str]] = {
     "text": (lambda path: b"hello, world, this is not a model", "pickled checkpoints are never read"),
     "of a run": (lambda path: rewritten(path, lambda f: f.update(kind="state")), "is no saved model but 'state'"),
     "unknown class": (
-        lambda path: rewritten(path, lambda f: f.update({"class": "MDEQClasifier"})),
-        "unknown model 'MDEQClasifier'; did you mean 'MDEQClassifier'",
+        lambda path: rewritten(path, lambda f: f["config"].update(class_path="MDEQConfg")),
+        "unknown class 'MDEQConfg'; did you mean 'MDEQConfig'",
     ),
-    "class that is no name": (lambda path: rewritten(path, lambda f: f.update({"class": []})), "does not describe"),
+    "class that is no name": (
+        lambda path: rewritten(path, lambda f: f["config"].update(class_path=[])),
+        "does not describe",
+    ),
     "without a solver": (lambda path: rewritten(path, lambda f: f.pop("solver") and None), "solver"),
     "unknown solver": (
         lambda path: rewritten(path, lambda f: f["solver"].update(class_path="os.system")),
         "unknown class 'os.system'; known: AdjointBroyden, Anderson",
     ),
     "unknown field": (
-        lambda path: rewritten(path, lambda f: f["config"].update(chanels=[8, 8])),
+        lambda path: rewritten(path, lambda f: f["config"]["init_args"].update(chanels=[8, 8])),
         "unknown key 'model.chanels'; did you mean 'channels'",
     ),
-    "field out of range": (lambda path: rewritten(path, lambda f: f["config"].update(expansion=0)), "expansion must"),
-    "other shape": (lambda path: rewritten(path, lambda f: f["config"].update(num_classes=4)), "size mismatch"),
+    "field out of range": (
+        lambda path: rewritten(path, lambda f: f["config"]["init_args"].update(expansion=0)),
+        "expansion must",
+    ),
+    "other shape": (
+        lambda path: rewritten(path, lambda f: f["config"]["init_args"].update(num_classes=4)),
+        "size mismatch",
+    ),
 }
 
 

@@ -13,7 +13,7 @@ import yaml
 from train.toy import FULL, PLAIN, Toy
 
 import equipoise as eq
-from equipoise.models import MDEQConfig, ScaledLayers
+from equipoise.models import ScaledLayers
 from equipoise.train import (
     SGD,
     Adam,
@@ -63,7 +63,8 @@ def test_recipes_have_their_names_and_a_configuration_file_holds_every_field(nam
     assert config.name == name
     plain = yaml.safe_load(config_yaml(config))
     assert list(plain) == [field.name for field in dataclasses.fields(TrainConfig)]
-    assert list(plain["model"]) == [field.name for field in dataclasses.fields(MDEQConfig)]
+    assert plain["model"]["class_path"] == f"equipoise.models.{type(config.model).__name__}"
+    assert list(plain["model"]["init_args"]) == [field.name for field in dataclasses.fields(config.model)]
     assert plain["solver"]["class_path"] == f"equipoise.{type(config.solver).__name__}"
     assert plain["solver"]["init_args"].keys() == {field.name for field in dataclasses.fields(config.solver)}
     assert plain["optimizer"]["class_path"].startswith("equipoise.train.")
@@ -146,7 +147,10 @@ def edited(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
     [
         (lambda c: c.update(epoch=3), "unknown key 'epoch'; did you mean 'epochs'?"),
         (lambda c: c.update(zzz=3), "unknown key 'zzz'; known: accelerator, "),
-        (lambda c: c["model"].update(chanels=[4]), "unknown key 'model.chanels'; did you mean 'channels'?"),
+        (
+            lambda c: c["model"]["init_args"].update(chanels=[4]),
+            "unknown key 'model.chanels'; did you mean 'channels'?",
+        ),
         (
             lambda c: c["solver"]["init_args"].update(max_step=3),
             "unknown key 'solver.max_step'; did you mean 'max_steps'?",
@@ -168,8 +172,8 @@ def edited(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
         (lambda c: c.update(channels_last="yes"), "channels_last must be bool, got 'yes'"),
         (lambda c: c.update(precision="16-true"), "precision is '16-true'; choose one of '32-true', 'bf16-mixed'"),
         (lambda c: c["optimizer"]["init_args"].update(betas=[0.9]), "optimizer.betas must have 2 entries"),
-        (lambda c: c["model"].update(channels=[4, "x"]), "model.channels[1] must be int, got 'x'"),
-        (lambda c: c.update(model=[]), "model must hold the fields of MDEQConfig, got []"),
+        (lambda c: c["model"]["init_args"].update(channels=[4, "x"]), "model.channels[1] must be int, got 'x'"),
+        (lambda c: c.update(model=[]), "model must hold the fields of ModelConfig, got []"),
         (lambda c: c.update(epochs=0), "epochs=0: must be >= 1"),
         (
             lambda c: c["gradient"].update(class_path="equipoise.Implicit", init_args={"observe": "print"}),
@@ -229,6 +233,7 @@ def test_a_file_may_name_only_what_differs_from_a_base(tmp_path: pathlib.Path) -
     other = {"solver": {"class_path": "B", "init_args": {"x": 3}}}
     assert overlay(below, same) == {"solver": {"class_path": "A", "init_args": {"x": 3, "y": 2}}}
     assert overlay(below, other) == other
+    assert overlay(below, {"solver": {"x": 3}}) == overlay(below, same)
 
 
 @pytest.mark.parametrize(

@@ -117,12 +117,12 @@ def test_a_file_whose_weights_prove_less_than_it_claims_is_refused(saved: pathli
     claimed = facts["certificate"]["evaluation"]["norm"]
     assert train.load(saved).config.contraction == TOYS["scaled"].model.contraction
     config = json.loads(json.dumps(facts["config"]))
-    config["contraction"]["init_args"]["cap"] *= 1.1  # as if every convolution had been enlarged
+    config["init_args"]["contraction"]["init_args"]["cap"] *= 1.1  # as if every convolution had been enlarged
     solver = to_plain(eq.Picard())
     rewrite(saved, config=config, solver=solver, gradient=to_plain(eq.JacobianFree()))
     with pytest.raises(CheckpointError, match=rf"block matrix has norm {claimed:.4f} in evaluation, and its weights"):
         train.load(saved)
-    config["contraction"]["init_args"].update(cap=50.0, slope=1.0)
+    config["init_args"]["contraction"]["init_args"].update(cap=50.0, slope=1.0)
     rewrite(saved, config=config)
     with pytest.raises(CheckpointError, match=r"claims that the map contracts in evaluation, and its weights do not"):
         train.load(saved)
@@ -146,11 +146,11 @@ def test_files_without_a_certificate_are_still_read(tmp_path: pathlib.Path) -> N
     """As versions before certificates wrote them, without `contraction` in the configuration, too."""
     train.save(MDEQClassifier(FULL.model), tmp_path / "model")
     tensors, facts = files.read_tensors(tmp_path / "model")
-    del facts["certificate"], facts["config"]["contraction"]
+    del facts["certificate"], facts["config"]["init_args"]["contraction"]
     files.write_tensors(tmp_path / "model", tensors, facts)
     assert train.load(tmp_path / "model").config == FULL.model
     plain = to_plain(PLAIN)
-    del plain["model"]["contraction"]
+    del plain["model"]["init_args"]["contraction"]
     assert from_plain(TrainConfig, plain) == PLAIN
 
 
@@ -163,17 +163,17 @@ def claiming(**changes: Any) -> TrainConfig:
     [
         (
             claiming(solver=eq.Picard(lipschitz=0.3)),
-            r"solver.lipschitz=0\.3: the layers of model.contraction may have 0\.5; set it to 0\.5 or more, or lower",
+            r"solver.lipschitz=0\.3: the layers of the model may have 0\.5; set it to 0\.5 or more, or lower",
         ),
         (claiming(eval_solver=eq.Anderson(lipschitz=0.3)), r"^eval_solver.lipschitz=0\.3: "),
         (claiming(gradient=eq.Implicit(solver=eq.Picard(lipschitz=0.3))), r"^gradient.solver.lipschitz=0\.3: "),
         (
             dataclasses.replace(PLAIN, solver=eq.Picard(lipschitz=0.3), gradient=eq.JacobianFree()),
-            r"solver.lipschitz=0\.3: nothing proves it, as the layers of model.contraction=null",
+            r"solver.lipschitz=0\.3: nothing proves it, as the layers of the model may have any constant",
         ),
         (
             claiming(model=dataclasses.replace(PLAIN.model, contraction=ScaledLayers(slope=1.0))),
-            r"solver.lipschitz=0\.5: the layers of model.contraction may have \d+\.\d+; lower the constants",
+            r"solver.lipschitz=0\.5: the layers of the model may have \d+\.\d+; lower the constants",
         ),
     ],
 )
@@ -221,15 +221,15 @@ def test_power_iteration_meets_the_bound_of_the_trained_weights_every_epoch(
 def test_layers_are_part_of_the_configuration(tmp_path: pathlib.Path) -> None:
     config = dataclasses.replace(TOYS["tight"], model=dataclasses.replace(TOYS["tight"].model))
     plain = to_plain(config)
-    assert plain["model"]["contraction"]["class_path"] == "equipoise.models.SLLLayers"
+    assert plain["model"]["init_args"]["contraction"]["class_path"] == "equipoise.models.SLLLayers"
     assert from_plain(TrainConfig, plain) == config
-    plain["model"]["contraction"]["init_args"]["cieling"] = 0.5
+    plain["model"]["init_args"]["contraction"]["init_args"]["cieling"] = 0.5
     with pytest.raises(ValueError, match=r"unknown key 'model.contraction.cieling'; did you mean 'ceiling'"):
         from_plain(TrainConfig, plain)
-    plain["model"]["contraction"] = {"class_path": "SLLLayer", "init_args": {}}
+    plain["model"]["init_args"]["contraction"] = {"class_path": "SLLLayer", "init_args": {}}
     with pytest.raises(ValueError, match=r"model.contraction: unknown class 'SLLLayer'; did you mean 'SLLLayers'"):
         from_plain(TrainConfig, plain)
-    plain["model"]["contraction"] = {"class_path": "SLLLayers", "init_args": {"ceiling": 1.0}}
+    plain["model"]["init_args"]["contraction"] = {"class_path": "SLLLayers", "init_args": {"ceiling": 1.0}}
     with pytest.raises(ValueError, match=r"ceiling=1\.0: must lie in \(0, 1\)"):
         from_plain(TrainConfig, plain)
     assert isinstance(config.model.contraction, SLLLayers)

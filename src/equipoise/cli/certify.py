@@ -23,7 +23,7 @@ from equipoise.cli.display import facts_table
 from equipoise.cli.errors import UsageError
 from equipoise.cli.flags import parse
 from equipoise.gradients import Implicit
-from equipoise.models import MDEQClassifier
+from equipoise.models import EquilibriumClassifier, MDEQConfig
 from equipoise.solution import Solution
 from equipoise.train.evaluation import to_device
 from equipoise.train.proof import Proof, prove
@@ -104,7 +104,7 @@ def _predicted(certificate: Certificate, rtol: float) -> int | None:
 
 
 def _observe(
-    model: MDEQClassifier, proof: Proof, images: Tensor, labels: Tensor, rtol: float
+    model: EquilibriumClassifier, proof: Proof, images: Tensor, labels: Tensor, rtol: float
 ) -> dict[str, dict[str, Any]]:
     """Evaluations that images need, forward and backward, with the solver that the certificate chooses."""
     assert proof.evaluation is not None
@@ -129,16 +129,18 @@ def _counts(solution: Solution[Any]) -> dict[str, Any]:
 def _show(
     console: Console,
     run: str,
-    model: MDEQClassifier,
+    model: EquilibriumClassifier,
     proof: Proof,
     rtol: float,
     observed: dict[str, dict[str, Any]] | None,
     count: int,
 ) -> None:
     """The same for people."""
-    layers = model.config.contraction
-    facts = {"run": run, "layers": "those of the published MDEQ" if layers is None else str(layers)}
-    facts["dropout"] = f"{model.config.dropout:g}, counted in training alone" if model.config.dropout else "none"
+    facts = {"run": run, "model": type(model).__name__}
+    if isinstance(model.config, MDEQConfig):
+        layers, dropout = model.config.contraction, model.config.dropout
+        facts["layers"] = "those of the published MDEQ" if layers is None else str(layers)
+        facts["dropout"] = f"{dropout:g}, counted in training alone" if dropout else "none"
     console.print(facts_table(facts))
     modes = dict(_modes(proof))
     if modes:

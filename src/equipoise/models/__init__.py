@@ -1,8 +1,24 @@
 """Models: each a module and its frozen configuration."""
 
-from equipoise.models.classifier import MDEQClassifier
-from equipoise.models.config import MDEQConfig
+from equipoise.models.build import build
+from equipoise.models.classifier import EquilibriumClassifier, MDEQClassifier
+from equipoise.models.config import MDEQConfig, ModelConfig
 from equipoise.models.contraction import Contraction, ScaledLayers, SLLLayers
+from equipoise.models.dense import DenseClassifier, DenseConfig
 from equipoise.models.mdeq import MDEQCell
+from equipoise.models.predictor import MDEQPredictor
 
-__all__ = ["Contraction", "MDEQCell", "MDEQClassifier", "MDEQConfig", "SLLLayers", "ScaledLayers"]
+__all__ = [
+    "Contraction",
+    "DenseClassifier",
+    "DenseConfig",
+    "EquilibriumClassifier",
+    "MDEQCell",
+    "MDEQClassifier",
+    "MDEQConfig",
+    "MDEQPredictor",
+    "ModelConfig",
+    "SLLLayers",
+    "ScaledLayers",
+    "build",
+]

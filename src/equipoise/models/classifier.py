@@ -1,4 +1,4 @@
-"""Image classification by an MDEQ: stem, equilibrium, head."""
+"""Image classification by an equilibrium: stem, DEQ, head; and the MDEQ that does so."""
 
 from __future__ import annotations
 
@@ -8,49 +8,33 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.gradients import Gradient, Implicit
-from equipoise.models.config import MDEQConfig
+from equipoise.models.config import MDEQConfig, ModelConfig
 from equipoise.models.contraction import SLLLayers
 from equipoise.models.mdeq import MDEQCell, MDEQEncoder, MDEQStem, conv1x1, conv3x3, initialize
+from equipoise.models.predictor import MDEQPredictor
 from equipoise.nn.deq import DEQ
 from equipoise.solution import Solution
 from equipoise.solvers import Anderson, Solver
 
 
-class MDEQClassifier(nn.Module):
-    r"""Multiscale deep equilibrium classifier.
+class EquilibriumClassifier(nn.Module):
+    r"""Base of classifiers of images: what is before the equilibrium, the equilibrium, what reads it.
 
-    $$u_0 = \mathrm{stem}(x), \quad z^* = f(z^*, u_0), \quad \mathrm{logits} = \mathrm{head}(z^*).$$
-
-    The equilibrium is the module `deq`, so its solver and gradient can be replaced for a while: fixed-depth
-    pre-training, with which an MDEQ starts, is the second example. The output is the best iterate of the solver, in
-    training as in evaluation.
+    $$u = \mathrm{stem}(x), \quad z^* = f(z^*, u), \quad \mathrm{logits} = \mathrm{head}(z^*).$$
 
     Args:
         config: shape of the model.
-        solver: finds the equilibrium.
-        gradient: differentiates it.
-
-    Example:
-        >>> import torch, equipoise as eq
-        >>> from equipoise.models import MDEQClassifier, MDEQConfig
-        >>> model = MDEQClassifier(MDEQConfig.digits(), solver=eq.Anderson(max_steps=10), gradient=eq.JacobianFree())
-        >>> images = torch.randn(3, 1, 8, 8)
-        >>> model(images).shape
-        torch.Size([3, 10])
-        >>> with model.deq.using(solver=eq.Picard(max_steps=0), gradient=eq.Unrolled(steps=4)):
-        ...     logits, solution = model.classify(images)
-        >>> logits.sum().backward()
-
-    Source: S. Bai, V. Koltun, J. Z. Kolter, "Multiscale Deep Equilibrium Models", NeurIPS 2020 (arXiv 2006.08656).
+        stem: from images to what the map takes beside its state.
+        deq: the equilibrium.
+        head: from the equilibrium to logits.
     """
 
-    def __init__(self, config: MDEQConfig, *, solver: Solver = Anderson(), gradient: Gradient = Implicit()) -> None:
+    def __init__(self, config: ModelConfig, *, stem: nn.Module, deq: DEQ, head: nn.Module) -> None:
         super().__init__()
         self.config = config
-        self.stem = (MDEQEncoder if isinstance(config.contraction, SLLLayers) else MDEQStem)(config)
-        cell = MDEQCell(config)
-        self.deq = DEQ(cell, solver=solver, gradient=gradient, init=cell.zeros)
-        self.head = MDEQHead(config)
+        self.stem = stem
+        self.deq = deq
+        self.head = head
 
     def forward(self, images: Tensor) -> Tensor:
         """Classify images.
@@ -83,10 +67,53 @@ class MDEQClassifier(nn.Module):
         if images.ndim != 4 or images.shape[1:] != expected:
             raise ValueError(
                 f"images must have shape (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}; resize them, "
-                "or build the model with another image_size (its parameters do not depend on it)"
+                "or build the model with another image_size"
             )
         solution = self.deq.solve(self.stem(images))
         return self.head(solution.value), solution
+
+
+class MDEQClassifier(EquilibriumClassifier):
+    r"""Multiscale deep equilibrium classifier.
+
+    The equilibrium is the module `deq`, so its solver and gradient can be replaced for a while: fixed-depth
+    pre-training, with which an MDEQ starts, is the second example. The output is the best iterate of the solver, in
+    training as in evaluation.
+
+    Args:
+        config: shape of the model.
+        solver: finds the equilibrium.
+        gradient: differentiates it.
+
+    Example:
+        >>> import torch, equipoise as eq
+        >>> from equipoise.models import MDEQClassifier, MDEQConfig
+        >>> model = MDEQClassifier(MDEQConfig.digits(), solver=eq.Anderson(max_steps=10), gradient=eq.JacobianFree())
+        >>> images = torch.randn(3, 1, 8, 8)
+        >>> model(images).shape
+        torch.Size([3, 10])
+        >>> with model.deq.using(solver=eq.Picard(max_steps=0), gradient=eq.Unrolled(steps=4)):
+        ...     logits, solution = model.classify(images)
+        >>> logits.sum().backward()
+
+    Source: S. Bai, V. Koltun, J. Z. Kolter, "Multiscale Deep Equilibrium Models", NeurIPS 2020 (arXiv 2006.08656).
+    """
+
+    def __init__(self, config: MDEQConfig, *, solver: Solver = Anderson(), gradient: Gradient = Implicit()) -> None:
+        stem = (MDEQEncoder if isinstance(config.contraction, SLLLayers) else MDEQStem)(config)
+        cell = MDEQCell(config)
+        super().__init__(
+            config,
+            stem=stem,
+            deq=DEQ(
+                cell,
+                solver=solver,
+                gradient=gradient,
+                init=MDEQPredictor(config) if config.predictor else cell.zeros,
+                explicit_steps=config.explicit_steps,
+            ),
+            head=MDEQHead(config),
+        )
 
 
 class MDEQHead(nn.Module):

@@ -8,14 +8,57 @@ S. Bai, V. Koltun, J. Z. Kolter, "Stabilizing Equilibrium Models by Jacobian Reg
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 
 from equipoise.models.contraction import Contraction, ScaledLayers, SLLLayers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MDEQConfig:
+class ModelConfig(abc.ABC):
+    """What every classifier of images by an equilibrium has; a subclass adds the shape of its own.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    image_size: int
+    """Side of the square input images in pixels."""
+    image_channels: int = 3
+    """Channels of the input images: 3 for color, 1 for grayscale."""
+    num_classes: int
+    """Number of logits."""
+    predictor: bool = False
+    """Whether a network of its own guesses the equilibrium, and the solve begins there: a Skip DEQ."""
+    explicit_steps: int = 0
+    """Applications of the map before the solve, through which its start is differentiable; 1: a Skip Reg DEQ."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "image_channels", "num_classes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.explicit_steps < 0:
+            raise ValueError(f"explicit_steps must not be negative, got {self.explicit_steps}")
+
+    @property
+    @abc.abstractmethod
+    def state_size(self) -> int:
+        """Number of elements `D` of one sample's state."""
+
+    def lipschitz_limit(self, *, training: bool) -> float | None:
+        """Largest Lipschitz constant that the layers of the map allow, whatever the weights; None: any.
+
+        Args:
+            training: count dropout.
+        """
+        return None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MDEQConfig(ModelConfig):
     """Shape of an MDEQ classifier; a variant is `dataclasses.replace(config, field=value)`.
+
+    The side of the images is a multiple of `2^(num_downsamplings + levels - 1)`.
 
     Raises:
         ValueError: a field is out of range, or two fields do not fit each other.
@@ -29,12 +72,6 @@ class MDEQConfig:
         61440
     """
 
-    image_size: int
-    """Side of the square input images in pixels, a multiple of `2^(num_downsamplings + levels - 1)`."""
-    image_channels: int = 3
-    """Channels of the input images: 3 for color, 1 for grayscale."""
-    num_classes: int
-    """Number of logits."""
     channels: tuple[int, ...]
     """Width of each level, finest first; its length is the number of levels. Multiples of `num_groups`."""
     num_downsamplings: int = 0
@@ -55,10 +92,11 @@ class MDEQConfig:
     """Layers that make the map contract; None: those of the published MDEQ, which promise nothing."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         # Lists, as read from YAML, would make equal configurations differ and unhashable.
         object.__setattr__(self, "channels", tuple(self.channels))
         object.__setattr__(self, "head_channels", tuple(self.head_channels))
-        for name in ("image_size", "image_channels", "num_classes", "expansion", "num_groups", "final_channels"):
+        for name in ("expansion", "num_groups", "final_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_downsamplings < 0:
@@ -84,6 +122,11 @@ class MDEQConfig:
             )
         if self.contraction is not None and not isinstance(self.contraction, (ScaledLayers, SLLLayers)):
             raise TypeError(f"contraction must be ScaledLayers, SLLLayers or None, got {self.contraction!r}")
+        if self.contraction is not None and self.predictor:
+            raise ValueError(
+                "predictor=true has no use with model.contraction: the evaluations that a certificate predicts are "
+                "those from zeros; set explicit_steps=1, or leave one of them out"
+            )
         if isinstance(self.contraction, SLLLayers) and self.dropout:
             raise ValueError(
                 f"dropout={self.dropout} has no place in SLLLayers, whose blocks would expand; set it to 0"
@@ -115,6 +158,11 @@ class MDEQConfig:
     def state_size(self) -> int:
         """Number of elements `D` of one sample's state."""
         return sum(width * height * breadth for width, height, breadth in self.level_shapes)
+
+    def lipschitz_limit(self, *, training: bool) -> float | None:
+        if self.contraction is None:
+            return None
+        return self.contraction.constant(self.num_levels, dropout=self.dropout if training else 0.0)
 
     @classmethod
     def digits(cls) -> MDEQConfig:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from equipoise.models import MDEQClassifier
+from equipoise.models import EquilibriumClassifier
 from equipoise.train import DataError, TrainConfig
 from equipoise.train.data import Split
 from equipoise.train.evaluation import make_fabric, to_device
@@ -61,7 +61,7 @@ class Answers:
 
 
 @torch.no_grad()
-def look(model: MDEQClassifier, split: Split, config: TrainConfig, max_images: int) -> Answers:
+def look(model: EquilibriumClassifier, split: Split, config: TrainConfig, max_images: int) -> Answers:
     """Classify test images as evaluation does, with a trace of every solve.
 
     Args:

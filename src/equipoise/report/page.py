@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from equipoise.files import write_atomic
-from equipoise.models import MDEQClassifier
+from equipoise.models import EquilibriumClassifier
 from equipoise.report.answers import Answers, look
 from equipoise.report.figures import confusion_map, curve, decay, step_counts, to_svg
 from equipoise.train import RunError, TrainConfig, checkpoint, evaluate
@@ -71,7 +71,9 @@ def write_report(run_dir: str | os.PathLike[str], *, max_images: int = 2000) -> 
     return folder / "report.html"
 
 
-def _so_far(model: MDEQClassifier, state: checkpoint.State, splits: Splits, config: TrainConfig) -> dict[str, Any]:
+def _so_far(
+    model: EquilibriumClassifier, state: checkpoint.State, splits: Splits, config: TrainConfig
+) -> dict[str, Any]:
     """What `result.json` would hold had the run ended at a checkpoint, and that it did not."""
     place = state.facts["place"]
     steps_per_epoch = len(splits.train) // config.batch_size

@@ -3,13 +3,24 @@
 from equipoise.files import CheckpointError, DataError
 from equipoise.train import checkpoint, recipes
 from equipoise.train.checkpoint import load, save
-from equipoise.train.config import SGD, Adam, AdamW, JacobianPenalty, Optimizer, Pretraining, Schedule, TrainConfig
-from equipoise.train.data import Digits, FashionMNIST, HubImages, ImageData
+from equipoise.train.config import (
+    SGD,
+    Adam,
+    AdamW,
+    JacobianPenalty,
+    Optimizer,
+    Pretraining,
+    Schedule,
+    SkipPenalty,
+    TrainConfig,
+)
+from equipoise.train.data import MNIST5K, Digits, FashionMNIST, HubImages, ImageData
 from equipoise.train.evaluation import evaluate
 from equipoise.train.loop import NonFiniteLoss, Observer, Result, fit
 from equipoise.train.run import RunError
 
 __all__ = [
+    "MNIST5K",
     "SGD",
     "Adam",
     "AdamW",
@@ -27,6 +38,7 @@ __all__ = [
     "Result",
     "RunError",
     "Schedule",
+    "SkipPenalty",
     "TrainConfig",
     "checkpoint",
     "evaluate",

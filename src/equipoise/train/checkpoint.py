@@ -13,16 +13,16 @@ from torch import Tensor
 
 from equipoise.files import CheckpointError, read_facts, read_tensors, write_tensors
 from equipoise.gradients import Gradient
-from equipoise.models import MDEQClassifier, MDEQConfig
+from equipoise.models import EquilibriumClassifier, ModelConfig, build
+from equipoise.models.build import MODELS
 from equipoise.solvers import Solver
 from equipoise.train.proof import prove
-from equipoise.train.serialize import from_plain, nearest, to_plain
+from equipoise.train.serialize import from_plain, to_plain
 
-MODELS = {"MDEQClassifier": (MDEQClassifier, MDEQConfig)}
 KEEP = 2  # resumable checkpoints in a run folder
 
 
-def save(model: MDEQClassifier, path: str | os.PathLike[str], *, about: Mapping[str, Any] | None = None) -> None:
+def save(model: EquilibriumClassifier, path: str | os.PathLike[str], *, about: Mapping[str, Any] | None = None) -> None:
     """Save a model with its configuration, solver, gradient and certificate in one safetensors file, atomically.
 
     The certificates of the map, in evaluation and in training, are among the facts, or the reason why there are none.
@@ -46,11 +46,12 @@ def save(model: MDEQClassifier, path: str | os.PathLike[str], *, about: Mapping[
         >>> load(path).deq.solver.memory
         18
     """
-    name = type(model).__name__
-    if name not in MODELS:
-        raise ValueError(f"cannot save a {name}; known: {', '.join(MODELS)}. For other modules use their state_dict")
+    if type(model) not in MODELS.values():
+        known = ", ".join(kind.__name__ for kind in MODELS.values())
+        raise ValueError(
+            f"cannot save a {type(model).__name__}; known: {known}. For other modules use their state_dict"
+        )
     config = {
-        "class": name,
         "config": to_plain(model.config),
         "solver": to_plain(model.deq.solver),
         "gradient": to_plain(model.deq.gradient),
@@ -60,7 +61,7 @@ def save(model: MDEQClassifier, path: str | os.PathLike[str], *, about: Mapping[
     write_tensors(Path(path), model.state_dict(), {"kind": "model", **config})
 
 
-def load(path: str | os.PathLike[str]) -> MDEQClassifier:
+def load(path: str | os.PathLike[str]) -> EquilibriumClassifier:
     """Load what `save` wrote: a model in evaluation mode, on the CPU.
 
     Only safetensors are read, and only known dataclasses restored; nothing in the file can run code. The certificates
@@ -74,11 +75,8 @@ def load(path: str | os.PathLike[str]) -> MDEQClassifier:
     if facts.get("kind") != "model":
         raise CheckpointError(f"{path} is no saved model but {facts.get('kind', 'something else')!r}")
     try:
-        if facts["class"] not in MODELS:
-            raise ValueError(f"unknown model {facts['class']!r}; {nearest(str(facts['class']), MODELS)}")
-        model_class, config_class = MODELS[facts["class"]]
-        model = model_class(
-            from_plain(config_class, facts["config"], "model"),
+        model = build(
+            from_plain(ModelConfig, facts["config"], "model"),
             solver=from_plain(Solver, facts["solver"], "solver"),
             gradient=from_plain(Gradient, facts["gradient"], "gradient"),
         )
@@ -132,13 +130,13 @@ def read_newest_state(folder: Path) -> tuple[State | None, list[str]]:
     return None, problems
 
 
-def model_of_state(state: State, config: MDEQConfig, solver: Solver, gradient: Gradient) -> MDEQClassifier:
+def model_of_state(state: State, config: ModelConfig, solver: Solver, gradient: Gradient) -> EquilibriumClassifier:
     """The model in a resumable checkpoint (its moving average if there is one), in evaluation mode.
 
     Raises:
         CheckpointError: the checkpoint is of another configuration.
     """
-    model = MDEQClassifier(config, solver=solver, gradient=gradient)
+    model = build(config, solver=solver, gradient=gradient)
     kind = "average." if any(name.startswith("average.") for name in state.tensors) else "model."
     tensors = {name.removeprefix(kind): value for name, value in state.tensors.items() if name.startswith(kind)}
     try:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from equipoise.gradients import Gradient, Implicit
-from equipoise.models import MDEQConfig
+from equipoise.models import ModelConfig
 from equipoise.solvers import Anderson, Solver
 from equipoise.train.data import ImageData, mix
 
@@ -155,6 +155,33 @@ class JacobianPenalty:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SkipPenalty:
+    """Penalty on the distance of the equilibrium from where its solve began: Skip DEQ and Skip Reg DEQ.
+
+    Source: Pal, Edelman and Rackauckas (2022).
+    """
+
+    weight: float = 0.0
+    """Weight in the loss in the first epoch; 0: no penalty."""
+    decay: float = 1.0
+    """Factor of the weight from one epoch to the next."""
+    per_scale: bool = True
+    """Whether the mean is taken for each part of the state, and these are added; else over all numbers alike."""
+    detach_target: bool = False
+    """Whether only the start is drawn to the equilibrium and not the equilibrium to the start."""
+
+    def __post_init__(self) -> None:
+        if not self.weight >= 0:
+            raise ValueError(f"skip.weight={self.weight!r}: must be >= 0")
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"skip.decay={self.decay!r}: must lie in (0, 1]; 1 keeps the weight")
+
+    def at(self, epoch: int) -> float:
+        """Weight in an epoch, counted from zero."""
+        return self.weight * self.decay**epoch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A complete training run.
 
@@ -175,7 +202,7 @@ class TrainConfig:
     """Name of the recipe; new run folders are called after it."""
     data: ImageData
     """Images and labels: source, split, augmentation."""
-    model: MDEQConfig
+    model: ModelConfig
     """Shape of the model."""
     solver: Solver = Anderson()
     """Finds the equilibrium."""
@@ -187,6 +214,8 @@ class TrainConfig:
     """Fixed-depth steps at the beginning."""
     penalty: JacobianPenalty = JacobianPenalty()
     """Jacobian penalty."""
+    skip: SkipPenalty = SkipPenalty()
+    """Penalty on the distance of the equilibrium from the start of its solve."""
     label_smoothing: float = 0.0
     """Share of the target probability that is spread over all classes."""
     optimizer: Optimizer = Adam()
@@ -249,6 +278,11 @@ class TrainConfig:
             raise ValueError(
                 f"the data has images of shape {self.data.shape}, the model takes {expected}; set model.image_size and "
                 "model.image_channels, or data.image_size"
+            )
+        if self.skip.weight and not (self.model.predictor or self.model.explicit_steps):
+            raise ValueError(
+                f"skip.weight={self.skip.weight!r} would draw the equilibrium to zeros, where its solve begins; set "
+                "model.predictor=true (Skip DEQ) or model.explicit_steps=1 (Skip Reg DEQ)"
             )
         if self.gradient.uses_inverse and not self.solver.keeps_inverse:
             raise ValueError(

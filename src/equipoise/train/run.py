@@ -83,10 +83,15 @@ def folder_config(folder: Path) -> TrainConfig:
 
 
 def overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """One plain configuration over another; a class that differs replaces the one below with all its fields."""
+    """One plain configuration over another; a class that differs replaces the one below with all its fields.
+
+    Fields without a class are those of the class below: `model: {dropout: 0}`.
+    """
     merged = dict(below)
     for key, value in above.items():
         old = below.get(key)
+        if isinstance(value, dict) and isinstance(old, dict) and "class_path" in old and "class_path" not in value:
+            value = {"class_path": old["class_path"], "init_args": value.get("init_args", value)}
         if isinstance(value, dict) and isinstance(old, dict) and value.get("class_path") == old.get("class_path"):
             merged[key] = overlay(old, value)
         else:

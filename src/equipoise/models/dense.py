@@ -1,0 +1,100 @@
+"""A fully connected equilibrium classifier, for small images: configuration, map and model."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from equipoise.gradients import Gradient, Implicit
+from equipoise.models.classifier import EquilibriumClassifier
+from equipoise.models.config import ModelConfig
+from equipoise.nn.deq import DEQ
+from equipoise.solvers import Anderson, Solver
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DenseConfig(ModelConfig):
+    """Shape of a fully connected equilibrium classifier.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    width: int = 128
+    """Numbers of the state."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.width < 1:
+            raise ValueError(f"width must be at least 1, got {self.width}")
+
+    @property
+    def state_size(self) -> int:
+        return self.width
+
+
+class DenseCell(nn.Module):
+    r"""The map $f(z, u) = \mathrm{ReLU}(W z) + \mathrm{ReLU}(U u)$, without biases.
+
+    Its Lipschitz constant is $\|W\|_2$.
+
+    Args:
+        width: numbers of the state and of the injection.
+
+    Source: Pal, Edelman and Rackauckas (2022), MNIST.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.state = nn.Linear(width, width, bias=False)
+        self.injection = nn.Linear(width, width, bias=False)
+
+    def forward(self, z: Tensor, u: Tensor) -> Tensor:
+        """`(B, width), (B, width) -> (B, width)`."""
+        return torch.relu(self.state(z)) + torch.relu(self.injection(u))
+
+    def block_matrix(self, training: bool = False) -> Tensor:
+        """The constant as `certify` reads it, `(1, 1)`, float64, on the CPU."""
+        return torch.linalg.matrix_norm(self.state.weight.detach().double().cpu(), 2)[None, None]
+
+
+class DenseClassifier(EquilibriumClassifier):
+    r"""Classifier of images as vectors: a linear layer and ReLU, the equilibrium, a linear layer.
+
+    $$u = \mathrm{ReLU}(W_1 x + b_1), \quad z^* = \mathrm{ReLU}(W z^*) + \mathrm{ReLU}(U u), \quad
+    \mathrm{logits} = W_2 z^* + b_2.$$
+
+    With `config.predictor` the solve begins at $\mathrm{ReLU}(W_g u + b_g)$, otherwise at zeros.
+
+    Args:
+        config: shape of the model.
+        solver: finds the equilibrium.
+        gradient: differentiates it.
+
+    Example:
+        >>> import torch, equipoise as eq
+        >>> from equipoise.models import DenseClassifier, DenseConfig
+        >>> config = DenseConfig(image_size=28, image_channels=1, num_classes=10, explicit_steps=1)
+        >>> model = DenseClassifier(config, solver=eq.SteadyState())
+        >>> model(torch.randn(3, 1, 28, 28)).shape
+        torch.Size([3, 10])
+
+    Source: Pal, Edelman and Rackauckas (2022), MNIST.
+    """
+
+    def __init__(self, config: DenseConfig, *, solver: Solver = Anderson(), gradient: Gradient = Implicit()) -> None:
+        width = config.width
+        super().__init__(
+            config,
+            stem=nn.Sequential(nn.Flatten(), nn.Linear(config.image_channels * config.image_size**2, width), nn.ReLU()),
+            deq=DEQ(
+                DenseCell(width),
+                solver=solver,
+                gradient=gradient,
+                init=nn.Sequential(nn.Linear(width, width), nn.ReLU()) if config.predictor else None,
+                explicit_steps=config.explicit_steps,
+            ),
+            head=nn.Linear(width, config.num_classes),
+        )

@@ -1,0 +1,111 @@
+"""The fully connected classifier, and the predictors of Skip DEQs: counts, shapes, formulas, constants."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+import equipoise as eq
+from equipoise.models import (
+    DenseClassifier,
+    DenseConfig,
+    MDEQClassifier,
+    MDEQConfig,
+    MDEQPredictor,
+    ScaledLayers,
+    build,
+)
+
+MNIST = DenseConfig(image_size=28, image_channels=1, num_classes=10)
+DIGITS = MDEQConfig.digits()
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_parameters_of_the_published_dense_models() -> None:
+    assert count(DenseClassifier(MNIST)) == 134_538
+    assert count(DenseClassifier(dataclasses.replace(MNIST, explicit_steps=1))) == 134_538
+    assert count(DenseClassifier(dataclasses.replace(MNIST, predictor=True))) == 151_050
+
+
+@pytest.mark.parametrize(
+    ("config", "weight_norm", "expected"),
+    [(MDEQConfig.cifar10_tiny(), False, 36_576), (MDEQConfig.cifar10_large(), True, 554_816)],
+    ids=["tiny", "large"],
+)
+def test_parameters_of_the_published_predictors(config: MDEQConfig, weight_norm: bool, expected: int) -> None:
+    assert count(MDEQPredictor(config, weight_norm=weight_norm)) == expected
+
+
+@pytest.mark.parametrize("channels", [(8,), (8, 8), (8, 12, 16), (4, 8, 16, 32)])
+def test_the_predictor_gives_a_state(channels: tuple[int, ...]) -> None:
+    config = dataclasses.replace(
+        DIGITS, image_size=16, channels=channels, head_channels=channels, predictor=True, dropout=0.2
+    )
+    model = MDEQClassifier(config).eval()
+    guess = model.deq.init(model.stem(torch.randn(3, 1, 16, 16)))
+    assert [tuple(level.shape[1:]) for level in guess] == list(config.level_shapes)
+    first = next(iter(model.deq.init.parameters()))
+    model(torch.randn(3, 1, 16, 16)).sum().backward()
+    assert first.grad is None, "the equilibrium does not depend on where the solve began"
+
+
+def test_the_dense_model_is_its_formula() -> None:
+    model = DenseClassifier(
+        dataclasses.replace(MNIST, width=6, image_size=3), solver=eq.Picard(max_steps=200, rtol=1e-14)
+    )
+    with torch.no_grad():
+        model.deq.cell.state.weight.mul_(0.4)
+    x = torch.randn(4, 1, 3, 3)
+    logits, solution = model.classify(x)
+    u = torch.relu(x.flatten(1) @ model.stem[1].weight.T + model.stem[1].bias)
+    z = torch.zeros(4, 6)
+    for _ in range(300):
+        z = torch.relu(z @ model.deq.cell.state.weight.T) + torch.relu(u @ model.deq.cell.injection.weight.T)
+    torch.testing.assert_close(solution.value, z)
+    torch.testing.assert_close(logits, z @ model.head.weight.T + model.head.bias)
+
+
+def test_the_dense_model_is_certified_where_its_matrix_contracts() -> None:
+    model = DenseClassifier(dataclasses.replace(MNIST, width=8)).eval()
+    weight = model.deq.cell.state.weight
+    for norm in (0.7, 1.5):
+        with torch.no_grad():
+            weight.mul_(norm / torch.linalg.matrix_norm(weight, 2))
+        certificate = eq.certify(model)
+        assert certificate.norm == pytest.approx(norm)
+        assert certificate.contracts == (norm < 1)
+
+
+def test_skip_and_skip_reg_begin_where_they_say() -> None:
+    x = torch.randn(2, 1, 8, 8)
+    model = MDEQClassifier(dataclasses.replace(DIGITS, explicit_steps=1)).eval()
+    u = model.stem(x)
+    solution = model.deq.solve(u)
+    for start, step in zip(solution.start, model.deq.cell(model.deq.cell.zeros(u), u), strict=True):
+        torch.testing.assert_close(start, step)
+    predicted = MDEQClassifier(dataclasses.replace(DIGITS, predictor=True)).eval()
+    for start, guess in zip(predicted.deq.solve(u).start, predicted.deq.init(u), strict=True):
+        torch.testing.assert_close(start, guess)
+
+
+def test_misuse_is_named_with_its_remedy() -> None:
+    with pytest.raises(ValueError, match="width must be at least 1, got 0"):
+        dataclasses.replace(MNIST, width=0)
+    with pytest.raises(ValueError, match="explicit_steps must not be negative, got -1"):
+        dataclasses.replace(MNIST, explicit_steps=-1)
+    with pytest.raises(ValueError, match=r"predictor=true has no use with model\.contraction"):
+        dataclasses.replace(DIGITS, predictor=True, contraction=ScaledLayers())
+
+    class Other(DenseConfig):
+        pass
+
+    with pytest.raises(ValueError, match="no model of Other; known: MDEQConfig, DenseConfig"):
+        build(Other(image_size=8, num_classes=2))
+    with pytest.raises(ValueError, match=r"images must have shape \(B, 1, 28, 28\)"):
+        DenseClassifier(MNIST)(torch.zeros(2, 3, 28, 28))
