@@ -100,8 +100,8 @@ def test_modes_of_the_device_train(changes: dict[str, object], tmp_path: pathlib
     assert all(line["loss"] < 5 for line in result.history)
     if changes == {"deterministic": True}:
         again = fit(config, run_dir=tmp_path / "second")
-        for one, other in zip(result.model.state_dict().values(), again.model.state_dict().values(), strict=True):
-            assert torch.equal(one, other)
+        for name, value in result.model.state_dict().items():
+            assert torch.equal(again.model.state_dict()[name], value), name
 
 
 @pytest.mark.parametrize(
