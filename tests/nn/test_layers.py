@@ -372,3 +372,20 @@ def test_dropout_without_the_seeds_of_a_solve_says_how_to_get_them() -> None:
         with pytest.raises(RuntimeError, match=r"give the module itself to .* or call .eval"):
             use()
     assert repr(drop) == "VariationalDropout(p=0.5)"
+
+
+def test_masks_are_a_published_function_of_seed_and_channel() -> None:
+    """Runs are repeated from their seeds, so the numbers behind the masks must never change."""
+    low = 0xFFFFFFFF
+
+    def uniform(seed: int, channel: int) -> float:
+        x = (seed + channel * 0x9E3779B1) & low
+        for _ in range(2):
+            x = ((x ^ (x >> 16)) * 0x45D9F3B) & low
+        return (x ^ (x >> 16)) / 2.0**32
+
+    layer = eq.nn.VariationalDropout(0.3)
+    layer.seeds = torch.tensor([0, 7, 2**31 + 5, 2**33 + 1])
+    mask = layer(torch.ones(4, 300))
+    for row, seed in enumerate(layer.seeds.tolist()):
+        assert [bool(kept) for kept in mask[row]] == [uniform(seed, channel) >= 0.3 for channel in range(300)]

@@ -53,7 +53,7 @@ class VariationalDropout(SeededLayer):
 def _uniform(seeds: Tensor, counter: Tensor) -> Tensor:
     """Uniform numbers in [0, 1) from integers alone: a 32-bit finaliser over seed and counter."""
     low = 0xFFFFFFFF
-    x = (seeds - counter * 0x61C88647) & low  # modulo 2^32, times 0x9E3779B1, which compilers do not take for an int32
+    x = (seeds - counter * 0x61C8864F) & low  # modulo 2^32, times 0x9E3779B1, which compilers do not take for an int32
     for _ in range(2):
         x = ((x ^ (x >> 16)) * 0x45D9F3B) & low
     x = x ^ (x >> 16)
