@@ -298,10 +298,10 @@ def plot(record: dict[str, Any]) -> Figure:
         spread = [spreads.get(f"{name}/test_accuracy", 0.0) for name in names]
         axes.errorbar(x, y, spread, color=color, marker=marker, ls="none", label=label, capsize=3, elinewidth=0.9)
         # The two kinds of layers lie among each other: one is named on the left, the other on the right.
-        side, ha = (-6, "right") if family == "lipschitz" else (6, "left")
         for name, a, b in zip(names, x, y, strict=True):
             text = name if family == "mdeq" else name.split("-")[1]
-            above = -12 if name == BASELINE or family == "lipschitz" else 5
+            side, ha = (-6, "right") if family == "lipschitz" or 0.9 < a < 1 else (6, "left")
+            above = 5 if family == "tight" or b == max(y) else -12
             axes.annotate(text, (a, b), (side, above), textcoords="offset points", color=color, fontsize=8.5, ha=ha)
     axes.set_xlabel("time of a training step, over that of mdeq")
     axes.set_ylabel("test accuracy")
