@@ -21,7 +21,7 @@ EXACT = eq.Implicit(solver=eq.GMRES(max_steps=80, rtol=0.0, atol=1e-10))
 GRADIENTS = {
     "implicit": (eq.Anderson(max_steps=200, rtol=1e-11), EXACT),
     "refined": (eq.Broyden(max_steps=60, memory=60, rtol=1e-11), dataclasses.replace(EXACT, start=eq.Shine())),
-    "shine": (eq.Broyden(max_steps=12, memory=12, rtol=0.0), eq.Shine()),
+    "shine": (eq.Broyden(max_steps=6, memory=6, rtol=0.0), eq.Shine()),
     "jacobian-free": (eq.Anderson(max_steps=200, rtol=1e-11), eq.JacobianFree()),
     "neumann": (eq.Anderson(max_steps=200, rtol=1e-11), eq.Neumann(steps=4)),
     "unrolled": (eq.Picard(max_steps=0), eq.Unrolled(steps=6)),
