@@ -147,3 +147,55 @@ def test_lipschitz_speed(tmp_path: pathlib.Path) -> None:
         assert figures[f"{variant}/evals_ratio"] < figures["mdeq/evals_ratio"] / 3
     assert figures["mdeq/certified_L"] is None
     assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_continuous_skip(tmp_path: pathlib.Path) -> None:
+    for package in ("matplotlib", "sklearn", "torchdiffeq", "rich"):
+        pytest.importorskip(package)
+    target, picture = tmp_path / "skip.json", tmp_path / "skip.png"
+    command = [sys.executable, "benchmarks/continuous_skip.py", "--quick", "--data", "mnist", "multiscale", "--json"]
+
+    def run(*flags: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+
+    early = run(str(target), "--show")
+    assert early.returncode != 0
+    assert "does not exist" in early.stderr
+    # Trained here, timed elsewhere.
+    trained = run(str(tmp_path / "trained.json"), "--train-only")
+    assert trained.returncode == 0, trained.stderr
+    timed = run(str(target), "--add", str(tmp_path / "trained.json"), "--time-only", "--plot", str(picture))
+    assert timed.returncode == 0, timed.stderr
+    assert "as accurate" in timed.stdout
+    figures = json.loads(target.read_text())
+    keys = ("test_accuracy", "nfe", "backward_vjps", "train_step_ratio_to_node", "train_step_ratio_to_vanilla")
+    models = ("vanilla", "skip", "skip-reg")
+    grid = [
+        f"mnist/{m}-{s}{j}" for m in models for s in ("anderson", "broyden", "vcab3", "tsit5") for j in ("", "-jac")
+    ]
+    grid += [f"multiscale/{m}-{s}" for m in models for s in ("broyden", "vcab3")]
+    for variant in grid:
+        for key in (*keys, "median_residual"):
+            assert figures[f"{variant}/{key}"] >= 0
+        if "/vanilla" in variant:
+            assert figures[f"{variant}/train_step_ratio_to_vanilla"] == 1
+    for data in ("mnist", "multiscale"):
+        assert figures[f"{data}/node/train_step_ratio_to_node"] == 1
+        assert figures[f"{data}/node/median_residual"] is None
+        assert figures[f"{data}/node/backward_vjps"] > 3
+        assert "torch" in figures["runs"][data]["node"]["0"]["machine"]
+        assert len(figures["times"][data]["0"]["node_ms"]) == 8
+    assert {f"mnist/skip{r}-vcab3-w0.1/nfe" for r in ("", "-reg")} <= figures.keys()
+    # Predictor and final application are counted: the solve itself takes one evaluation at the least.
+    assert figures["mnist/skip-anderson/nfe"] >= 3
+    assert picture.stat().st_size > 10_000
+
+    # What is there is not done again; a record of another setting is not mixed with it.
+    again = run(str(target))
+    assert again.returncode == 0, again.stderr
+    assert json.loads(target.read_text())["runs"] == figures["runs"]
+    other = run(str(target), "--multiscale", "cifar10")
+    assert other.returncode != 0
+    assert "choose another FILE" in other.stderr
