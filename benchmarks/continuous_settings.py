@@ -136,11 +136,11 @@ def shared(data: str, settings: Settings) -> tuple[TrainConfig, int, float]:
             ),
             model=MDEQConfig.cifar10_tiny(),
             optimizer=Adam(lr=1e-3),
-            stop_after=3000,
+            stop_after=700,
             batch_size=128,
             eval_batch_size=1000,
             gradient=adjoint(20, 5e-2),
-            pretraining=Pretraining(steps=450, depth=5),
+            pretraining=Pretraining(steps=105, depth=5),
         )
         return config, 18, 5e-2
     if data == "multiscale":
