@@ -183,7 +183,7 @@ def plot(results: Results, path: pathlib.Path) -> None:
             # A single answer is a point: there is nothing before it.
             if all(len(runs[method].visits) == 1 for runs in seeds.values()):
                 at = statistics.median(runs[method].seconds for runs in seeds.values())
-                axes.plot(at, np.interp(at, times, middle), "o", color=color, label=method)
+                axes.plot(at, middle[-1], "o", color=color, label=method)
                 continue
             axes.fill_between(times, low, high, color=color, alpha=0.12, linewidth=0)
             axes.plot(times, middle, color=color, label=method, linewidth=2.2 if method == "shine" else 1.5)
@@ -192,7 +192,7 @@ def plot(results: Results, path: pathlib.Path) -> None:
         axes.axhline(WITHIN - 1, color="#bbbbbb", linewidth=0.8, linestyle="--", zorder=0)
         axes.grid(alpha=0.15)
         axes.spines[["top", "right"]].set_visible(False)
-    every[0].set_ylabel("held-out loss above the best of all methods, relative")
+    every[0].set_ylabel("held-out loss above the best, relative")
     handles, labels = every[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(COLORS), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
