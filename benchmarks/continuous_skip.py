@@ -257,9 +257,10 @@ def times(data: str, seed: int, folder: pathlib.Path, settings: Settings) -> dic
         if not path.exists():  # its training failed
             continue
         weights, _ = read_tensors(path)
-        ways = [(f"node, {m}", m, None) for m in METHODS] if name == "node" else [(name, "", None)]
+        ways: list[tuple[str, str, float | None]] = [(name, "", None)]
         if name == "node":
-            ways += [(f"{ALONE}, {m}", m, 1.0) for m in METHODS]
+            ways = [(f"node, {method}", method, None) for method in METHODS]
+            ways += [(f"{ALONE}, {method}", method, 1.0) for method in METHODS]
         for label, method, first_step in ways:
             model = build(variant, seed, device, method, first_step)
             model.load_state_dict(weights)

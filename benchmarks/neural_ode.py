@@ -15,7 +15,7 @@ from torchdiffeq import odeint, odeint_adjoint
 import equipoise as eq
 from equipoise.map import Map
 
-METHODS = {
+METHODS: dict[str, dict[str, Any]] = {
     f"{method}, {way}": {"method": method, "adjoint": way == "adjoint"}
     for method in ("dopri5", "bosh3")
     for way in ("adjoint", "backpropagation")
