@@ -12,7 +12,7 @@ Skip and Skip Reg 1.11 to 1.95 times faster than the vanilla one, with a quarter
 
 Variants are <model>-<solver>: models `vanilla`, `skip` (a predictor) and `skip-reg` (an explicit step), solvers
 `anderson`, `broyden`, `vcab3` and `tsit5`, all with one tolerance and one cap on a data set; `-jac` adds the Jacobian
-penalty, `-w0.1` sets another weight of the skip penalty than that of the grid. Weights were chosen on validation
+penalty, `-w1` sets another weight of the skip penalty than that of the grid. Weights were chosen on validation
 images. `node` is the Neural ODE. All variants of a data set share widths, initial weights, steps, batches, optimizer,
 fixed-depth steps and the adjoint solver: GMRES to a residual relative to the right-hand side, without an absolute
 tolerance. Figures are means over seeds; standard deviations are under `details`.
@@ -241,7 +241,7 @@ def choose(data: str, settings: Settings) -> dict[str, Any]:
     device = torch.device(settings.device)
     variant = variants(data, settings)["node"]
     turns = Turns({method: (build(variant, 0, device, method), variant) for method in METHODS}, device)
-    turns.run(variant, 0, settings.timed)
+    turns.run(variant, 0, settings.timed(data))
     ms = {method: turns.ms(turns.seconds[method]) for method in METHODS}
     return {"chosen": min(ms, key=ms.__getitem__), "ms": ms, "machine": machine(device)}
 
@@ -266,7 +266,7 @@ def times(data: str, seed: int, folder: pathlib.Path, settings: Settings) -> dic
             model.load_state_dict(weights)
             pairs[label] = model, variant
     turns = Turns(pairs, device)
-    turns.run(every["node"], seed, settings.timed)
+    turns.run(every["node"], seed, settings.timed(data))
     nodes = {label: turns.ms(turns.seconds[label]) for label in pairs if label.startswith("node")}
     node = min((label for label in nodes if not label.startswith(ALONE)), key=nodes.__getitem__)
     alone = min((label for label in nodes if label.startswith(ALONE)), key=nodes.__getitem__)
