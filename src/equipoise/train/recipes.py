@@ -149,14 +149,17 @@ def skip_mnist() -> TrainConfig:
     """The same, begun at the guess of a network that learns to predict the equilibrium: a Skip DEQ."""
     config = continuous_mnist()
     model = dataclasses.replace(config.model, predictor=True)
-    return dataclasses.replace(config, name="skip-mnist", model=model, skip=SkipPenalty(weight=5.0))
+    return dataclasses.replace(config, name="skip-mnist", model=model, skip=SkipPenalty(weight=1.0))
 
 
 def skip_reg_mnist() -> TrainConfig:
-    """The same, begun at the first step of the map, to which the equilibrium is drawn: a Skip Reg DEQ."""
+    """The same, begun at the first step of the map, to which the equilibrium is drawn: a Skip Reg DEQ.
+
+    A tenth is the weight with which the map still depends on its state; from one on it is trained not to.
+    """
     config = continuous_mnist()
     model = dataclasses.replace(config.model, explicit_steps=1)
-    return dataclasses.replace(config, name="skip-reg-mnist", model=model, skip=SkipPenalty(weight=5.0))
+    return dataclasses.replace(config, name="skip-reg-mnist", model=model, skip=SkipPenalty(weight=0.1))
 
 
 def skip_reg_fashion_mnist() -> TrainConfig:

@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
+import equipoise
+
 
 def to_plain(value: Any) -> Any:
     """A configuration as dicts, lists, strings, numbers and None.
@@ -106,7 +108,8 @@ def public_path(cls: type) -> str:
     package = cls.__module__.split(".")
     if package[0] != "equipoise":
         return f"{cls.__module__}.{cls.__name__}"
-    return f"equipoise.{f'{package[1]}.' if package[1] in ('models', 'train') else ''}{cls.__name__}"
+    whole = getattr(equipoise, cls.__name__, None) is cls
+    return f"equipoise.{'' if whole else f'{package[1]}.'}{cls.__name__}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
