@@ -12,8 +12,8 @@ Skip and Skip Reg 1.11 to 1.95 times faster than the vanilla one, with a quarter
 
 Variants are <model>-<solver>: models `vanilla`, `skip` (a predictor) and `skip-reg` (an explicit step), solvers
 `anderson`, `broyden`, `vcab3` and `tsit5`, all with one tolerance and one cap on a data set; `-jac` adds the Jacobian
-penalty, `-w1` sets another weight of the skip penalty than that of the grid. Weights were chosen on validation
-images. `node` is the Neural ODE. All variants of a data set share widths, initial weights, steps, batches, optimizer,
+penalty, `-w0.1` sets another weight of the skip penalty than that of the grid, which is 1 (0.1 on `multiscale`).
+`node` is the Neural ODE. All variants of a data set share widths, initial weights, steps, batches, optimizer,
 fixed-depth steps and the adjoint solver: GMRES to a residual relative to the right-hand side, without an absolute
 tolerance. Figures are means over seeds; standard deviations are under `details`.
 
