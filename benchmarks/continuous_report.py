@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import matplotlib
+from continuous_settings import MILD, SWEPT
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -62,7 +63,7 @@ def summary(content: dict[str, Any]) -> tuple[dict[str, float | None], dict[str,
 
 def show(content: dict[str, Any]) -> None:
     """All tables, then which variants reach what."""
-    console = Console(width=170)
+    console = Console(width=190)
     means, details = summary(content)
     for data in content["runs"]:
         if any(key.startswith(f"{data}/") for key in means):
@@ -96,13 +97,20 @@ def table(content: dict[str, Any], data: str, means: dict[str, float | None], de
             form = {"test_accuracy": ".4f", "nfe": ".2f", "backward_vjps": ".2f", "median_residual": ".1e"}
             text = "-" if value is None else f"{value:{form.get(column, '.3f')}}"
             cells.append(text if spread is None else f"{text} ± {spread:{form.get(column, '.3f')}}")
-        if (means[f"{key}/median_residual"] or 0.0) > FAR:
-            cells[-1] += " FAR"
+        cells[-1] += remark(means[f"{key}/median_residual"])
         cells += [
             "-" if (value := details["means"].get(f"{key}/{column}")) is None else f"{value:.2f}" for column in more
         ]
         view.add_row(name, str(details["means"][f"{key}/seeds"]), *cells)
     return view
+
+
+def remark(residual: float | None) -> str:
+    """What a median residual says of a variant."""
+    if residual is None:
+        return ""
+    # A map that is exact after one step does not depend on its state.
+    return " FAR" if residual > FAR else " STATELESS" if residual == 0 else ""
 
 
 def reached(content: dict[str, Any], means: dict[str, float | None], details: dict[str, Any]) -> dict[str, list[str]]:
@@ -125,17 +133,18 @@ def reached(content: dict[str, Any], means: dict[str, float | None], details: di
         residual, nfe = means[f"{key}/median_residual"], means[f"{key}/nfe"]
         if model == "node" or residual is None or residual > FAR or nfe is None:
             continue
+        told = f"{key}{remark(residual)}"
         node, own = (means[f"{key}/train_step_ratio_to_{other}"] for other in ("node", "vanilla"))
         continuous, skips = solver in ("vcab3", "tsit5"), model != "vanilla"
         if continuous and node is not None and node <= 1 / 2 and as_accurate(key, f"{data}/node"):
-            fast.append(f"{key}: {1 / node:.2f} times")
+            fast.append(f"{told}: {1 / node:.2f} times")
         if continuous and skips and own is not None and own <= 1 / 1.5 and as_accurate(key, vanilla):
-            sooner.append(f"{key}: {1 / own:.2f} times")
+            sooner.append(f"{told}: {1 / own:.2f} times")
         accuracies = [means.get(f"{other}/test_accuracy") for other in (vanilla, key)]
         if data == "mnist" and skips and nfe <= 5 and None not in accuracies:
             lost = accuracies[0] - accuracies[1]  # type: ignore[operator]
             if lost <= 0.01:
-                few.append(f"{key}: from {means[f'{vanilla}/nfe']:.1f} to {nfe:.1f}, {100 * lost:.2f} points lost")
+                few.append(f"{told}: from {means[f'{vanilla}/nfe']:.1f} to {nfe:.1f}, {100 * lost:.2f} points lost")
     return {
         "Continuous, at least 2 times faster a step than the Neural ODE, as accurate": fast,
         "Skip or Skip Reg, at least 1.5 times faster a step than vanilla with the same flow, as accurate": sooner,
@@ -147,13 +156,13 @@ COLORS = {"vanilla": GRAY, "skip": BLUE, "skip-reg": GREEN, "node": RED}
 MARKERS = {"anderson": "o", "broyden": "s", "vcab3": "D", "tsit5": "^"}
 
 
-def parts(name: str) -> tuple[str, str, bool, bool]:
-    """Model, solver, whether penalized, whether of another weight than the grid's."""
+def parts(name: str) -> tuple[str, str, bool, str]:
+    """Model, solver, whether penalized, and the weight of the skip penalty if it is not the grid's."""
     if name == "node":
-        return "node", "", False, False
+        return "node", "", False, ""
     pieces = name.split("-")
     at = next(i for i, piece in enumerate(pieces) if piece in MARKERS)
-    return "-".join(pieces[:at]), pieces[at], "jac" in pieces[at:], pieces[-1].startswith("w")
+    return "-".join(pieces[:at]), pieces[at], "jac" in pieces[at:], pieces[-1][1:] if pieces[-1][0] == "w" else ""
 
 
 @matplotlib.rc_context(STYLE)
@@ -170,7 +179,8 @@ def plot(content: dict[str, Any]) -> Figure:
     handles[-1].set_markersize(10)
     handles += [Line2D([], [], color=INK, marker=m, ls="none", label=name) for name, m in MARKERS.items()]
     handles.append(Line2D([], [], color=INK, marker="o", mfc="none", ls="none", label="with Jacobian penalty"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=9, columnspacing=1.2, handletextpad=0.3)
+    handles.append(Line2D([], [], color=INK, marker="o", fillstyle="left", ls="none", label=f"skip weight {MILD:g}"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=10, columnspacing=1.0, handletextpad=0.3)
     return figure
 
 
@@ -178,15 +188,15 @@ def _scatter(
     axes: Axes, content: dict[str, Any], data: str, means: dict[str, float | None], details: dict[str, Any]
 ) -> None:
     for name in content["runs"].get(data, {}):
-        model, solver, penalized, other = parts(name)
+        model, solver, penalized, weight = parts(name)
         x, y = (means.get(f"{data}/{name}/{key}") for key in ("train_step_ratio_to_node", "test_accuracy"))
-        if x is None or y is None or other:
+        if x is None or y is None or weight not in ("", f"{MILD:g}"):
             continue
         color = COLORS[model]
         axes.errorbar(
             x, y, details["standard_deviations"].get(f"{data}/{name}/test_accuracy", 0.0),
             color=color, marker=MARKERS.get(solver, "*"), markersize=12 if model == "node" else 6,
-            mfc="none" if penalized else color, elinewidth=0.7,
+            mfc="none" if penalized else color, elinewidth=0.7, fillstyle="left" if weight else "full",
             alpha=0.35 if (means[f"{data}/{name}/median_residual"] or 0.0) > FAR else 1.0,
         )  # fmt: skip
     axes.axvline(1, color=RED, lw=0.8, ls=":")
@@ -201,25 +211,23 @@ def _scatter(
 
 def _weights(axes: Axes, content: dict[str, Any], means: dict[str, float | None], details: dict[str, Any]) -> None:
     """Evaluations, and accuracy on an axis of its own."""
-    swept = {parts(name)[1] for name in content["runs"].get("mnist", {}) if parts(name)[3]}
     right = axes.twinx()
     for model in ("skip", "skip-reg"):
-        names = [n for n in content["runs"].get("mnist", {}) if parts(n)[0] == model and parts(n)[1] in swept]
+        names = [n for n in content["runs"].get("mnist", {}) if parts(n)[:3] == (model, SWEPT, False)]
         points = []
         for name in names:
             key = f"mnist/{name}"
-            if not parts(name)[2] and means.get(f"{key}/nfe") is not None:
+            if means.get(f"{key}/nfe") is not None:
                 weight = details["means"][f"{key}/skip_weight"]
                 points.append((weight, means[f"{key}/nfe"], means[f"{key}/test_accuracy"]))
         if points:
             weights, nfe, accuracy = zip(*sorted(points), strict=True)
             axes.plot(weights, nfe, "D-", color=COLORS[model])
             right.plot(weights, accuracy, "x:", color=COLORS[model], lw=1.2)
-    for solver in swept:
-        for side, key in ((axes, "nfe"), (right, "test_accuracy")):
-            level = means.get(f"mnist/vanilla-{solver}/{key}")
-            if level is not None:
-                side.axhline(level, color=GRAY, ls="-" if key == "nfe" else ":", lw=1)
+    for side, key, style in ((axes, "nfe", "-"), (right, "test_accuracy", ":")):
+        level = means.get(f"mnist/vanilla-{SWEPT}/{key}")
+        if level is not None:
+            side.axhline(level, color=GRAY, ls=style, lw=1)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator([0.01, 0.1, 1, 5]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -230,4 +238,4 @@ def _weights(axes: Axes, content: dict[str, Any], means: dict[str, float | None]
     right.set_ylabel("test accuracy (dotted)", color=GRAY)
     right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
     right.grid(False)
-    axes.set_title(f"mnist, {', '.join(sorted(swept))}; gray: vanilla", loc="left", color=INK)
+    axes.set_title(f"mnist, {SWEPT}; gray: vanilla", loc="left", color=INK)

@@ -22,7 +22,8 @@ tolerance. Figures are means over seeds; standard deviations are under `details`
                                    explicit step, plus one for the final application of the paper's layer, which ours
                                    does without
     backward_vjps                  mean products with the transposed Jacobian in the adjoint solve of a training image
-    median_residual                median over the test images of |f(z) - z| / |f(z)|; null for `node`
+    median_residual                median over the test images of |f(z) - z| / |f(z)|; null for `node`. Exactly zero:
+                                   the map no longer depends on its state, there is no equilibrium left to solve for
     train_step_ratio_to_node       time of an optimizer step over that of `node`: 0.5 is twice as fast; and
     train_step_ratio_to_vanilla    over that of `vanilla` with the same solver and penalty: medians over batches on
                                    which the trained models take turns, in one process with one thread
