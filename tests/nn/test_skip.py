@@ -188,3 +188,38 @@ def test_a_predictor_of_another_shape_is_named(size: int) -> None:
         layer(torch.randn(B, D))
     note = f"the solve began at what init gives, a tensor ({B}, {size}): is this a state of the cell?"
     assert caught.value.__notes__ == [note]
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("solver", [eq.SteadyState(), eq.Anderson(), eq.Broyden()], ids=lambda s: type(s).__name__)
+def test_a_guess_that_is_not_finite_is_a_status_and_harms_no_other(solver: eq.Solver, poison: float) -> None:
+    class Guess(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.where(x[:, :1] > 5, poison, x)
+
+    x = torch.randn(B, D)
+    x[1, 0] = 6.0
+    layer = DEQ(TanhCell(D), solver=solver, init=Guess())
+    solution, others = layer.solve(x), [0, 2, 3]
+    alone = layer.solve(x[others])
+    assert int(solution.status[1]) == eq.Status.NONFINITE
+    assert int(solution.num_steps[1]) == 1
+    torch.testing.assert_close(solution.value[others], alone.value, rtol=1e-10, atol=1e-12)
+    with pytest.raises(eq.ConvergenceError, match=r"NONFINITE: 1 of 4 samples \(1\)"):
+        solution.raise_for_status()
+    assert not bool(skip_penalty(solution).isfinite()), "the loss shows it"
+
+
+def test_a_cell_whose_result_is_no_state_is_named() -> None:
+    class Wide(nn.Module):
+        def __init__(self, size: int) -> None:
+            super().__init__()
+            self.size = size
+
+        def forward(self, z: Tensor, x: Tensor) -> Tensor:
+            return torch.zeros(z.shape[0], self.size)
+
+    for explicit_steps in (0, 1):
+        layer = DEQ(Wide(D + 1), solver=eq.SteadyState(), explicit_steps=explicit_steps)
+        with pytest.raises(ValueError, match="the map's result"):
+            layer(torch.randn(B, D))

@@ -461,8 +461,8 @@ def test_a_region_of_nan_is_backed_away_from(stepper: Stepper) -> None:
 
 
 @every_stepper
-@pytest.mark.parametrize("poison", [math.nan])
-def test_nan_ends_with_a_status(stepper: Stepper, poison: float) -> None:
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_point_that_is_not_finite_ends_with_a_status(stepper: Stepper, poison: float) -> None:
     x = torch.tensor([[1.0], [2.0], [4.0]])
 
     def f(z: Tensor, x: Tensor) -> Tensor:
@@ -474,6 +474,25 @@ def test_nan_ends_with_a_status(stepper: Stepper, poison: float) -> None:
     assert solution.num_steps[1:].tolist() == [2 + SteadyState.retries, 1]
     assert solution.value[1:].tolist() == [[0.0], [0.0]]
     assert solution.residual[1].tolist() == 2.0
+
+
+@every_stepper
+@pytest.mark.parametrize("control", [None, Classical()], ids=["residual", "classical"])
+def test_tolerances_of_zero_use_all_steps_and_return_the_best_point(
+    stepper: Stepper, control: Classical | None
+) -> None:
+    """Errors and residuals become zeros, by which is divided; the start of the last row is its answer already."""
+    x = torch.tensor([[1.0], [-20.0], [0.0]])
+    solver = SteadyState(stepper=stepper, control=control, rtol=0.0, atol=0.0, max_steps=300)
+    solution = solve(lambda z, x: -0.5 * z + x, torch.zeros_like(x), x, solver=solver, trace=True)
+    assert bool(torch.isin(solution.status, torch.tensor([eq.Status.CONVERGED, eq.Status.MAX_STEPS])).all())
+    assert int(solution.status[2]) == eq.Status.CONVERGED
+    assert int(solution.num_steps[2]) == 1
+    assert bool((solution.converged == (solution.residual == 0)).all())
+    assert solution.trace is not None
+    best = solution.trace.nan_to_num(nan=math.inf).amin(dim=0)
+    torch.testing.assert_close(solution.residual, best, rtol=0, atol=0)
+    torch.testing.assert_close(solution.value, x / 1.5, rtol=1e-10 if control is None else 1e-2, atol=0)
 
 
 # Fields
