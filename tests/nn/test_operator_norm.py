@@ -142,6 +142,16 @@ def test_bounds_scale_with_the_kernel_far_beyond_where_its_square_overflows_or_v
     assert float(scaled) == pytest.approx(float(one) * scale, rel=1e-5)
 
 
+def test_bounds_are_not_rounded_by_autocast_nor_in_half_precision() -> None:
+    kernel = torch.randn(3, 2, 3, 3).bfloat16()
+    expected = conv_norm_bound(kernel.double(), (6, 6), padding=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = [conv_norm_bound(kernel.to(dtype), (6, 6), padding=1) for dtype in (torch.bfloat16, torch.float32)]
+    for bound in found:
+        assert bound.dtype == torch.float32
+        assert float(bound) == pytest.approx(float(expected), rel=1e-6)
+
+
 def test_a_kernel_of_zeros_has_a_bound_and_a_gradient() -> None:
     kernel = torch.zeros(2, 2, 3, 3, requires_grad=True)
     bound = conv_norm_bound(kernel, (4, 4), padding=1)

@@ -5,13 +5,14 @@ The norm of the reshaped kernel is not the norm of the convolution: for a 3x3 ke
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SQUARINGS = (
-    4  # of a Gram matrix of r rows: its bound is then at most r^(1/64) times the norm, mostly a percent above it
-)
+# Of a Gram matrix of r rows: its bound is then at most r^(1/64) times the norm, mostly a percent above it.
+SQUARINGS = 4
 
 
 def conv_norm_bound(
@@ -32,7 +33,7 @@ def conv_norm_bound(
         exact: take the singular values instead of the Gram iteration; slower, about a percent tighter.
 
     Returns:
-        Scalar of the kernel's dtype; differentiable.
+        Scalar, of the dtype of the kernel, or float32 if that is half; differentiable.
 
     Example:
         >>> import torch
@@ -44,40 +45,66 @@ def conv_norm_bound(
     Source: the torus and the strided form are derived in the documentation; Gram iteration is of B. Delattre et al.,
     "Efficient Bound of Lipschitz Constant for Convolutional Layers by Gram Iteration", ICML 2023.
     """
-    matrices = _symbols(kernel, size, stride, padding)
-    norms = torch.linalg.matrix_norm(matrices, ord=2) if exact else _gram_bound(matrices)
-    return norms.amax()
+    with torch.autocast(kernel.device.type, enabled=False):
+        kernel = kernel.to(torch.promote_types(kernel.dtype, torch.float32))
+        matrices = _symbols(kernel, size, stride, padding)
+        return torch.linalg.matrix_norm(matrices, ord=2).amax() if exact else _gram_bound(matrices)
 
 
 def _symbols(kernel: Tensor, size: tuple[int, int], stride: int, padding: int) -> Tensor:
     """One matrix per frequency, `(F, C_out, q^2 C_in)`, over q; of two conjugate frequencies only one."""
-    if kernel.shape[-2:] == (1, 1) and padding == 0:
+    outs, ins, *taps = kernel.shape
+    if taps == [1, 1] and padding == 0:
         return kernel.flatten(1)[None]  # the same at every pixel, and a stride only leaves pixels out
-    sides = [-(-max(n + padding, kernel.shape[-1]) // stride) * stride for n in size]
+    sides = [-(-max(n + padding, k) // stride) * stride for n, k in zip(size, taps, strict=True)]
+    low = sides[0] // stride, sides[1] // stride // 2 + 1
+    angles = []
+    for side, count, k in zip(sides, low, taps, strict=True):
+        # (count, q, k): frequencies that a stride maps onto one another stand side by side
+        shifts = torch.arange(0, side, side // stride, device=kernel.device)
+        frequencies = torch.arange(count, device=kernel.device)[:, None] + shifts
+        turns = frequencies[..., None] * torch.arange(k, device=kernel.device) % side
+        angles.append(turns.to(kernel.dtype) * (-2 * math.pi / side))
+    angle = (angles[0][:, None, :, None, :, None] + angles[1][:, None, :, None, :]).reshape(-1, math.prod(taps))
+    # The transform of so few taps is a product, and gives the matrices in the order in which they are needed.
+    pixels = kernel.flatten(2).permute(2, 0, 1).flatten(1)
+    waves = torch.complex(angle.cos() @ pixels, angle.sin() @ pixels)
     if stride == 1:
-        return torch.fft.rfft2(kernel, s=sides).flatten(2).permute(2, 0, 1)
-    rows, columns = (side // stride for side in sides)
-    waves = torch.fft.fft2(kernel, s=sides).unflatten(3, (stride, columns)).unflatten(2, (stride, rows))
-    # (C_out, C_in, q, rows, q, columns): frequencies that a stride maps onto one another stand side by side
-    half = waves[..., : columns // 2 + 1]
-    return half.permute(3, 5, 0, 2, 4, 1).flatten(0, 1).flatten(2) / stride
+        return waves.unflatten(1, (outs, ins))
+    return waves.view(-1, stride**2, outs, ins).transpose(1, 2).flatten(2) / stride
 
 
 def _gram_bound(matrices: Tensor) -> Tensor:
-    """Upper bounds of the spectral norms of `(F, m, n)`, by repeated squaring of the smaller Gram matrix."""
+    """Upper bound of the largest spectral norm of `(F, m, n)`, by repeated squaring of the smaller Gram matrices."""
     m, n = matrices.shape[-2:]
-    tiny = torch.finfo(matrices.dtype).tiny
-    unit = matrices.detach().abs().amax().clamp_min(tiny)  # squares neither overflow nor vanish
-    matrices = matrices / unit
+    # So scaled, squares neither overflow nor vanish.
+    unit = _parts(matrices.detach()).abs().amax().clamp_min(torch.finfo(matrices.dtype).tiny)
+    matrices = _scaled(matrices, 1 / unit.expand(len(matrices)))
     gram = matrices @ matrices.mH if m <= n else matrices.mH @ matrices
-    log = torch.zeros(gram.shape[:-2], dtype=matrices.real.dtype, device=matrices.device)
+    log = torch.zeros(len(gram), dtype=unit.dtype, device=unit.device)
     for _ in range(SQUARINGS):
-        size = torch.linalg.matrix_norm(gram).clamp_min(tiny)
-        gram = gram / size[..., None, None]
+        size = _frobenius(gram)
+        gram = _scaled(gram, 1 / size)
         gram = gram @ gram
         log = 2 * (log + size.log())
-    log = log + torch.linalg.matrix_norm(gram).clamp_min(tiny).log()
-    return (log / 2 ** (SQUARINGS + 1)).exp() * unit
+    log = log + _frobenius(gram).log()
+    return (log.amax() / 2 ** (SQUARINGS + 1)).exp() * unit
+
+
+def _frobenius(matrices: Tensor) -> Tensor:
+    """`(F,)`, positive."""
+    return torch.linalg.vector_norm(_parts(matrices).flatten(1), dim=1).clamp_min(torch.finfo(matrices.dtype).tiny)
+
+
+def _parts(matrices: Tensor) -> Tensor:
+    """Real and imaginary parts: norms of complex numbers, and products with real ones, are several times slower."""
+    return torch.view_as_real(matrices) if matrices.is_complex() else matrices
+
+
+def _scaled(matrices: Tensor, factors: Tensor) -> Tensor:
+    if not matrices.is_complex():
+        return matrices * factors[:, None, None]
+    return torch.view_as_complex(torch.view_as_real(matrices) * factors[:, None, None, None])
 
 
 def conv_power_iteration(
