@@ -462,6 +462,19 @@ def test_a_layer_without_a_constant_is_named_by_its_path(change: Callable[[MDEQC
         eq.certify(model)
 
 
+def test_a_map_with_a_forward_pass_of_its_own_needs_a_bound_of_its_own() -> None:
+    class Skipping(MDEQCell):
+        def forward(self, z: State, u: Tensor | State) -> State:
+            return tuple(a + b for a, b in zip(z, super().forward(z, u), strict=True))
+
+    model = make_model(SLLLayers())
+    wrapped = eq.certify(torch.compile(model.deq.cell))
+    assert wrapped == eq.certify(model)
+    model.deq.cell = Skipping(model.config).eval()
+    with pytest.raises(eq.CertificateError, match=r"^deq\.cell \(Skipping: its forward is its own and block_matrix in"):
+        eq.certify(model)
+
+
 def test_a_module_without_a_block_matrix_is_told_what_it_needs() -> None:
     with pytest.raises(eq.CertificateError, match=r"Linear has no method block_matrix\(training\)"):
         eq.certify(eq.nn.DEQ(nn.Linear(2, 2)))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from equipoise.map import Map
 from equipoise.nn import DEQ, UnknownConstant
+from equipoise.nn.lipschitz import require_own
 from equipoise.solution import Solution
 from equipoise.solvers import Anderson, Picard, Solver
 
@@ -227,11 +228,15 @@ def certify(model: nn.Module, *, training: bool | None = None, solution: Solutio
         raise CertificateError(
             f"{type(cell).__name__} has no method block_matrix(training) that bounds it; see docs/extending.md"
         )
+    for name, value in cell.named_parameters():
+        if value.is_floating_point() and value.dtype.itemsize < 4:
+            raise CertificateError(f"{name} is {value.dtype}, which rounds more than a proof allows; use model.float()")
     training = model.training if training is None else training
     try:
+        require_own(cell, "block_matrix")
         matrix = cell.block_matrix(training).detach().double().cpu()
     except UnknownConstant as error:
-        name = next((name for name, module in model.named_modules() if module is error.module), "a layer")
+        name = next((name for name, module in model.named_modules() if module is error.module), "") or "the map"
         raise CertificateError(f"{name} ({error})") from error
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or bool((matrix < 0).any()):
         raise CertificateError(

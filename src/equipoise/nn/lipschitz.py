@@ -55,7 +55,8 @@ def lipschitz_bound(module: nn.Module, *, training: bool = False) -> float:
         An upper bound of the constant, for images up to the size that the layer was made for.
 
     Raises:
-        UnknownConstant: a layer is of another kind, or has no finite constant.
+        UnknownConstant: a layer is of another kind, or has no finite constant, or inherits one that was proved for
+            another `forward`.
 
     Example:
         >>> import torch
@@ -65,6 +66,7 @@ def lipschitz_bound(module: nn.Module, *, training: bool = False) -> float:
     """
     own = getattr(module, "lipschitz_bound", None)
     if own is not None:
+        require_own(module, "lipschitz_bound")
         return float(own(training))
     if _plain(module, nn.Sequential):
         return math.prod(lipschitz_bound(layer, training=training) for layer in module)
@@ -72,7 +74,7 @@ def lipschitz_bound(module: nn.Module, *, training: bool = False) -> float:
         return 1.0
     if _plain(module, nn.LeakyReLU):
         return max(1.0, abs(module.negative_slope))
-    if isinstance(module, VariationalDropout):
+    if _plain(module, VariationalDropout):
         return 1 / (1 - module.p) if training else 1.0
     if _plain(module, nn.Linear):
         return float(torch.linalg.matrix_norm(module.weight.detach().double(), ord=2))
@@ -87,6 +89,23 @@ def lipschitz_bound(module: nn.Module, *, training: bool = False) -> float:
     raise UnknownConstant(
         module, "no Lipschitz constant is known; use the layers of equipoise.nn, or give it lipschitz_bound(training)"
     )
+
+
+def require_own(module: nn.Module, name: str) -> None:
+    """Refuse a bound that was proved for the forward pass of a base class.
+
+    Args:
+        module: that has the method.
+        name: of the method that bounds `forward`.
+
+    Raises:
+        UnknownConstant: a subclass has overridden `forward` since.
+    """
+    for kind in type(module).__mro__:
+        if name in vars(kind) or kind is nn.Module:  # the latter: a wrapper passes on the method of what it wraps
+            return
+        if "forward" in vars(kind):
+            raise UnknownConstant(module, f"its forward is its own and {name} inherited; give it {name}(training), too")
 
 
 def _plain(module: nn.Module, *kinds: type[M]) -> TypeGuard[M]:
