@@ -25,7 +25,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A folder with a run of each kind."""
     folder = tmp_path_factory.mktemp("runs")
     for name, config in {**contracting_toys(), "plain": PLAIN}.items():
-        fit(dataclasses.replace(config, stop_after=2), run_dir=folder / name)
+        result = fit(dataclasses.replace(config, stop_after=2), run_dir=folder / name)
+        assert config.model.contraction is None or result.test["certified_lipschitz"] < 1
     return folder
 
 

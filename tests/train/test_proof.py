@@ -15,8 +15,9 @@ import equipoise as eq
 from equipoise import CertificateError, files, train
 from equipoise.models import MDEQClassifier, ScaledLayers, SLLLayers
 from equipoise.nn.capped import _Cap
-from equipoise.train import CheckpointError, TrainConfig, checkpoint, evaluate, fit, recipes
+from equipoise.train import CheckpointError, TrainConfig, checkpoint, evaluate, fit, loop, recipes
 from equipoise.train.evaluation import certified
+from equipoise.train.loop import Average
 from equipoise.train.proof import FACTS, check_claims, prove, summarize
 from equipoise.train.serialize import from_plain, to_plain
 
@@ -204,18 +205,51 @@ def test_power_iteration_meets_the_bound_of_the_trained_weights_every_epoch(
 ) -> None:
     """Not of their moving average, and without validation images, too."""
     seen: list[torch.Tensor] = []
-    tighten = _Cap.tighten
-    monkeypatch.setattr(
-        _Cap, "tighten", lambda cap, kernel: (seen.append(kernel.detach().clone()), tighten(cap, kernel))[1]
-    )
+    renew = _Cap.renew
+    monkeypatch.setattr(_Cap, "renew", lambda cap, kernel: (seen.append(kernel.clone()), renew(cap, kernel))[1])
     config = dataclasses.replace(TOYS["scaled"], data=PLAIN.data, ema_decay=0.9, epochs=2)
-    result = fit(config, run_dir=tmp_path)
-    convolutions = [m for m in result.model.modules() if isinstance(m, eq.nn.CappedConv2d)]
-    assert len(seen) == 2 * len(convolutions)
+    fit(config, run_dir=tmp_path)
     state, _ = checkpoint.read_newest_state(tmp_path / "checkpoints")
     assert state is not None
     trained = state.tensors["model.deq.cell.blocks.0.conv1.parametrizations.weight.original"]
-    assert any(torch.equal(kernel, trained) for kernel in seen[-len(convolutions) :])
+    assert any(torch.equal(kernel, trained) for kernel in seen)
+
+
+def test_what_a_parametrisation_remembers_is_copied_and_not_averaged() -> None:
+    model = MDEQClassifier(TOYS["scaled"].model)
+    average = Average(model, 0.9)
+    kernel, vector, slack = (
+        f"deq.cell.blocks.0.conv1.parametrizations.weight.{name}" for name in ("original", "0.vector", "0.slack")
+    )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        for name in (kernel, vector, slack):
+            model.state_dict()[name].mul_(2)
+    average.update(model, 10**6)
+    torch.testing.assert_close(average.values[kernel], 1.1 * before[kernel])
+    for name in (vector, slack):
+        assert torch.equal(average.values[name], 2 * before[name])
+
+
+@pytest.mark.slow
+def test_a_proof_that_fails_at_the_end_does_not_cost_the_model(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise CertificateError("nothing is proved")
+
+    monkeypatch.setattr(loop, "certified", fail)
+    with pytest.raises(CertificateError, match="nothing is proved"):
+        fit(dataclasses.replace(TOYS["tight"], stop_after=1), run_dir=tmp_path)
+    assert eq.certify(train.load(tmp_path / "model.safetensors")).contracts
+
+
+def test_a_model_in_half_precision_is_told_so() -> None:
+    model = MDEQClassifier(TOYS["scaled"].model).bfloat16().eval()
+    assert model(torch.zeros(2, 1, 4, 4, dtype=torch.bfloat16)).isfinite().all()
+    with pytest.raises(CertificateError, match=r"original is torch.bfloat16, which rounds more .* use model.float\(\)"):
+        eq.certify(model)
+    assert eq.certify(model.float()).contracts
 
 
 def test_layers_are_part_of_the_configuration(tmp_path: pathlib.Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn.utils.parametrize import ParametrizationList
 
 from equipoise.models import EquilibriumClassifier, build
 from equipoise.train import checkpoint
@@ -196,6 +197,13 @@ class _Trainer:
         start = time.perf_counter()
         line = self._evaluate("test", self.splits.test)
         self._log(line)
+        if self.folder.writes:  # before anything is asked of it: a proof that fails must not cost the weights
+            about = {
+                "data": to_plain(self.config.data),
+                "classes": list(self.splits.classes),
+                "recipe": self.config.name,
+            }
+            checkpoint.save(self.model, self.folder.path / "model.safetensors", about=about)
         proved = certified(self.model, self.splits.test, self.config, self.config.eval_solver, self.fabric.device)
         place = self.place
         facts = summary(
@@ -211,12 +219,6 @@ class _Trainer:
             world_size=self.fabric.world_size,
         )
         if self.folder.writes:
-            about = {
-                "data": to_plain(self.config.data),
-                "classes": list(self.splits.classes),
-                "recipe": self.config.name,
-            }
-            checkpoint.save(self.model, self.folder.path / "model.safetensors", about=about)
             self.folder.finish(facts)
         result = Result(self.model.eval(), [*history, line], facts, self.folder.path)
         self.observer.finished(result)
@@ -403,6 +405,8 @@ class _Trainer:
 class Average:
     """Exponential moving average of a model's weights and statistics, faster in the first steps.
 
+    What parametrisations remember, such as the vectors of power iterations, is copied: a mean of it means nothing.
+
     Args:
         model: whose state is averaged.
         decay: of the average once it has warmed up.
@@ -411,13 +415,19 @@ class Average:
     def __init__(self, model: torch.nn.Module, decay: float) -> None:
         self.decay = decay
         self.values = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        self.copied = {
+            f"{path}.{name}"
+            for path, module in model.named_modules()
+            if isinstance(module, ParametrizationList)
+            for name, _ in module.named_buffers()
+        }
 
     @torch.no_grad()
     def update(self, model: torch.nn.Module, step: int) -> None:
         """Move towards the model's present state."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, value in model.state_dict().items():
-            if value.is_floating_point():
+            if value.is_floating_point() and name not in self.copied:
                 self.values[name].lerp_(value, 1 - decay)
             else:
                 self.values[name].copy_(value)
