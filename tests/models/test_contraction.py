@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import equipoise as eq
 from equipoise.models import Contraction, MDEQCell, MDEQClassifier, MDEQConfig, ScaledLayers, SLLLayers
-from equipoise.nn import CappedConv2d, VariationalDropout
+from equipoise.nn import CappedConv2d, VariationalDropout, conv_norm_bound
 
 RELEASED = ScaledLayers()
 TINY = MDEQConfig(
@@ -200,24 +200,54 @@ def test_states_and_norms_of_the_map_are_what_its_formulas_say(contraction: Cont
 # --- caps after rough training ---------------------------------------------------------------------------------------
 
 
-def roughly_trained(contraction: Contraction, steps: int = 50, **fields: object) -> MDEQClassifier:
-    """A small classifier after Adam steps at a learning rate of 0.1, in training mode."""
-    config = dataclasses.replace(TINY, contraction=contraction, **fields)
+def largest_excess(model: MDEQClassifier) -> float:
+    """By how much a weight in use is beyond its cap at most, from singular values at all frequencies."""
+    found = [0.0]
+    for conv in model.deq.cell.modules():
+        if isinstance(conv, CappedConv2d):
+            weight = conv.weight.detach()
+            bound = conv_norm_bound(weight, conv.size, stride=conv.stride[0], padding=int(conv.padding[0]), exact=True)
+            found.append(float(bound) / conv.cap - 1)
+    return max(found)
+
+
+def roughly_trained(contraction: Contraction, *, lr: float = 0.1) -> tuple[MDEQClassifier, list[float]]:
+    """A small classifier after fifty Adam steps, in training mode, and the excess over the caps at every step."""
+    config = dataclasses.replace(TINY, contraction=contraction)
     model = MDEQClassifier(config, solver=eq.Picard(max_steps=3), gradient=eq.JacobianFree())
-    adam = torch.optim.Adam(model.parameters(), lr=0.1)
+    adam = torch.optim.Adam(model.parameters(), lr=lr)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(12, 1, 8, 8, generator=generator)
     labels = torch.randint(3, (12,), generator=generator)
-    for _ in range(steps):
+    excesses = []
+    for _ in range(50):
         adam.zero_grad()
-        nn.functional.cross_entropy(model(images), labels).backward()
+        loss = nn.functional.cross_entropy(model(images), labels)
+        excesses.append(largest_excess(model))
+        loss.backward()
         adam.step()
-    return model
+    return model, excesses
+
+
+@pytest.mark.parametrize(
+    "lr", [0.1, pytest.param(0.02, marks=pytest.mark.slow), pytest.param(0.003, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize(
+    "contraction",
+    [ScaledLayers(), pytest.param(ScaledLayers(slope=0.8).capped(2), marks=pytest.mark.slow), SLLLayers()],
+    ids=["scaled", "steep", "sll"],
+)
+def test_during_rough_training_every_convolution_in_use_is_within_a_tenth_of_its_cap(
+    contraction: Contraction, lr: float
+) -> None:
+    _, excesses = roughly_trained(contraction, lr=lr)
+    assert len(excesses) == 50
+    assert max(excesses) < 0.1
 
 
 @contractions
 def test_after_rough_training_every_convolution_is_within_its_cap(contraction: Contraction) -> None:
-    model = roughly_trained(contraction)
+    model, _ = roughly_trained(contraction)
     convs = [m for m in model.deq.cell.modules() if isinstance(m, CappedConv2d)]
     assert len(convs) == (4 + 2 + 2 if isinstance(contraction, ScaledLayers) else 2)
 
@@ -225,9 +255,6 @@ def test_after_rough_training_every_convolution_is_within_its_cap(contraction: C
         dense = conv_matrix(conv.weight.detach(), conv.size, conv.stride[0], int(conv.padding[0]))
         return norm(dense) / conv.cap - 1
 
-    # Power iteration is behind by some percent where a kernel has changed by its own size in a few steps.
-    training = [excess(conv) for conv in convs]
-    assert max(training) < 0.3
     model.eval()
     assert max(excess(conv) for conv in convs) <= 1e-4
     grown = [float(c.parametrizations.weight.original.detach().norm() / c.weight.detach().norm()) for c in convs]
@@ -294,6 +321,51 @@ def test_the_gradient_of_a_solve_equals_that_of_the_unrolled_iteration(
     assert sum(float(g.norm()) for g in implicit) > 1
 
 
+def cotangents(
+    cell: MDEQCell, u: Tensor | tuple[Tensor, ...], gradient: eq.Gradient, solver: eq.Solver
+) -> tuple[Tensor, list[Tensor]]:
+    """`(B, D)` the adjoint solution, which is the gradient by what is added to the map, and those by the parameters."""
+    added = cell.zeros(u)
+    torch.manual_seed(3)
+    g = [torch.randn_like(level) for level in added]
+    added = tuple(level.requires_grad_() for level in added)
+
+    def f(z: tuple[Tensor, ...], u: object, added: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(level + more for level, more in zip(cell(z, u), added, strict=True))
+
+    params = list(cell.parameters())
+    z = eq.fixed_point(f, cell.zeros(u), u, added, solver=solver, gradient=gradient, params=params).value
+    loss = sum((level * slope).sum() for level, slope in zip(z, g, strict=True))
+    found = torch.autograd.grad(loss, [*added, *params], materialize_grads=True)
+    return torch.cat([level.flatten(1) for level in found[: len(added)]], dim=1), list(found[len(added) :])
+
+
+@pytest.mark.parametrize(
+    "contraction", [ScaledLayers(slope=0.6).capped(2, limit=0.5), SLLLayers(ceiling=0.625)], ids=CONTRACTIONS
+)
+def test_truncated_gradients_point_where_the_constant_promises(contraction: Contraction) -> None:
+    r"""$w_k - w = -(\lambda J^T + (1 - \lambda) I)^k w$; what is off by $e |w|$ has a cosine $\ge \sqrt{1 - e^2}$."""
+    cell, u = make_cell(contraction)
+    constant = eq.certify(cell.eval()).norm
+    assert 0.3 < constant <= 0.5
+    solver = eq.Picard(max_steps=300, rtol=1e-13)
+    w, slopes = cotangents(cell, u, eq.Implicit(solver=solver), solver)
+    for gradient, terms, damping, least in (
+        (eq.JacobianFree(), 1, 1.0, 0.9),
+        (eq.Phantom(steps=2, damping=1.0), 2, 1.0, 0.97),
+        (eq.Phantom(steps=5, damping=0.5), 5, 0.5, 0.97),
+        (eq.Phantom(steps=6, damping=1.0), 6, 1.0, 0.999),
+        (eq.Neumann(steps=5), 6, 1.0, 0.999),
+    ):
+        found, others = cotangents(cell, u, gradient, solver)
+        off = (damping * constant + 1 - damping) ** terms
+        assert bool(((found - w).norm(dim=1) <= off * w.norm(dim=1)).all())
+        cosines = nn.functional.cosine_similarity(found, w, dim=1)
+        assert float(cosines.min()) >= max(least, math.sqrt(1 - off**2))
+        a, b = (torch.cat([slope.flatten() for slope in each]) for each in (others, slopes))
+        assert float(nn.functional.cosine_similarity(a, b, dim=0)) > least
+
+
 class Smooth(nn.Module):
     """A differentiable activation with the constant 0.4."""
 
@@ -335,6 +407,9 @@ def test_the_derivative_by_a_capped_kernel_is_that_of_the_layer_as_it_follows() 
             for module in cell.modules():
                 if isinstance(module, CappedConv2d):
                     assert module.weight.isfinite().all()
+        for module in cell.modules():
+            if isinstance(module, CappedConv2d):
+                module.parametrizations.weight[0].bound.zero_()  # below which the norm in use would not fall
     directions = [torch.randn_like(kernel) for kernel in kernels]
     slopes = torch.autograd.grad(loss(), kernels)
     ours = sum(float((s * d).sum()) for s, d in zip(slopes, directions, strict=True))

@@ -166,6 +166,25 @@ class Residual(nn.Sequential):
         return x + super().forward(x)
 
 
+class ResidualReLU(ScaledReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class KnownReLU(ResidualReLU):
+    def lipschitz_bound(self, training: bool) -> float:
+        return 1 + super().lipschitz_bound(training)
+
+
+class Undropped(VariationalDropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+def test_a_subclass_with_a_bound_of_its_own_is_believed() -> None:
+    assert lipschitz_bound(KnownReLU(0.5)) == 1.5
+
+
 class Doubled(nn.ReLU):
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
@@ -181,6 +200,8 @@ class Doubled(nn.ReLU):
         (nn.Sequential(nn.ReLU(), nn.SiLU()), "SiLU: no Lipschitz constant is known"),
         (Residual(ScaledReLU(0.5)), "Residual: no Lipschitz constant is known"),
         (Doubled(), "Doubled: no Lipschitz constant is known"),
+        (ResidualReLU(0.5), "ResidualReLU: its forward is its own and lipschitz_bound inherited; give it lipschitz_b"),
+        (Undropped(0.5), "Undropped: no Lipschitz constant is known"),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -278,9 +299,48 @@ def test_in_training_the_weight_follows_the_kernel(ins: int, outs: int, k: int, 
     with torch.no_grad():
         raw(conv).mul_(10)
     follow(conv, 100)
-    conv.eval().train()
     assert conv.lipschitz_bound(True) == pytest.approx(0.5, rel=1e-3)
     assert 0.4 < operator_norm(conv) <= 0.5 * (1 + 1e-3)
+
+
+def test_the_bound_is_renewed_when_the_kernel_has_moved_by_a_twentieth() -> None:
+    conv = CappedConv2d(3, 4, 3, cap=0.5, size=SIZE)
+    part, kernel = conv.parametrizations.weight[0], raw(conv)
+    start = kernel.detach().clone()
+
+    def renewed() -> bool:
+        with torch.no_grad():
+            part.slack.fill_(0.0)
+            part.bound.fill_(0.1)
+            assert conv.weight.isfinite().all()
+        return float(part.slack) >= 1
+
+    for share in (0.02, 0.04, 0.03, 0.0):  # there and back again
+        with torch.no_grad():
+            kernel.copy_(start * (1 + share))
+        assert not renewed()
+    with torch.no_grad():
+        kernel.add_(torch.randn_like(kernel), alpha=0.1 * float(start.norm() / start.numel() ** 0.5))
+    assert renewed()
+    assert operator_norm(conv) <= 0.5 * (1 + 1e-12)
+    with torch.no_grad():
+        kernel.zero_()
+    assert renewed()
+    assert not renewed()
+
+
+def test_a_norm_that_falls_while_another_rises_is_not_believed() -> None:
+    """One singular vector is followed, and shrinks; the other one has overtaken it unseen."""
+    conv = CappedConv2d(2, 2, 1, cap=1.0, size=1)
+    part, kernel = conv.parametrizations.weight[0], raw(conv)
+    with torch.no_grad():
+        kernel.copy_(torch.tensor([[2.0, 0.0], [0.0, 1.98]]).view(2, 2, 1, 1))
+        follow(conv, 2)
+        part.vector.copy_(torch.tensor([1.0, 0.0]).view(1, 2, 1, 1))
+        part.renew(kernel)
+        kernel.copy_(torch.tensor([[1.96, 0.0], [0.0, 2.02]]).view(2, 2, 1, 1))
+        assert float(part.bound) == pytest.approx(2.0, rel=0.02)
+        assert operator_norm(conv) <= 2.02 / 2.0
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -444,6 +504,16 @@ def test_the_state_dict_carries_the_power_iteration() -> None:
             raw(a).add_(1.0)
             raw(b).add_(1.0)
         assert torch.equal(a.weight, b.weight)
+
+
+def test_a_cap_can_be_removed() -> None:
+    conv = CappedConv2d(2, 3, 3, cap=0.1, size=4).eval()
+    weight = conv.weight.detach().clone()
+    free = nn.utils.parametrize.remove_parametrizations(conv, "weight").train().eval()
+    assert torch.equal(free.weight, weight)
+    with torch.no_grad():
+        free.weight.mul_(3)
+    assert lipschitz_bound(free) == pytest.approx(0.3, rel=0.05)
 
 
 def test_weight_norm_together_with_a_cap_is_refused() -> None:
