@@ -311,7 +311,7 @@ def test_the_bound_is_renewed_when_the_kernel_has_moved_by_a_twentieth() -> None
     def renewed() -> bool:
         with torch.no_grad():
             part.slack.fill_(0.0)
-            part.bound.fill_(0.1)
+            part.bound.fill_(conv.cap)
             assert conv.weight.isfinite().all()
         return float(part.slack) >= 1
 
@@ -327,6 +327,18 @@ def test_the_bound_is_renewed_when_the_kernel_has_moved_by_a_twentieth() -> None
         kernel.zero_()
     assert renewed()
     assert not renewed()
+
+
+def test_a_kernel_far_below_its_cap_may_move_until_it_could_reach_it() -> None:
+    conv = CappedConv2d(3, 4, 3, cap=4.0, size=SIZE)
+    part, kernel = conv.parametrizations.weight[0], raw(conv)
+    with torch.no_grad():
+        kernel.mul_(2 / float(part.bound))  # half of the cap: a quarter of what is missing is a quarter of the kernel
+        part.renew(kernel)
+        for share, bound in ((1.24, 2.0), (1.26, 2.52), (1.38, 2.52), (1.46, 2.92)):
+            kernel.mul_(share * 2 / float(part._compute(kernel)))
+            assert conv.weight.isfinite().all()
+            assert float(part.bound) == pytest.approx(bound)
 
 
 def test_a_norm_that_falls_while_another_rises_is_not_believed() -> None:
