@@ -37,7 +37,9 @@ def textbook(f: Field, z: Tensor, solver: eq.Anderson, steps: int) -> tuple[list
         history = [*history, (z, f(z[None])[0] - z)][-solver.memory :]
         live = [pair for pair in history if pair is not None]
         best = min(live, key=lambda pair: float(pair[1].norm()))
-        if float(live[-1][1].norm()) > solver.growth * float(best[1].norm()):
+        # Of two points the newer is the step of the older: to go back there would be to repeat it.
+        repeats = len(live) == 2 and solver.memory > 2
+        if float(live[-1][1].norm()) > solver.growth * float(best[1].norm()) and not repeats:
             history = [pair if pair is best else None for pair in history]
             live, restarts = [best], restarts + 1
         zs, rs = (torch.stack(column, dim=1) for column in zip(*live, strict=True))  # (d, n)

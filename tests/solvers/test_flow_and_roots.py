@@ -65,11 +65,11 @@ AFFINE: dict[str, tuple[Callable[[], Problem], Fates]] = {
     ),
     "-30": (
         lambda: scaled(-30.0),
-        {"Picard": DIVERGED, "Anderson": DIVERGED, "Broyden": 3, "VCAB3": 24, "BS3": 21, "Tsit5": 48, "Euler": 21},
+        {"Picard": DIVERGED, "Anderson": 3, "Broyden": 3, "VCAB3": 24, "BS3": 21, "Tsit5": 48, "Euler": 21},
     ),
     "-3 +- 10i": (
         lambda: turning(-3.0, 10.0),
-        {"Picard": DIVERGED, "Anderson": DIVERGED, "Broyden": 5, "VCAB3": 52, "BS3": 59, "Tsit5": 133, "Euler": 133},
+        {"Picard": DIVERGED, "Anderson": 4, "Broyden": 5, "VCAB3": 52, "BS3": 59, "Tsit5": 133, "Euler": 133},
     ),
 }
 

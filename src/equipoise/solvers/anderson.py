@@ -33,7 +33,7 @@ class Anderson(Solver):
     In a map with blocks of different scale each block counts relative to its size.
 
     Safeguard: a sample whose residual exceeds `growth` times the least in its memory goes back to the Picard step of
-    that best point and forgets the others.
+    that best point and forgets the others; unless that step was the last, which the two points together correct.
 
     With a proved Lipschitz constant $L < 1$ the safeguard is a proof: a step that reduces the residual by less than
     Picard's would, $\|r_{k+1}\| > L\,\|r_{\text{best}}\|$, is taken back, so that at most every other evaluation is
@@ -119,6 +119,9 @@ class Anderson(Solver):
         squares = matrix.diagonal(dim1=1, dim2=2)
         if self.lipschitz is None:
             restart = ~(squares[:, slot] <= self.growth**2 * squares.amin(dim=1))
+            if self.memory > 2:
+                # Of two points the newer is the step of the older: to go back there would be to repeat it.
+                restart = restart & ((squares < FORGOTTEN).sum(dim=1) != 2)
         else:
             others = squares.clone()
             others[:, slot] = torch.inf
