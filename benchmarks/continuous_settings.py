@@ -32,7 +32,7 @@ SWEPT = "vcab3"  # the solver with which they are
 # Of the grid. With one, Skip loses a point on validation images of MNIST, and the map of Skip Reg ceases to depend on
 # its state; a tenth, at which neither happens, is among the weights that are compared.
 SKIP = {"mnist": 1.0, "fashion-mnist": 1.0, "multiscale": 0.1}
-JACOBIAN = 1.0
+MILD, JACOBIAN = 0.1, 1.0
 
 
 @dataclasses.dataclass(frozen=True)
