@@ -137,7 +137,7 @@ def test_the_gradient_of_an_outer_loss_is_taken_at_the_point_row_by_row() -> Non
 def test_a_map_is_followed_by_its_projection_in_value_and_product() -> None:
     problem = affine(BATCH, SIZE)
     (x,) = problem.inputs
-    f = Map(problem.f, problem.z0, (x,), params=(), projection=lambda z: z.clamp(-0.5, 0.5))
+    f = Map(problem.f, problem.z0, (x,), params=(), projection=lambda z, x: z.clamp(-0.5, 0.5))
     z = torch.randn(BATCH, SIZE)
     free = problem.f(z, x)
     torch.testing.assert_close(f.project(z), z.clamp(-0.5, 0.5))

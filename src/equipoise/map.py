@@ -93,8 +93,8 @@ class Map:
             derivatives only. Giving them, even as an empty tuple, promises that all that follows the rows is in
             `inputs`.
         blocks: sizes of consecutive parts of the flat state that must converge separately; None: one block.
-        projection: $P$ of a flat `(b, D)` state onto the feasible set. The map is then $P \circ f$ and every iterate
-            is projected; None: all states are feasible.
+        projection: $P$ of a flat `(b, D)` state onto the feasible set, called as `projection(z, *inputs)`. The map is
+            then $P \circ f$ and every iterate is projected; None: all states are feasible.
 
     Raises:
         TypeError, ValueError: see `Layout.of` and `InputLayout.flatten`; a cell in training mode with batch
@@ -109,7 +109,7 @@ class Map:
         *,
         params: Sequence[Tensor] | None = None,
         blocks: Sequence[int] | None = None,
-        projection: Callable[[Tensor], Tensor] | None = None,
+        projection: Callable[..., Tensor] | None = None,
     ) -> None:
         if not callable(f):
             raise TypeError(f"f must be a module or a function f(z, *inputs), got {type(f).__name__}")
@@ -167,7 +167,7 @@ class Map:
 
     def project(self, z: Tensor) -> Tensor:
         """Onto the feasible set; the identity unless a projection was given."""
-        return z if self.projection is None else self.projection(z)
+        return z if self.projection is None else self.projection(z, *self.input_layout.unflatten(self.tensors))
 
     def call(self, z: Tensor) -> Tensor:
         """`P f(z)` for flat `z`, in the grad mode of the caller and the autocast state in which the map was made."""

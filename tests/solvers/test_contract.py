@@ -562,7 +562,7 @@ def test_every_point_of_a_projected_map_is_feasible(solver: eq.Solver) -> None:
         seen.append(z)
         return problem.f(z, x)
 
-    projected = Map(f, problem.z0, problem.inputs, params=(), projection=lambda z: z.clamp(-0.5, 0.5))
+    projected = Map(f, problem.z0, problem.inputs, params=(), projection=lambda z, x: z.clamp(-0.5, 0.5))
     solution = tight(solver, 1e-9).solve(projected, problem.z0 + 3).raise_for_status()
     assert all(bool((z.abs() <= 0.5).all()) for z in seen)
     reference = problem.z0
@@ -575,7 +575,7 @@ def test_every_point_of_a_projected_map_is_feasible(solver: eq.Solver) -> None:
 @pytest.mark.parametrize("solver", [s for s in ALL if not s.supports_projection], ids=label)
 def test_a_solver_that_cannot_follow_a_projected_map_refuses_it(solver: eq.Solver) -> None:
     problem = problems.affine()
-    f = Map(problem.f, problem.z0, problem.inputs, params=(), projection=lambda z: z.clamp(-1, 1))
+    f = Map(problem.f, problem.z0, problem.inputs, params=(), projection=lambda z, x: z.clamp(-1, 1))
     with pytest.raises(ValueError, match=rf"{type(solver).__name__} cannot follow a projected map; use Anderson or P"):
         solver.solve(f, problem.z0)
 
