@@ -3,36 +3,39 @@
 from __future__ import annotations
 
 import abc
+import copy
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
 
-HALVINGS = 60  # of the multiplier's interval; the root is then exact to rounding
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Constraint(abc.ABC):
-    """A closed convex set of inputs `(B, ...)`.
+    """A closed convex set of inputs `(B, ...)`; a subclass says what the nearest point is.
 
-    Fields that are tensors follow the rows, `(B, ...)` or broadcast to it: each sample has a set of its own. Gradients
-    reach them.
+    Fields that are tensors have the shape of the inputs or broadcast to it, so each sample may have a set of its own.
+    Gradients reach them.
     """
 
     @abc.abstractmethod
     def project(self, x: Tensor) -> Tensor:
         """The nearest point of the set, `(B, ...) -> (B, ...)`, differentiable."""
 
-    @abc.abstractmethod
-    def violation(self, x: Tensor) -> Tensor:
-        """How far outside `x` is, `(B,)`; zero within the set."""
-
     def tensors(self) -> dict[str, Tensor]:
         """The fields that are tensors, by name."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def on(self, tensors: Sequence[Tensor]) -> Self:
+        """The same set with other tensors in the place of its own, say those of some rows."""
+        chosen = copy.copy(self)
+        for name, value in zip(self.tensors(), tensors, strict=True):
+            object.__setattr__(chosen, name, value)  # not `replace`, which would check, and so read, them again
+        return chosen
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,17 +60,31 @@ class Box(Constraint):
     upper: float | Tensor = math.inf
 
     def __post_init__(self) -> None:
-        _check_range(self, self.lower, self.upper)
+        if bool(torch.as_tensor(self.lower > self.upper).any()):
+            raise ValueError(f"{type(self).__name__}: a lower bound exceeds the upper one; exchange them")
 
     def project(self, x: Tensor) -> Tensor:
-        return _clamp(x, self.lower, self.upper)
-
-    def violation(self, x: Tensor) -> Tensor:
-        return _outside(x, self.lower, self.upper)
+        return torch.minimum(torch.maximum(x, _like(self.lower, x)), _like(self.upper, x))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class LInfBall(Constraint):
+class _Ball(Box):
+    """A ball around a point of a box, and within the box."""
+
+    radius: float
+    center: float | Tensor = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = type(self).__name__
+        if isinstance(self.radius, Tensor) or not 0 <= self.radius < math.inf:
+            raise ValueError(f"{name}(radius={self.radius!r}): must be a finite number >= 0")
+        if bool(torch.as_tensor((self.center < self.lower) | (self.center > self.upper)).any()):
+            raise ValueError(f"{name}: center must lie between lower and upper; clamp it")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class LInfBall(_Ball):
     r"""$|x_i - c_i| \le \varepsilon$ and $l \le x_i \le u$ for every number.
 
     Args:
@@ -77,33 +94,32 @@ class LInfBall(Constraint):
         upper: $u$, largest value.
 
     Raises:
-        ValueError: the radius is negative, or a lower bound exceeds the upper one.
+        ValueError: the radius is negative, a lower bound exceeds the upper one, or the center is not between them.
+
+    Example:
+        >>> import torch
+        >>> from equipoise.constraints import LInfBall
+        >>> LInfBall(radius=0.25, center=torch.tensor([[0.5, 1.0]]), lower=0.0, upper=1.0).project(torch.ones(1, 2))
+        tensor([[0.7500, 1.0000]])
     """
 
-    radius: float
-    center: float | Tensor = 0.0
-    lower: float | Tensor = -math.inf
-    upper: float | Tensor = math.inf
-
-    def __post_init__(self) -> None:
-        _check_radius(self, self.radius)
-        _check_range(self, self.lower, self.upper)
-
     def project(self, x: Tensor) -> Tensor:
-        return _clamp(_clamp(x, self.center - self.radius, self.center + self.radius), self.lower, self.upper)
-
-    def violation(self, x: Tensor) -> Tensor:
-        near = _outside(x, self.center - self.radius, self.center + self.radius)
-        return torch.maximum(near, _outside(x, self.lower, self.upper))
+        center = _like(self.center, x)
+        upper, lower = center + self.radius, center - self.radius
+        # Where a bound was rounded away from the center, the one before it is within the ball.
+        upper = upper + torch.where(upper - center > self.radius, _ulp(upper), 0.0)
+        lower = lower - torch.where(center - lower > self.radius, _ulp(-lower), 0.0)
+        return super().project(torch.minimum(torch.maximum(x, lower), upper))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class L2Ball(Constraint):
+class L2Ball(_Ball):
     r"""$\|x - c\|_2 \le \varepsilon$ for every sample, and $l \le x_i \le u$ for every number.
 
-    Without a range the projection is a scaling. With one, it is
-    $x_i = \operatorname{clip}((y_i + \nu c_i) / (1 + \nu), l, u)$ with the least $\nu \ge 0$ for which this lies in the
-    ball; the distance from $c$ decreases in $\nu$, which is found by bisection and differentiated implicitly.
+    With $d = x - c$ the nearest point is $\operatorname{clip}(c + \sqrt{s}\, d, l, u)$ for the largest $s \le 1$ for
+    which it lies in the ball. Its squared distance from $c$ is $\sum_i \min(s\, d_i^2, w_i^2)$, $w_i$ being the way
+    from $c_i$ to the bound ahead: linear in $s$ between the points where a number reaches its bound, so sorting these
+    gives the root, and which numbers are clipped.
 
     Args:
         radius: $\varepsilon$.
@@ -112,7 +128,7 @@ class L2Ball(Constraint):
         upper: $u$, largest value.
 
     Raises:
-        ValueError: the radius is negative, or a lower bound exceeds the upper one.
+        ValueError: the radius is negative, a lower bound exceeds the upper one, or the center is not between them.
 
     Example:
         >>> import torch
@@ -121,63 +137,40 @@ class L2Ball(Constraint):
         tensor([[0.6000, 0.8000]])
     """
 
-    radius: float
-    center: float | Tensor = 0.0
-    lower: float | Tensor = -math.inf
-    upper: float | Tensor = math.inf
-
-    def __post_init__(self) -> None:
-        _check_radius(self, self.radius)
-        _check_range(self, self.lower, self.upper)
-
     def project(self, x: Tensor) -> Tensor:
-        if not self._has_range:
-            offset = x - self.center
-            norm = _norms(offset)
-            scale = torch.where(norm > self.radius, self.radius / norm.clamp_min(torch.finfo(x.dtype).tiny), 1.0)
-            return torch.where(norm > self.radius, self.center + offset * scale, x)
-        multiplier = self._multiplier(x)
-        return self._point(x, multiplier)
+        center, rows = _like(self.center, x), (-1, *(1,) * (x.ndim - 1))
+        offset = x - center
+        ahead = torch.where(offset > 0, _like(self.upper, x) - center, _like(self.lower, x) - center)
+        # Infinity times zero would be the slope of a bound that is not there.
+        room = torch.where(ahead.isfinite(), torch.where(ahead.isfinite(), ahead, 0.0).square(), torch.inf)
+        length, room = offset.square().flatten(1), room.expand_as(x).flatten(1)
+        # What is rounded when the center is added must not lead out of the ball.
+        eps = torch.finfo(x.dtype).eps
+        slack = eps * (2 * self.radius + torch.linalg.vector_norm(center.detach().expand_as(x).flatten(1), dim=1))
+        radius = (self.radius - slack).clamp_min(0)
+        inside = torch.minimum(length, room).sum(1) <= self.radius**2
+        clipped = self._clipped(length.detach(), room.detach(), radius.square())
+        left = (radius.square() - torch.where(clipped, room, 0.0).sum(1)).clamp_min(0)
+        free = torch.where(clipped, 0.0, length).sum(1)
+        moved = ~inside & (left > 0) & (free > 0)  # the root has no slope at zero, where the set is a point
+        share = (torch.where(moved, left, 1.0) / torch.where(moved, free, 1.0)).sqrt()
+        point = center + torch.where(moved, share, 0.0).view(rows) * offset
+        return super().project(torch.where(inside.view(rows), x, point))
 
-    def violation(self, x: Tensor) -> Tensor:
-        far = (_norms(x - self.center).flatten() - self.radius).clamp_min(0)
-        return torch.maximum(far, _outside(x, self.lower, self.upper))
-
-    @property
-    def _has_range(self) -> bool:
-        unbounded = not isinstance(self.lower, Tensor) and self.lower == -math.inf
-        return not (unbounded and not isinstance(self.upper, Tensor) and self.upper == math.inf)
-
-    def _point(self, y: Tensor, multiplier: Tensor) -> Tensor:
-        return _clamp((y + multiplier * self.center) / (1 + multiplier), self.lower, self.upper)
-
-    def _excess(self, y: Tensor, multiplier: Tensor) -> Tensor:
-        return _norms(self._point(y, multiplier) - self.center) - self.radius
-
-    def _multiplier(self, y: Tensor) -> Tensor:
-        with torch.no_grad():
-            inside = self._excess(y, torch.zeros_like(_norms(y))) <= 0
-            low = torch.zeros_like(_norms(y))
-            # Within the ball at the latest where the whole offset is that small.
-            high = (_norms(y - self.center) / max(self.radius, torch.finfo(y.dtype).tiny)).clamp_min(1.0)
-            for _ in range(HALVINGS):
-                middle = (low + high) / 2
-                outside = self._excess(y, middle) > 0
-                low, high = torch.where(outside, middle, low), torch.where(outside, high, middle)
-            root = torch.where(inside, 0.0, high)
-        tracked = y.requires_grad or any(t.requires_grad for t in self.tensors().values())
-        if not (torch.is_grad_enabled() and tracked):
-            return root
-        # One step of Newton's method with a constant slope has the derivatives of the root.
-        with torch.enable_grad():
-            leaf = root.detach().requires_grad_()
-            held = dataclasses.replace(self, **{name: t.detach() for name, t in self.tensors().items()})
-            (slope,) = torch.autograd.grad(held._excess(y.detach(), leaf).sum(), leaf)
-        correction = self._excess(y, root) / torch.where(slope < 0, slope, -torch.inf)
-        return root - torch.where(inside, 0.0, correction - correction.detach())
+    def _clipped(self, length: Tensor, room: Tensor, square: Tensor) -> Tensor:
+        """Numbers that have reached their bound where the squared distance from the center is `square`, `(B, p)`."""
+        if not isinstance(self.lower, Tensor) and not isinstance(self.upper, Tensor) and self.upper - self.lower == math.inf:
+            return torch.zeros_like(length, dtype=torch.bool)
+        reached = torch.where(length > 0, room / length, torch.inf)  # the share of the way at which a number does
+        reached, order = reached.sort(dim=1)
+        length = length.gather(1, order)
+        free = (length.sum(1, keepdim=True) - length.cumsum(1)).clamp_min(0)
+        distance = room.gather(1, order).cumsum(1) + torch.where(free > 0, reached * free, 0.0)
+        full = (distance <= square[:, None]) & reached.isfinite()
+        return torch.zeros_like(full).scatter(1, order, full)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Proximal:
     r"""A penalty $r(x)$ that is followed by its proximal operator instead of its gradient.
 
@@ -200,26 +193,12 @@ class Proximal:
     penalty: Callable[[Tensor], Tensor]
 
 
-def _check_radius(constraint: Constraint, radius: float) -> None:
-    if isinstance(radius, Tensor) or not 0 <= radius < math.inf:
-        raise ValueError(f"{type(constraint).__name__}(radius={radius!r}): must be a number >= 0")
+def _like(bound: float | Tensor, x: Tensor) -> Tensor:
+    """A bound in the dtype and on the device of the inputs."""
+    return torch.as_tensor(bound, dtype=x.dtype, device=x.device)
 
 
-def _check_range(constraint: Constraint, lower: float | Tensor, upper: float | Tensor) -> None:
-    if bool(torch.as_tensor(lower > upper).any()):
-        raise ValueError(f"{type(constraint).__name__}: a lower bound exceeds the upper one; exchange them")
-
-
-def _clamp(x: Tensor, lower: float | Tensor, upper: float | Tensor) -> Tensor:
-    lower, upper = (torch.as_tensor(bound, dtype=x.dtype, device=x.device) for bound in (lower, upper))
-    return torch.minimum(torch.maximum(x, lower), upper)
-
-
-def _outside(x: Tensor, lower: float | Tensor, upper: float | Tensor) -> Tensor:
-    return torch.maximum(lower - x, x - upper).clamp_min(0).flatten(1).amax(1)
-
-
-def _norms(x: Tensor) -> Tensor:
-    """Norm of each sample, `(B, 1, ..., 1)`."""
-    norm = torch.linalg.vector_norm(x.flatten(1), dim=1)
-    return norm.view(-1, *(1,) * (x.ndim - 1))
+def _ulp(x: Tensor) -> Tensor:
+    """From `x` to the number before it, which is negative."""
+    x = x.detach()
+    return torch.nextafter(x, torch.full_like(x, -torch.inf)) - x

@@ -180,9 +180,11 @@ class Map:
             )
         return self.project(flat)
 
-    def _apply(self, z: Tensor) -> Any:
-        """What `f` returns at flat `z`: the one place where user code is called."""
-        self.counts.evals += 1
+    def ask(self, question: Callable[..., Any], z: Tensor) -> Any:
+        """`question(z, *inputs)` at flat `z`, asked as `f` is: on the same masks, in the same autocast state; not counted.
+
+        This is the one place where user code is called.
+        """
         for number, layer in enumerate(self.seeded):
             # Layers draw from different streams of each sample's seed; the stride must not be that of the counters
             # within a layer, or one layer's mask would be another's, shifted.
@@ -190,10 +192,15 @@ class Map:
             layer.seeds = self.seeds + 0x85EBCA6B * (number + 1)
         try:
             with self._casting():
-                return self.f(self.unpack(z), *self.input_layout.unflatten(self.tensors))
+                return question(self.unpack(z), *self.input_layout.unflatten(self.tensors))
         finally:
             for layer in self.seeded:
                 layer.seeds = None
+
+    def _apply(self, z: Tensor) -> Any:
+        """What `f` returns at flat `z`, counted."""
+        self.counts.evals += 1
+        return self.ask(self.f, z)
 
     def _casting(self) -> contextlib.AbstractContextManager[object]:
         """The autocast state in which the map was made."""

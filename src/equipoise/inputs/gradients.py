@@ -17,51 +17,55 @@ ALIKE = 0.99  # cosine of two slopes that are taken for those of the same loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Envelope(Gradient):
-    r"""For an outer loss that is the inner cost, up to a factor: the adjoint is known already.
+class StateOnly(Gradient):
+    """A gradient whose adjoint vector has a part for the state alone: it meets a map that holds adjoint and input."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Envelope(StateOnly):
+    r"""For an outer loss that is the inner cost, up to a factor: its adjoint is known already.
 
     $$ \frac{dL}{d\theta} = s \left( \frac{\partial c}{\partial \theta} +
        \mu^{*\top} \frac{\partial f}{\partial \theta} \right), \qquad L = s\,c $$
 
-    One product checks that the cotangent of the state is a multiple of the slope of the inner cost, and finds $s$; where
-    it is not, a `RuntimeWarning` says so, for the gradient is then wrong. Active constraints change nothing (Danskin).
+    One product compares the cotangent of the state with the slope of the inner cost and finds $s$; where it is no
+    multiple, a `RuntimeWarning` says so, for the gradient is then wrong. Active constraints change nothing (Danskin).
+    A loss that reads the input must do so as the inner cost does; that part is taken to cancel, and not looked at.
 
     Source: Gurumurthy et al. (2021) for autoencoding and adversarial training; the envelope theorem.
     """
 
     def cotangent(self, adjoint: AdjointMap, g: Tensor, solution: Solution[Tensor]) -> Tensor:
         n = _state_size(adjoint)
-        mu = adjoint.z.detach()[:, n : 2 * n]
-        probe = torch.zeros_like(g)
-        probe[:, :n] = mu
-        slope = mu - (adjoint.call(probe) - g)[:, :n]  # of the cost, as mu = J^T mu + slope
+        mu = torch.zeros_like(g)
+        mu[:, :n] = adjoint.z.detach()[:, n : 2 * n]
+        # The adjoint's image is J^T mu + slope, the pull of mu its first part.
+        slope = adjoint.fz.detach()[:, n : 2 * n] - (adjoint.call(mu) - g)[:, :n]
         wanted = g[:, :n]
-        size = slope.square().sum(1)
+        size, norm = slope.square().sum(1), torch.linalg.vector_norm(wanted, dim=1)
         scale = (wanted * slope).sum(1) / torch.where(size > 0, size, 1.0)
-        cosine = (
-            scale.abs() * size.sqrt() / torch.linalg.vector_norm(wanted, dim=1).clamp_min(torch.finfo(g.dtype).tiny)
-        )
-        off = (cosine < ALIKE) & (wanted != 0).any(1)
+        cosine = scale.abs() * size.sqrt() / torch.where(norm > 0, norm, 1.0)
+        off = (cosine < ALIKE) & (norm > 0)
         if bool(off.any()):
             warnings.warn(
                 f"Envelope(): the outer loss is not the inner cost for {int(off.sum())} of {len(off)} samples (cosine "
-                f"{float(cosine[off].min()):.2f} of their slopes at the state); the gradient is wrong, take "
-                "gradient=Implicit(...)",
+                f"{float(cosine[off].min()):.2f} of their slopes at the state), so its gradient is wrong; take "
+                "Implicit()",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        return probe * scale[:, None]
+        return mu * scale[:, None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FirstOrder(Gradient):
+class FirstOrder(StateOnly):
     r"""The gradient with the input held constant: exact in the state, blind to how the optimum moves.
 
     $$ u = J_z^\top u + \frac{\partial L}{\partial z}, \qquad \frac{dL}{d\theta} \approx
        \frac{\partial L}{\partial \theta} + u^\top \frac{\partial f}{\partial \theta} $$
 
     Args:
-        solver: of the adjoint equation.
+        solver: of the adjoint equation; its `atol` is one of the residual relative to the right-hand side.
 
     Source: the code released with Gurumurthy et al. (2021), which has nothing else.
     """
@@ -74,8 +78,7 @@ class FirstOrder(Gradient):
         held[:, :n] = g[:, :n]
         norm = torch.linalg.vector_norm(held, dim=1, keepdim=True)
         scale = torch.where(norm > 0, norm, 1.0)
-        answer = self.solver.solve(_Held(adjoint.scaled(held / scale), n), held / scale)
-        return answer.value * scale
+        return self.solver.solve(_Held(adjoint.scaled(held / scale), n), held / scale).value * scale
 
 
 class _Held(AdjointMap):
@@ -94,7 +97,7 @@ class _Held(AdjointMap):
 
 
 def _state_size(adjoint: AdjointMap) -> int:
-    blocks = adjoint.forward_map.blocks
-    if blocks is None or len(blocks) != 3:
+    f = adjoint.forward_map
+    if f.blocks is None or len(f.blocks) != 3:
         raise ValueError("Envelope and FirstOrder are gradients of optimize_inputs; elsewhere take Implicit")
-    return blocks[0]
+    return f.blocks[0]

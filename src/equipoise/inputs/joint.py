@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,15 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.constraints import Constraint, Proximal
-from equipoise.inputs.schedules import Schedule
+from equipoise.inputs.schedules import Joint, Linearization, Schedule
+from equipoise.map import Counts
 from equipoise.state import InputLayout, Layout
 
 
 class JointModule(nn.Module):
     r"""One round over $(z, \mu, x)$, whose fixed points are the stationary points of the constrained problem.
 
-    It holds what the caller gave: the cell, and the cost where it is a module, so that their layers and parameters are
-    found. All that follows the rows comes as arguments.
+    It holds what the caller gave: the cell, and cost and regularizer where they are modules, so that their layers and
+    parameters are found. All that follows the rows comes as arguments: the step `(b, 1)`, what the cell takes, what the
+    cost takes, and the tensors of the constraint.
 
     Args:
         cell: `f(z, x, *inputs)`.
@@ -30,6 +31,9 @@ class JointModule(nn.Module):
         inputs: layout of what the cell takes beside state and input.
         targets: layout of what the cost takes beside state and input.
         schedule: of a round.
+
+    Attributes:
+        counts: evaluations of the cell and products with its Jacobian, shared by all variants.
     """
 
     def __init__(
@@ -46,13 +50,13 @@ class JointModule(nn.Module):
         super().__init__()
         self.cell, self.cost, self.regularizer, self.constraint = cell, cost, regularizer, constraint
         self.states, self.layouts, self.schedule = states, (inputs, targets), schedule
+        self.counts = Counts()
 
     def forward(self, state: tuple[Tensor, Tensor, Tensor], step: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """`(z, mu, x)`, each flat, after a round; `step` is `(b, 1)`."""
-        z, mu, x = state
+        """`(z, mu, x)`, each flat, after a round, without the projection."""
         problem = Rows(self, tensors)
-        z, mu, slope = self.schedule.advance(problem, z, mu, x)
-        x = x - step * slope
+        z, mu, slope = self.schedule.advance(problem, *state)
+        x = state[2] - step * slope
         if isinstance(self.constraint, Proximal):
             spread = step.view(-1, *(1,) * len(self.states[1].shapes[0]))
             x = self.constraint.operator(problem.input(x), spread).flatten(1)
@@ -60,31 +64,36 @@ class JointModule(nn.Module):
 
     def project(self, v: Tensor, step: Tensor, *tensors: Tensor) -> Tensor:
         """The flat joint state with its input in the feasible set."""
-        if not isinstance(self.constraint, Constraint):
-            return v
-        problem = Rows(self, tensors)
         size = sum(self.states[1].sizes)
-        x = problem.constraint.project(problem.input(v[:, -size:])).flatten(1)
+        problem = Rows(self, tensors)
+        assert isinstance(self.constraint, Constraint)
+        x = self.constraint.on(problem.bounds).project(problem.input(v[:, -size:])).flatten(1)
         return torch.cat([v[:, :-size], x], dim=1)
 
-    def variant(self, schedule: Schedule, *, free: bool = False) -> JointModule:
-        """The same system with another schedule, without its constraint if `free`; the fixed points are the same.
+    def parts(self, state: tuple[Tensor, Tensor, Tensor], step: Tensor, *tensors: Tensor) -> Tensor:
+        r"""$(f(z, x),\; J_z^\top \mu + \nabla_z c,\; J_x^\top \mu + \nabla_x (c + r))$ side by side, `(b, 2n + p)`."""
+        return torch.cat(Joint().advance(Rows(self, tensors), *state), dim=1)
 
-        Args:
-            schedule: of a round.
-            free: leave the constraint out.
-        """
+    def objective(self, state: tuple[Tensor, Tensor, Tensor], step: Tensor, *tensors: Tensor) -> Tensor:
+        """Cost, regularizer and the penalty of a proximal operator, `(b,)`."""
+        problem = Rows(self, tensors)
+        value = problem.cost(state[0], state[2])
+        if isinstance(self.constraint, Proximal):
+            value = value + _checked(self.constraint.penalty(problem.input(state[2])), "penalty", len(value))
+        return value
+
+    def variant(self, schedule: Schedule) -> JointModule:
+        """The same system with another schedule, which shares parameters and counts; so do the fixed points agree."""
         chosen = copy.copy(self)
         chosen.schedule = schedule
-        chosen.constraint = None if free else self.constraint
         return chosen
 
 
 class Rows:
-    """Cell and cost at some rows, on flat states: a `Lagrangian`."""
+    """Cell and cost at some rows, on flat states: the `Problem` of a schedule."""
 
     def __init__(self, joint: JointModule, tensors: Sequence[Tensor]) -> None:
-        self.joint, self.tensors = joint, tensors
+        self.joint = joint
         inputs, targets = joint.layouts
         cut = sum(count for _, _, count in inputs.forms)
         end = cut + sum(count for _, _, count in targets.forms)
@@ -92,38 +101,35 @@ class Rows:
         self.targets = targets.unflatten(tensors[cut:end])
         self.bounds = tensors[end:]
 
-    @property
-    def constraint(self) -> Constraint:
-        """The feasible sets of these rows."""
-        constraint = self.joint.constraint
-        assert isinstance(constraint, Constraint)
-        return dataclasses.replace(constraint, **dict(zip(constraint.tensors(), self.bounds, strict=True)))
-
-    def state(self, z: Tensor) -> Any:
-        """A flat state in the structure of the caller's."""
-        return self.joint.states[0].unpack(z)
-
     def input(self, x: Tensor) -> Any:
         """A flat input in the structure of the caller's."""
         return self.joint.states[1].unpack(x)
 
     def image(self, z: Tensor, x: Tensor) -> Tensor:
-        out = self.joint.cell(self.state(z), self.input(x), *self.inputs)
-        return self.joint.states[0].pack(out, "the cell's result", z.dtype, cast=True)
+        self.joint.counts.evals += 1
+        layout = self.joint.states[0]
+        out = layout.pack(self.joint.cell(layout.unpack(z), self.input(x), *self.inputs), "the cell's result", z.dtype, True)
+        if len(out) != len(z):
+            raise ValueError(f"the cell returned {len(out)} rows for a state of {len(z)}; it must keep the batch dimension")
+        return out
 
     def cost(self, z: Tensor, x: Tensor) -> Tensor:
+        """`c(z, x) + r(x)`, `(b,)`."""
         given = self.input(x)
-        value = _checked(self.joint.cost(self.state(z), given, *self.targets), "cost", len(z))
+        value = _checked(self.joint.cost(self.joint.states[0].unpack(z), given, *self.targets), "cost", len(z))
         if self.joint.regularizer is not None:
             value = value + _checked(self.joint.regularizer(given), "regularizer", len(z))
         return value
 
-    def objective(self, z: Tensor, x: Tensor) -> Tensor:
-        """Cost, regularizer and the penalty of a proximal operator, `(b,)`."""
-        value = self.cost(z, x)
-        if isinstance(self.joint.constraint, Proximal):
-            value = value + _checked(self.joint.constraint.penalty(self.input(x)), "penalty", len(z))
-        return value
+    def at(self, z: Tensor, x: Tensor, *, second: bool) -> Linearization:
+        tracked = torch.is_grad_enabled()
+        with torch.enable_grad():
+            z, x = (t if tracked and t.requires_grad else t.detach().requires_grad_() for t in (z, x))
+            image, cost = self.image(z, x), self.cost(z, x)
+            slopes = (torch.zeros_like(z), torch.zeros_like(x))
+            if cost.requires_grad:
+                slopes = torch.autograd.grad(cost.sum(), (z, x), create_graph=second, materialize_grads=True)
+        return Linearization(z, x, image, slopes, self.joint.counts, second)
 
 
 def _checked(value: Any, name: str, rows: int) -> Tensor:

@@ -2,47 +2,52 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from equipoise.constraints import Constraint, Proximal
 from equipoise.gradients import Gradient, Implicit
-from equipoise.inputs.joint import JointModule, Rows
-from equipoise.inputs.schedules import Joint, Nested, Schedule
+from equipoise.inputs.gradients import StateOnly
+from equipoise.inputs.joint import JointModule
+from equipoise.inputs.schedules import Held, Joint, Nested, Schedule
+from equipoise.inputs.system import SETTLE, Probe, variant
 from equipoise.map import Map
-from equipoise.solution import Solution
+from equipoise.solution import Solution, Status
 from equipoise.solvers import GMRES, Anderson, Solver
 from equipoise.state import InputLayout, Layout
 
-FAST = 0.5  # contraction of a layer below which two inner steps beat acceleration of all three
-PROBES = 3  # slopes whose change gives the curvature
-NUDGE = 1e-3  # length of a probing step, relative
+LONG = 12  # evaluations to settle beyond which a layer is slow
+SLACK = 3.0  # by which an answer may miss the tolerance at a step that was measured
+OUTSIDE = 1e-6  # relative distance from the set at which a start is called infeasible
 
 
 @dataclasses.dataclass(frozen=True)
 class InputSolution(Solution[tuple[Any, Any, Any]]):
     r"""Optimized inputs and all that the solve told about them; `value` is $(z, \mu, x)$.
 
+    `num_steps` counts rounds of each sample; `num_evals` calls of the cell and `num_vjps` products with its Jacobian,
+    those before and after the solve too.
+
     Attributes:
-        cost: `(B,)` what is minimized, at the equilibrium that was solved for once more at the answer `x`.
-        joint_cost: `(B,)` the same at the joint iterate `z`; where they differ, the iterate is no equilibrium.
-        stationarity: `(B,)` $\|x - P(x - \alpha \nabla)\| / \alpha$ at the answer, zero at an optimum.
+        joint_cost: `(B,)` what is minimized, at the joint iterate `(z, x)`.
+        cost: `(B,)` the same at the equilibrium that was solved for once more at `x`; None if that was not asked for.
+            Where the two differ, the iterate is no equilibrium.
+        stationarity: `(B,)` $\|x - P(x - \alpha \nabla)\| / \alpha$ there, zero at an optimum; None likewise.
         step_size: `(B,)` $\alpha$ of each sample.
         infeasible_start: `(B,)` whether `x0` lay outside of the constraint and was projected.
-        schedule: that was followed.
+        schedule: that each sample followed.
     """
 
-    cost: Tensor = dataclasses.field(kw_only=True)
     joint_cost: Tensor = dataclasses.field(kw_only=True)
-    stationarity: Tensor = dataclasses.field(kw_only=True)
+    cost: Tensor | None = dataclasses.field(kw_only=True)
+    stationarity: Tensor | None = dataclasses.field(kw_only=True)
     step_size: Tensor = dataclasses.field(kw_only=True)
     infeasible_start: Tensor = dataclasses.field(kw_only=True)
-    schedule: Schedule = dataclasses.field(kw_only=True)
+    schedule: tuple[Schedule, ...] = dataclasses.field(kw_only=True, repr=False)
 
 
 def optimize_inputs(
@@ -55,12 +60,13 @@ def optimize_inputs(
     targets: Sequence[Any] = (),
     regularizer: Callable[[Any], Tensor] | None = None,
     constraint: Constraint | Proximal | None = None,
-    step_size: float | None = None,
+    step_size: float | Tensor | None = None,
     solver: Solver = Anderson(memory=5, max_steps=100, rtol=1e-4),
     schedule: Schedule | None = None,
     gradient: Gradient = Implicit(solver=GMRES(max_steps=200, rtol=0.0, atol=1e-6)),
     params: Sequence[Tensor] | None = None,
-    equilibrium: Solver = Anderson(max_steps=50, rtol=1e-5),
+    equilibrium: Solver | None = Anderson(max_steps=50, rtol=1e-5),
+    trace: bool = False,
 ) -> InputSolution:
     r"""Minimize a cost of an equilibrium over the layer's input, and find the equilibrium at the same time.
 
@@ -72,7 +78,7 @@ def optimize_inputs(
     $$ z = f(z, x), \qquad \mu = J_z^\top \mu + \nabla_z c, \qquad
        x = P_X(x - \alpha (J_x^\top \mu + \nabla_x (c + r))) $$
 
-    The answer is a stationary point: a minimum if the iteration is a descent, which a saddle is not; look at `cost`.
+    The answer is a stationary point, which in theory may be a saddle: look at `cost`.
 
     Args:
         cell: `f(z, x, *inputs)`, a module or a function.
@@ -83,14 +89,19 @@ def optimize_inputs(
         targets: tensors `(B, ...)` that the cost takes.
         regularizer: `r(x) -> (B,)`.
         constraint: the set $X$ (`L2Ball`, `LInfBall`, `Box`), or a `Proximal` penalty; then `x0` is one tensor.
-        step_size: $\alpha$; None: the inverse of the curvature, measured for each sample before the solve.
+        step_size: $\alpha$, a number or `(B,)`, say the `step_size` of an earlier solution; None: the inverse of the
+            curvature, measured for each sample at the start. With a given one the curvature is measured at the end, and
+            a sample that converged only because its step is short is called STALLED.
         solver: of the joint fixed point; its tolerance holds for each block.
-        schedule: None: `Nested()` if the layer is seen to contract fast, else `Joint()`.
+        schedule: None: `Nested()` for samples whose state settles soon, `Joint()` for the others.
         gradient: of `value` in parameters, inputs and targets. `Implicit()` is exact, active constraints included;
             `Envelope()` if the outer loss is a multiple of this cost; `FirstOrder()` holds the input constant.
         params: tensors that cell, cost or regularizer depend on and that are to receive gradients. None: the parameters
-            of those that are modules; functions must then depend on no other.
-        equilibrium: solver by which the answer's equilibrium is found once more, for `cost`.
+            of those that are modules; if one is a function, all is treated as a closure, as by `fixed_point`: first
+            derivatives only, and no sample leaves the batch early.
+        equilibrium: finds state and adjoint once more at the answer, for `cost`, `stationarity` and the check of a
+            given step; None: leave that out, as in training.
+        trace: record the residual of every round.
 
     Returns:
         `InputSolution`; `value` is differentiable.
@@ -109,159 +120,166 @@ def optimize_inputs(
         >>> round(float(x), 3), round(float(z), 3)
         (1.333, 2.667)
 
-    Source: Gurumurthy, Bai, Manchester and Kolter (2021), Joint inference and input optimization; the blocks converge
-    separately here, iterates obey the constraint, and training has the exact gradient.
+    Source: Gurumurthy, Bai, Manchester and Kolter (2021). Beyond the paper: every iterate is projected, blocks are
+    balanced and converge separately, steps are measured, gradients are exact.
     """
-    _check(step_size, schedule, constraint, x0)
+    _check(cost, regularizer, constraint, step_size, solver, schedule, gradient, x0)
     states = Layout.of(z0), Layout.of(x0, "x0")
-    start = states[0].pack(z0, "z0", _dtype(z0)), states[1].pack(x0, "x0", _dtype(z0), cast=True)
-    batch = len(start[0])
-    layouts = []
-    tensors: list[Tensor] = []
-    for given in (inputs, targets):
-        listed, layout = InputLayout.flatten(given, batch)
-        tensors += listed
-        layouts.append(layout)
+    z = states[0].pack(z0, "z0", _first(z0).dtype).detach()
+    x = states[1].pack(x0, "x0", z.dtype, cast=True).detach()
+    batch = len(z)
+    if len(x) != batch:
+        raise ValueError(f"x0 has {len(x)} rows, z0 has {batch}; give each sample an input")
+    given, cell_layout = InputLayout.flatten(inputs, batch)
+    wanted, cost_layout = InputLayout.flatten(targets, batch)
+    bounds = []
     if isinstance(constraint, Constraint):
-        tensors += [_rows(t, batch) for t in constraint.tensors().values()]
-    joint = JointModule(cell, cost, regularizer, constraint, states, layouts[0], layouts[1], schedule or Joint())
-    step = start[0].new_ones(batch, 1) * (step_size or 0.0)
-    given = tuple(t.requires_grad for t in tensors)
-    own = tuple(p for p in joint.parameters()) if params is None else tuple(params)
-    z, x = (part.detach() for part in start)
-    v0 = (z, torch.zeros_like(z), x)
+        bounds = [_broadcast(name, t, x0.shape) for name, t in constraint.tensors().items()]
+    joint = JointModule(
+        cell, cost, regularizer, constraint, states, cell_layout, cost_layout, schedule or Joint()
+    )
+    start = (z, torch.zeros_like(z), x)
+    step = torch.ones_like(z[:, :1]) * (1.0 if step_size is None else _column(step_size, batch).to(z))
     f = Map(
         joint,
-        v0,
-        (step, *tensors),
-        params=own,
+        start,
+        (step, *given, *wanted, *bounds),
+        params=params,
         blocks=(z.shape[1], z.shape[1], x.shape[1]),
         projection=joint.project if isinstance(constraint, Constraint) else None,
     )
-    plain = tuple(t.detach() for t in tensors)
-    outside = torch.zeros(batch, dtype=torch.bool, device=z.device)
-    if isinstance(constraint, Constraint):
-        rows = Rows(joint, plain)
-        with torch.no_grad():
-            outside = rows.constraint.violation(rows.input(x)) > 1e-6
-    v = f.project(torch.cat(v0, dim=1)) if not any(given) else f.on([step, *plain]).project(torch.cat(v0, dim=1))
+    if params is None:  # a function may depend on anything
+        f.declared = all(part is None or isinstance(part, nn.Module) for part in (cell, cost, regularizer))
+    free = torch.cat([f.pack(start)], dim=1)
     with torch.no_grad():
-        spent = f.counts.evals
-        if schedule is None:
-            joint.schedule = schedule = _choose(f, joint, v)
+        v = variant(f, joint.schedule).project(free)
+        moved, size = (torch.linalg.vector_norm(t[:, -x.shape[1] :], dim=1) for t in (v - free, free))
+        slow = torch.ones(batch, dtype=torch.bool, device=z.device)
+        if step_size is None or schedule is None:
+            settled = SETTLE.solve(variant(f, Held()), v)
+            v, slow = settled.value, settled.num_steps > LONG
         if step_size is None:
-            step, v = _curvature_step(f, joint, v)
-            f.tensors[0] = step
-        spent = f.counts.evals - spent
-    solution = solver.solve(f, v)
-    return _finish(f, joint, v, solution, gradient, schedule, equilibrium, outside, spent)
-
-
-def _finish(
-    f: Map,
-    joint: JointModule,
-    start: Tensor,
-    solution: Solution[Tensor],
-    gradient: Gradient,
-    schedule: Schedule,
-    equilibrium: Solver,
-    outside: Tensor,
-    spent: int,
-) -> InputSolution:
-    """Cost and slope at the answer, and the answer as a function of what it depends on."""
-    n, _, p = f.blocks or (0, 0, 0)
-    step, *tensors = f.tensors
-    rounds = solution.num_evals + spent
-    final = copy.copy(f)
-    final.f = joint.variant(Joint())  # the same fixed point, and no more graph than that needs
-    with torch.no_grad(), final.session():
-        z, mu, x = solution.value.split((n, n, p), dim=1)
-        rows = Rows(joint, [t.detach() for t in tensors])
-        moved = final.on([step, *(t.detach() for t in tensors)]).call(solution.value)[:, 2 * n :]
-        joint_cost = rows.objective(z, x)
-        layer = Map(lambda z, x, *given: Rows(joint, given).image(z, x), z, (x, *rows.tensors), params=())
-        honest = equilibrium.solve(layer, z)
-        cost = rows.objective(honest.value, x)
-    attached = gradient.attach(final, start, solution)
-    flat = attached.value.split((n, n, p), dim=1)
-    value = joint.states[0].unpack(flat[0]), joint.states[0].unpack(flat[1]), joint.states[1].unpack(flat[2])
-    facts = {field.name: getattr(attached, field.name) for field in dataclasses.fields(Solution)}
-    facts |= {
-        "value": value,
-        "num_evals": rounds * schedule.num_evals,
-        "num_vjps": rounds * schedule.num_vjps,
-        "map": f,
-    }
+            probe = Probe(f, v)
+            f.tensors[0] = probe.inverse_curvature(probe.slope)
+        solution, schedules = _solve(f, v, solver, schedule, slow, trace)
+        told = _look_again(f, v, solution, solver, equilibrium, checked=step_size is not None)
+        status, cost_there, stationarity = told
+        joint_cost = variant(f, Held()).ask(joint.objective, solution.value)
+    counts = dataclasses.replace(joint.counts)
+    solution = dataclasses.replace(solution, status=status)
+    final = f.on(f.tensors)
+    final.f = joint.variant(Held() if isinstance(gradient, StateOnly) else Joint())  # the least graph; same fixed point
+    attached = gradient.attach(final, v, solution)
+    flat = f.unpack(attached.value)
+    value = states[0].unpack(flat[0]), states[0].unpack(flat[1]), states[1].unpack(flat[2])
     return InputSolution(
-        **facts,
-        cost=cost,
+        value=value,
+        status=status,
+        residual=solution.residual,
+        num_steps=solution.num_steps,
+        num_evals=counts.evals,
+        num_vjps=counts.vjps,
+        inverse=solution.inverse,
+        trace=solution.trace,
+        map=f,
         joint_cost=joint_cost,
-        stationarity=torch.linalg.vector_norm(moved - x, dim=1) / step[:, 0],
-        step_size=step[:, 0],
-        infeasible_start=outside,
-        schedule=schedule,
+        cost=cost_there,
+        stationarity=stationarity,
+        step_size=f.tensors[0][:, 0],
+        infeasible_start=moved > OUTSIDE * size,
+        schedule=schedules,
     )
 
 
-def _running(f: Map, joint: JointModule, step: Tensor) -> Map:
-    """The map of a variant of its system, untracked, with the masks and counts of this one."""
-    chosen = f.on([step, *(t.detach() for t in f.tensors[1:])])
-    chosen.f = joint
-    return chosen
+def _solve(
+    f: Map, v: Tensor, solver: Solver, schedule: Schedule | None, slow: Tensor, trace: bool
+) -> tuple[Solution[Tensor], tuple[Schedule, ...]]:
+    """Solve, slow and fast samples apart if the schedule is to be chosen."""
+    if schedule is None and not f.droppable:
+        slow = slow.any().expand_as(slow)  # a closure cannot be evaluated on some of the rows
+    if schedule is not None or bool(slow.all()) or not bool(slow.any()):
+        chosen = schedule or (Joint() if bool(slow.any()) else Nested())
+        return solver.solve(variant(f, chosen), v, trace=trace), (chosen,) * len(v)
+    parts = []
+    for chosen, mask in ((Joint(), slow), (Nested(), ~slow)):
+        rows = mask.nonzero()[:, 0]
+        parts.append((rows, solver.solve(variant(f, chosen).select(rows), v[rows], trace=trace)))
+    return _joined(parts), tuple(Joint() if row else Nested() for row in slow.tolist())
 
 
-def _choose(f: Map, joint: JointModule, v: Tensor) -> Schedule:
-    """By the contraction that six steps of the state alone show, at the slowest sample."""
-    n, _, p = f.blocks or (0, 0, 0)
-    trial = _running(f, joint.variant(Joint()), torch.zeros_like(f.tensors[0]))
-    with trial.session():
-        sizes = []
-        for _ in range(6):
-            moved = trial.call(v)
-            sizes.append(torch.linalg.vector_norm((moved - v)[:, :n], dim=1))
-            v = moved
-    ratios = (sizes[-1] / sizes[1].clamp_min(torch.finfo(v.dtype).tiny)) ** (1 / 4)
-    return Nested() if bool((ratios < FAST).all()) else Joint()
+def _joined(parts: Sequence[tuple[Tensor, Solution[Tensor]]]) -> Solution[Tensor]:
+    """One solution of those of some rows each."""
+    order = torch.argsort(torch.cat([rows for rows, _ in parts]))
+    solutions = [solution for _, solution in parts]
+
+    def merge(name: str) -> Tensor:
+        return torch.cat([getattr(solution, name) for solution in solutions])[order]
+
+    trace = None
+    if all(solution.trace is not None for solution in solutions):
+        lines = [solution.trace.mT for solution in solutions if solution.trace is not None]
+        padded = torch.nn.utils.rnn.pad_sequence(
+            [row for part in lines for row in part], padding_value=torch.nan
+        )
+        trace = padded[:, order]
+    return dataclasses.replace(
+        solutions[0],
+        trace=trace,
+        **{name: merge(name) for name in ("value", "status", "residual", "num_steps")},
+    )
 
 
-def _curvature_step(f: Map, joint: JointModule, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse curvature of the reduced cost for each sample `(b, 1)`, by power iteration on changes of its slope.
+def _look_again(
+    f: Map, start: Tensor, solution: Solution[Tensor], solver: Solver, equilibrium: Solver | None, *, checked: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Status, cost and stationarity of the answer at the equilibrium that belongs to it.
 
-    State and adjoint are solved for at the start and at points near it, by the accelerated iteration with the input
-    held. Returns the start with them, too.
+    The input's residual is in proportion to its step. Where `checked`, a sample is called converged only if it meets
+    the tolerance at a step of one over the curvature, too.
     """
-    n, _, p = f.blocks or (0, 0, 0)
-    free = joint.variant(Joint(), free=True)
-    held, stepping = (_running(f, free, torch.full_like(f.tensors[0], size)) for size in (0.0, 1.0))
-    held.projection = stepping.projection = None
-    warm = Anderson(memory=5, max_steps=25, rtol=1e-4)
-
-    def slope(v: Tensor) -> tuple[Tensor, Tensor]:
-        settled = warm.solve(held, v).value
-        with stepping.session():
-            return settled, v[:, 2 * n :] - stepping.call(settled)[:, 2 * n :]
-
-    v, first = slope(v)
-    x = v[:, 2 * n :]
-    length = NUDGE * (1 + torch.linalg.vector_norm(x, dim=1, keepdim=True))
-    direction = first
-    curvature = torch.zeros_like(length)
-    for _ in range(PROBES):
-        norm = torch.linalg.vector_norm(direction, dim=1, keepdim=True)
-        unit = torch.where(norm > 0, direction / norm.clamp_min(torch.finfo(v.dtype).tiny), 0.0)
-        probe = torch.cat([v[:, : 2 * n], x + length * unit], dim=1)
-        direction = (slope(probe)[1] - first) / length
-        curvature = torch.maximum(curvature, torch.linalg.vector_norm(direction, dim=1, keepdim=True))
-    usable = curvature.isfinite() & (curvature > torch.finfo(v.dtype).eps)
-    fallback = length / NUDGE / torch.linalg.vector_norm(first, dim=1, keepdim=True).clamp_min(1e-12)
-    return torch.where(usable, 1 / curvature.clamp_min(torch.finfo(v.dtype).tiny), fallback.clamp_max(1.0)), v
+    status = solution.status
+    if equilibrium is None:
+        return status, None, None
+    settled = equilibrium.solve(variant(f, Held()), solution.value).value
+    cost = variant(f, Held()).ask(f.f.objective, settled)
+    probe = Probe(f, settled)
+    step = f.tensors[0]
+    moved = _moved(f, settled, step)
+    if checked and bool(solution.converged.any()):
+        size = f.f.states[1].sizes
+        way = settled[:, -sum(size) :] - start[:, -sum(size) :]
+        longer = torch.maximum(probe.inverse_curvature(way), step)
+        allowed = SLACK * solver.tolerance(torch.linalg.vector_norm(probe.x, dim=1))
+        short = torch.linalg.vector_norm(_moved(f, settled, longer), dim=1) > allowed
+        status = torch.where(short & solution.converged, int(Status.STALLED), status)
+    return status, cost, torch.linalg.vector_norm(moved, dim=1) / step[:, 0]
 
 
-def _check(step_size: float | None, schedule: Schedule | None, constraint: Any, x0: Any) -> None:
-    if step_size is not None and not 0 < step_size < float("inf"):
+def _moved(f: Map, v: Tensor, step: Tensor) -> Tensor:
+    """How far a step would lead the input, `(b, p)`."""
+    return (variant(f, Joint(), step).call(v) - v)[:, -sum(f.f.states[1].sizes) :]
+
+
+def _check(
+    cost: Any,
+    regularizer: Any,
+    constraint: Any,
+    step_size: float | Tensor | None,
+    solver: Any,
+    schedule: Any,
+    gradient: Any,
+    x0: Any,
+) -> None:
+    if step_size is not None and not bool(((torch.as_tensor(step_size) > 0) & (torch.as_tensor(step_size).isfinite())).all()):
         raise ValueError(f"step_size={step_size!r}: must be positive and finite, or None to measure it")
     if schedule is not None and not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be a schedule such as Joint() or Nested(), got {schedule!r}")
+    if not isinstance(solver, Solver):
+        raise TypeError(f"solver must be a solver such as Anderson(), got {solver!r}")
+    if not isinstance(gradient, Gradient):
+        raise TypeError(f"gradient must be a gradient such as Implicit(), got {gradient!r}")
+    if gradient.uses_inverse:
+        raise ValueError(f"gradient {gradient!r} reads the solver's inverse, which is of another map; take Implicit()")
     if constraint is not None and not isinstance(constraint, (Constraint, Proximal)):
         raise TypeError(
             f"constraint must be one of equipoise.constraints such as L2Ball(radius=1.0), got {constraint!r}"
@@ -270,12 +288,22 @@ def _check(step_size: float | None, schedule: Schedule | None, constraint: Any, 
         raise TypeError(f"a constraint needs x0 as one tensor, got {type(x0).__name__}")
 
 
-def _dtype(state: Any) -> torch.dtype:
-    first = state if isinstance(state, Tensor) else next(iter(state.values() if isinstance(state, dict) else state))
-    dtype: torch.dtype = first.dtype
-    return dtype
+def _first(state: Any) -> Tensor:
+    first: Tensor = state if isinstance(state, Tensor) else next(iter(state.values() if isinstance(state, dict) else state))
+    return first
 
 
-def _rows(bound: Tensor, batch: int) -> Tensor:
-    """A bound that follows the rows."""
-    return bound if bound.ndim and bound.shape[0] == batch else bound.expand(batch, *bound.shape[1:])
+def _column(step_size: float | Tensor, batch: int) -> Tensor:
+    step = torch.as_tensor(step_size)
+    if step.ndim and step.shape != (batch,):
+        raise ValueError(f"step_size has shape {tuple(step.shape)}; give one number, or one for each sample, ({batch},)")
+    return step.expand(batch)[:, None]
+
+
+def _broadcast(name: str, bound: Tensor, shape: torch.Size) -> Tensor:
+    try:
+        return bound.expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"the constraint's {name} has shape {tuple(bound.shape)}, which does not broadcast to x0's {tuple(shape)}"
+        ) from None

@@ -9,33 +9,55 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from equipoise.map import Counts
 
-class Lagrangian(Protocol):
-    r"""$\Lambda(z, x, \mu) = c(z, x) + r(x) + \mu^\top (f(z, x) - z)$, its parts on flat rows."""
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Linearization:
+    """Cell and cost at a state and an input, with what their derivatives need.
+
+    Attributes:
+        z: `(b, n)` the state.
+        x: `(b, p)` the input.
+        image: `(b, n)` what the cell made of them.
+        slopes: of the cost in state and input.
+        counts: of evaluations of the cell and of products with its Jacobian.
+        second: whether all of this is to be differentiated again.
+    """
+
+    z: Tensor
+    x: Tensor
+    image: Tensor
+    slopes: tuple[Tensor, Tensor]
+    counts: Counts
+    second: bool
+
+    def pull(self, mu: Tensor, *wanted: Tensor) -> tuple[Tensor, ...]:
+        r"""$J_z^\top \mu$ or $J_x^\top \mu$ or both, for `self.z` and `self.x`, in one pass."""
+        self.counts.vjps += 1
+        if not self.image.requires_grad:  # the cell ignores its arguments
+            return tuple(torch.zeros_like(t) for t in wanted)
+        return torch.autograd.grad(
+            self.image, wanted, mu, create_graph=self.second, retain_graph=True, materialize_grads=True
+        )
+
+
+class Problem(Protocol):
+    """What a schedule may ask."""
 
     def image(self, z: Tensor, x: Tensor) -> Tensor:
         """`f(z, x)`, `(b, n)`."""
 
-    def cost(self, z: Tensor, x: Tensor) -> Tensor:
-        """`c(z, x) + r(x)`, `(b,)`."""
+    def at(self, z: Tensor, x: Tensor, *, second: bool) -> Linearization:
+        """Cell and cost at a point; tracked to `z` and `x` if they are and the mode is."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Schedule(abc.ABC):
-    """One round of the three iterations, from which the input steps along the slope that it returns."""
-
-    @property
-    @abc.abstractmethod
-    def num_evals(self) -> int:
-        """Evaluations of the cell in a round."""
-
-    @property
-    @abc.abstractmethod
-    def num_vjps(self) -> int:
-        """Vector-Jacobian products in a round."""
+    """One round of the three iterations; the input then steps along the slope that it returns."""
 
     @abc.abstractmethod
-    def advance(self, problem: Lagrangian, z: Tensor, mu: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def advance(self, problem: Problem, z: Tensor, mu: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         r"""State, adjoint and the slope $J_x^\top \mu + \nabla_x (c + r)$ after a round, differentiable.
 
         Args:
@@ -48,7 +70,7 @@ class Schedule(abc.ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Joint(Schedule):
-    r"""All three at once, from the old values: one evaluation and one reverse pass a round.
+    r"""All three at once, from the old values: one evaluation and one product a round.
 
     $$ z^+ = z + \tau_z (f(z, x) - z), \qquad \mu^+ = \mu + \tau_\mu (J_z^\top \mu + \nabla_z c - \mu), \qquad
        x^+ = P(x - \alpha (J_x^\top \mu + \nabla_x (c + r))) $$
@@ -60,7 +82,7 @@ class Joint(Schedule):
     Raises:
         ValueError: a field is out of (0, 1].
 
-    Source: Gurumurthy, Bai, Manchester and Kolter (2021); damping as in the released code, which has 0.8 and 0.6.
+    Source: Gurumurthy, Bai, Manchester and Kolter (2021); the released code damps by 0.8 and 0.6.
     """
 
     damping: float = 1.0
@@ -71,32 +93,26 @@ class Joint(Schedule):
             if not 0 < getattr(self, field) <= 1:
                 raise ValueError(f"Joint({field}={getattr(self, field)!r}): must lie in (0, 1]")
 
-    @property
-    def num_evals(self) -> int:
-        return 1
-
-    @property
-    def num_vjps(self) -> int:
-        return 1
-
-    def advance(self, problem: Lagrangian, z: Tensor, mu: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        with _tracked(z, x) as (leaf, free, higher):
-            image = problem.image(leaf, free)
-            total = (image * mu).sum() + problem.cost(leaf, free).sum()
-            gz, gx = torch.autograd.grad(total, (leaf, free), create_graph=higher, materialize_grads=True)
-        image = image if higher else image.detach()
-        return torch.lerp(z, image, self.damping), torch.lerp(mu, gz, self.adjoint_damping), gx
+    def advance(self, problem: Problem, z: Tensor, mu: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        here = problem.at(z, x, second=torch.is_grad_enabled())
+        product, slope = here.pull(mu, here.z, here.x)
+        moved = torch.lerp(mu, product + here.slopes[0], self.adjoint_damping)
+        return torch.lerp(z, _value(here), self.damping), moved, slope + here.slopes[1]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Nested(Schedule):
-    r"""A few steps of the state at this input, as many of the adjoint at that state, then one of the input.
+    r"""A few steps of the state at this input, as many of the adjoint, then one of the input.
 
-    Warm-started and stopped early, this is the inexact form of solving state and adjoint for every step of the input.
-    With `steps=1` the iteration is that of Gauss and Seidel: the input sees the new adjoint.
+    $$ z \leftarrow f(z, x) \;\; (k \text{ times}), \qquad \mu \leftarrow J_z^\top \mu + \nabla_z c \;\; (k \text{ times}),
+       \qquad x \leftarrow P(x - \alpha (J_x^\top \mu + \nabla_x (c + r))) $$
+
+    Derivatives are taken where the state was evaluated last. Warm-started and stopped early, this is the inexact form
+    of solving for state and adjoint before each step of the input; with `steps=1` it is the iteration of Gauss and
+    Seidel, in which the input sees the new adjoint.
 
     Args:
-        steps: evaluations, and products with $J_z^\top$, in a round; one more product is for the input.
+        steps: $k$: evaluations, and products with $J_z^\top$, in a round; one product more is with $J_x^\top$.
 
     Raises:
         ValueError: fewer than one step.
@@ -108,42 +124,27 @@ class Nested(Schedule):
         if self.steps < 1:
             raise ValueError(f"Nested(steps={self.steps!r}): must be >= 1")
 
-    @property
-    def num_evals(self) -> int:
-        return self.steps
-
-    @property
-    def num_vjps(self) -> int:
-        return self.steps + 1
-
-    def advance(self, problem: Lagrangian, z: Tensor, mu: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def advance(self, problem: Problem, z: Tensor, mu: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         for _ in range(self.steps - 1):
             z = problem.image(z, x)
-        with _tracked(z, x) as (leaf, free, higher):
-            image, cost = problem.image(leaf, free), problem.cost(leaf, free).sum()
-            (slope,) = torch.autograd.grad(cost, leaf, create_graph=higher, retain_graph=True, materialize_grads=True)
-            for _ in range(self.steps):
-                (product,) = torch.autograd.grad(
-                    image, leaf, mu, create_graph=higher, retain_graph=True, materialize_grads=True
-                )
-                mu = product + slope
-            total = (image * mu.detach() if not higher else image * mu).sum() + cost
-            (gx,) = torch.autograd.grad(total, free, create_graph=higher, materialize_grads=True)
-        return image if higher else image.detach(), mu, gx
+        here = problem.at(z, x, second=torch.is_grad_enabled())
+        for _ in range(self.steps):
+            (product,) = here.pull(mu, here.z)
+            mu = product + here.slopes[0]
+        (slope,) = here.pull(mu, here.x)
+        return _value(here), mu, slope + here.slopes[1]
 
 
-class _tracked:
-    """Within: gradients on, `z` and `x` as leaves or as the caller's tracked tensors, and whether graphs are kept."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Held(Schedule):
+    """State and adjoint alone move, at an input that stays; what is differentiated is the state alone."""
 
-    def __init__(self, z: Tensor, x: Tensor) -> None:
-        self.higher = torch.is_grad_enabled()
-        self.tensors = z, x
-        self.mode = torch.enable_grad()
+    def advance(self, problem: Problem, z: Tensor, mu: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        here = problem.at(z, x, second=False)
+        (product,) = here.pull(mu, here.z)
+        image = here.image if torch.is_grad_enabled() else here.image.detach()
+        return image, product + here.slopes[0], torch.zeros_like(x)
 
-    def __enter__(self) -> tuple[Tensor, Tensor, bool]:
-        self.mode.__enter__()
-        z, x = (t if self.higher and t.requires_grad else t.detach().requires_grad_() for t in self.tensors)
-        return z, x, self.higher
 
-    def __exit__(self, *error: object) -> None:
-        self.mode.__exit__(*error)
+def _value(here: Linearization) -> Tensor:
+    return here.image if here.second else here.image.detach()

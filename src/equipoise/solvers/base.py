@@ -15,6 +15,7 @@ from equipoise.map import Map, Point
 from equipoise.solution import Solution, Status
 
 DIVERGED_AT = 1e8  # times the first residual
+APART = 10.0  # times the first residual, up to which an iterate of several blocks may be better than the start
 RUNNING = -1  # status of a record that is still open
 STEPS_PER_READ = 8  # on devices, where reading a flag makes the host wait
 
@@ -125,7 +126,9 @@ class Solver(abc.ABC):
 
     def _error(self, size: Tensor, allowed: Tensor) -> Tensor:
         # The least residual need not be the least error: f(z), and so the tolerance, differs from point to point.
-        return size if self.rtol == 0 and self.atol == 0 else size / allowed
+        if self.rtol == 0 and self.atol == 0:
+            return size
+        return torch.where(size == 0, 0.0, size / allowed)  # a block may rest at zero, where nothing is allowed
 
     @torch.no_grad()
     def solve(
@@ -218,7 +221,9 @@ class _Record:
         sound = size <= self.limit  # False for NaN, too
         converged = met & point.running & size.isfinite()  # an infinite residual is within a share of infinity
         # Where an iteration blows up, f(z) does, too, and the error relative to it may fall: not better than the start.
-        better = (error < self.best_error) & (size <= self.first) & point.running | converged
+        # The blocks of a joint state may have to move apart before they close in together.
+        bound = self.first if point.blocks is None else self.first * APART
+        better = (error < self.best_error) & (size <= bound) & point.running | converged
         if step == 1:
             better |= sound
         self._keep(point, step, better, size, error)
