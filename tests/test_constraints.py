@@ -74,7 +74,9 @@ def test_projections_are_differentiable_in_the_point_and_in_the_set(constraint: 
     x = (2 * torch.randn(2, 5)).requires_grad_()
     tensors = [t.clone().requires_grad_() for t in constraint.tensors().values()]
     assert torch.autograd.gradcheck(lambda x, *given: constraint.on(given).project(x), (x, *tensors))
-    inside = (torch.as_tensor(getattr(constraint, "center", 0.1)).expand(2, 5) + 1e-3 * torch.rand(2, 5)).clamp(1e-3, 0.999)
+    inside = (torch.as_tensor(getattr(constraint, "center", 0.1)).expand(2, 5) + 1e-3 * torch.rand(2, 5)).clamp(
+        1e-3, 0.999
+    )
     assert torch.autograd.gradcheck(constraint.project, inside.clone().requires_grad_())
 
 
@@ -85,14 +87,17 @@ def test_nothing_leaves_a_ball_in_single_precision(seed: int, radius: float, ran
     center = torch.rand(3, 2, 50, generator=generator, dtype=torch.float32)
     x = center + 10 * radius * torch.randn(3, 2, 50, generator=generator, dtype=torch.float32)
     limits = {"lower": 0.0, "upper": 1.0} if ranged else {}
-    for constraint in (L2Ball(radius=radius, center=center, **limits), LInfBall(radius=radius, center=center, **limits)):
+    for constraint in (
+        L2Ball(radius=radius, center=center, **limits),
+        LInfBall(radius=radius, center=center, **limits),
+    ):
         projected = constraint.project(x)
         assert projected.dtype == torch.float32
         d = (projected.double() - center.double()).flatten(1)
         norm = d.norm(dim=1) if isinstance(constraint, L2Ball) else d.abs().amax(dim=1)
         assert float(norm.max()) <= radius * (1 + 1e-6)
         if ranged:
-            assert 0.0 <= float(projected.min())
+            assert float(projected.min()) >= 0.0
             assert float(projected.max()) <= 1.0
         elif radius > 1e-2:
             torch.testing.assert_close(norm, torch.full_like(norm, radius), rtol=1e-4, atol=0.0)
@@ -134,7 +139,9 @@ def test_sets_of_rows_and_shapes() -> None:
     assert second.project(torch.zeros(1, 2)).tolist() == [[1.0, 1.0]]
     images = L2Ball(radius=1.0).project(torch.ones(2, 3, 4, 4))
     torch.testing.assert_close(images.flatten(1).norm(dim=1), torch.ones(2))
-    narrow = L2Ball(radius=1.0, center=torch.zeros(2, 1, dtype=torch.float64)).project(torch.ones(2, 4, dtype=torch.float32))
+    narrow = L2Ball(radius=1.0, center=torch.zeros(2, 1, dtype=torch.float64)).project(
+        torch.ones(2, 4, dtype=torch.float32)
+    )
     assert narrow.dtype == torch.float32
 
 
@@ -147,7 +154,10 @@ def test_sets_of_rows_and_shapes() -> None:
         (lambda: LInfBall(radius=math.inf), r"LInfBall\(radius=inf\): must be a finite number >= 0"),
         (lambda: LInfBall(radius=math.nan), r"LInfBall\(radius=nan\)"),
         (lambda: L2Ball(radius=torch.ones(2)), r"L2Ball\(radius=tensor"),
-        (lambda: L2Ball(radius=1.0, center=2.0, upper=1.0), r"L2Ball: center must lie between lower and upper; clamp it"),
+        (
+            lambda: L2Ball(radius=1.0, center=2.0, upper=1.0),
+            r"L2Ball: center must lie between lower and upper; clamp it",
+        ),
         (lambda: LInfBall(radius=1.0, lower=1.0, upper=0.0), r"LInfBall: a lower bound exceeds the upper one"),
     ],
 )

@@ -1,10 +1,11 @@
 """Equilibrium models in PyTorch: solve, differentiate, train and certify fixed points."""
 
-from equipoise import bilevel, nn
+from equipoise import bilevel, constraints, inputs, nn
 from equipoise.bilevel import minimize_outer
 from equipoise.certificate import Certificate, CertificateError, certify, contraction_solver, jacobian_norm
 from equipoise.fixed_point import fixed_point
 from equipoise.gradients import Gradient, Implicit, JacobianFree, Neumann, Phantom, Shine, Unrolled
+from equipoise.inputs import optimize_inputs
 from equipoise.linalg import InverseEstimate
 from equipoise.map import Map, Point
 from equipoise.solution import ConvergenceError, Solution, Status
@@ -39,9 +40,12 @@ __all__ = [
     "Unrolled",
     "bilevel",
     "certify",
+    "constraints",
     "contraction_solver",
     "fixed_point",
+    "inputs",
     "jacobian_norm",
     "minimize_outer",
     "nn",
+    "optimize_inputs",
 ]

@@ -159,7 +159,11 @@ class L2Ball(_Ball):
 
     def _clipped(self, length: Tensor, room: Tensor, square: Tensor) -> Tensor:
         """Numbers that have reached their bound where the squared distance from the center is `square`, `(B, p)`."""
-        if not isinstance(self.lower, Tensor) and not isinstance(self.upper, Tensor) and self.upper - self.lower == math.inf:
+        if (
+            not isinstance(self.lower, Tensor)
+            and not isinstance(self.upper, Tensor)
+            and self.upper - self.lower == math.inf
+        ):
             return torch.zeros_like(length, dtype=torch.bool)
         reached = torch.where(length > 0, room / length, torch.inf)  # the share of the way at which a number does
         reached, order = reached.sort(dim=1)

@@ -181,7 +181,7 @@ class Map:
         return self.project(flat)
 
     def ask(self, question: Callable[..., Any], z: Tensor) -> Any:
-        """`question(z, *inputs)` at flat `z`, asked as `f` is: on the same masks, in the same autocast state; not counted.
+        """`question(z, *inputs)` at flat `z`, asked as `f` is, with the same masks and autocast state; not counted.
 
         This is the one place where user code is called.
         """

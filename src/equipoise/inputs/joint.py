@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.constraints import Constraint, Proximal
-from equipoise.inputs.schedules import Joint, Linearization, Schedule
+from equipoise.inputs.schedules import Held, Joint, Linearization, Schedule
 from equipoise.map import Counts
 from equipoise.state import InputLayout, Layout
 
@@ -83,9 +83,11 @@ class JointModule(nn.Module):
         return value
 
     def variant(self, schedule: Schedule) -> JointModule:
-        """The same system with another schedule, which shares parameters and counts; so do the fixed points agree."""
+        """The same system with another schedule; it shares parameters and counts, and has the same fixed points."""
         chosen = copy.copy(self)
         chosen.schedule = schedule
+        if isinstance(schedule, Held):
+            chosen.constraint = None  # the input stays where it is, be it a probe outside of the set
         return chosen
 
 
@@ -108,9 +110,13 @@ class Rows:
     def image(self, z: Tensor, x: Tensor) -> Tensor:
         self.joint.counts.evals += 1
         layout = self.joint.states[0]
-        out = layout.pack(self.joint.cell(layout.unpack(z), self.input(x), *self.inputs), "the cell's result", z.dtype, True)
+        out = layout.pack(
+            self.joint.cell(layout.unpack(z), self.input(x), *self.inputs), "the cell's result", z.dtype, True
+        )
         if len(out) != len(z):
-            raise ValueError(f"the cell returned {len(out)} rows for a state of {len(z)}; it must keep the batch dimension")
+            raise ValueError(
+                f"the cell returned {len(out)} rows for a state of {len(z)}; it must keep the batch dimension"
+            )
         return out
 
     def cost(self, z: Tensor, x: Tensor) -> Tensor:

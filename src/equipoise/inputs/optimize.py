@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,15 +13,15 @@ from equipoise.constraints import Constraint, Proximal
 from equipoise.gradients import Gradient, Implicit
 from equipoise.inputs.gradients import StateOnly
 from equipoise.inputs.joint import JointModule
-from equipoise.inputs.schedules import Held, Joint, Nested, Schedule
+from equipoise.inputs.schedules import Held, Joint, Schedule
 from equipoise.inputs.system import SETTLE, Probe, variant
 from equipoise.map import Map
 from equipoise.solution import Solution, Status
 from equipoise.solvers import GMRES, Anderson, Solver
 from equipoise.state import InputLayout, Layout
 
-LONG = 12  # evaluations to settle beyond which a layer is slow
-SLACK = 3.0  # by which an answer may miss the tolerance at a step that was measured
+SLACK = 10.0  # by which an answer may miss the tolerance at a step that was measured
+SHORTER = 0.5  # than one over the curvature: the joint iteration is stable for shorter steps than gradient descent
 OUTSIDE = 1e-6  # relative distance from the set at which a start is called infeasible
 
 
@@ -39,7 +39,6 @@ class InputSolution(Solution[tuple[Any, Any, Any]]):
         stationarity: `(B,)` $\|x - P(x - \alpha \nabla)\| / \alpha$ there, zero at an optimum; None likewise.
         step_size: `(B,)` $\alpha$ of each sample.
         infeasible_start: `(B,)` whether `x0` lay outside of the constraint and was projected.
-        schedule: that each sample followed.
     """
 
     joint_cost: Tensor = dataclasses.field(kw_only=True)
@@ -47,7 +46,6 @@ class InputSolution(Solution[tuple[Any, Any, Any]]):
     stationarity: Tensor | None = dataclasses.field(kw_only=True)
     step_size: Tensor = dataclasses.field(kw_only=True)
     infeasible_start: Tensor = dataclasses.field(kw_only=True)
-    schedule: tuple[Schedule, ...] = dataclasses.field(kw_only=True, repr=False)
 
 
 def optimize_inputs(
@@ -61,8 +59,8 @@ def optimize_inputs(
     regularizer: Callable[[Any], Tensor] | None = None,
     constraint: Constraint | Proximal | None = None,
     step_size: float | Tensor | None = None,
-    solver: Solver = Anderson(memory=5, max_steps=100, rtol=1e-4),
-    schedule: Schedule | None = None,
+    solver: Solver = Anderson(memory=10, max_steps=100, rtol=1e-4, ridge=1e-3),
+    schedule: Schedule = Joint(),
     gradient: Gradient = Implicit(solver=GMRES(max_steps=200, rtol=0.0, atol=1e-6)),
     params: Sequence[Tensor] | None = None,
     equilibrium: Solver | None = Anderson(max_steps=50, rtol=1e-5),
@@ -89,18 +87,19 @@ def optimize_inputs(
         targets: tensors `(B, ...)` that the cost takes.
         regularizer: `r(x) -> (B,)`.
         constraint: the set $X$ (`L2Ball`, `LInfBall`, `Box`), or a `Proximal` penalty; then `x0` is one tensor.
-        step_size: $\alpha$, a number or `(B,)`, say the `step_size` of an earlier solution; None: the inverse of the
-            curvature, measured for each sample at the start. With a given one the curvature is measured at the end, and
-            a sample that converged only because its step is short is called STALLED.
+        step_size: $\alpha$, a number or `(B,)`, say the `step_size` of an earlier solution; None: half the inverse of
+            the curvature, measured for each sample at the start. With a given one the curvature is measured at the end,
+            and a sample that converged only because its step is short is called STALLED.
         solver: of the joint fixed point; its tolerance holds for each block.
-        schedule: None: `Nested()` for samples whose state settles soon, `Joint()` for the others.
+        schedule: `Joint()` needs the fewest evaluations with Anderson, `Nested()` converges from farther away.
         gradient: of `value` in parameters, inputs and targets. `Implicit()` is exact, active constraints included;
             `Envelope()` if the outer loss is a multiple of this cost; `FirstOrder()` holds the input constant.
         params: tensors that cell, cost or regularizer depend on and that are to receive gradients. None: the parameters
             of those that are modules; if one is a function, all is treated as a closure, as by `fixed_point`: first
             derivatives only, and no sample leaves the batch early.
         equilibrium: finds state and adjoint once more at the answer, for `cost`, `stationarity` and the check of a
-            given step; None: leave that out, as in training.
+            given step. A sample that did not converge and whose cost is above that of its start gets the start back, as
+            DIVERGED. None: leave all of that out, as in training.
         trace: record the residual of every round.
 
     Returns:
@@ -123,7 +122,7 @@ def optimize_inputs(
     Source: Gurumurthy, Bai, Manchester and Kolter (2021). Beyond the paper: every iterate is projected, blocks are
     balanced and converge separately, steps are measured, gradients are exact.
     """
-    _check(cost, regularizer, constraint, step_size, solver, schedule, gradient, x0)
+    _check(constraint, step_size, solver, schedule, gradient, x0)
     states = Layout.of(z0), Layout.of(x0, "x0")
     z = states[0].pack(z0, "z0", _first(z0).dtype).detach()
     x = states[1].pack(x0, "x0", z.dtype, cast=True).detach()
@@ -135,9 +134,7 @@ def optimize_inputs(
     bounds = []
     if isinstance(constraint, Constraint):
         bounds = [_broadcast(name, t, x0.shape) for name, t in constraint.tensors().items()]
-    joint = JointModule(
-        cell, cost, regularizer, constraint, states, cell_layout, cost_layout, schedule or Joint()
-    )
+    joint = JointModule(cell, cost, regularizer, constraint, states, cell_layout, cost_layout, schedule)
     start = (z, torch.zeros_like(z), x)
     step = torch.ones_like(z[:, :1]) * (1.0 if step_size is None else _column(step_size, batch).to(z))
     f = Map(
@@ -150,109 +147,79 @@ def optimize_inputs(
     )
     if params is None:  # a function may depend on anything
         f.declared = all(part is None or isinstance(part, nn.Module) for part in (cell, cost, regularizer))
-    free = torch.cat([f.pack(start)], dim=1)
+    free = f.pack(start)
     with torch.no_grad():
-        v = variant(f, joint.schedule).project(free)
+        v = f.on([t.detach() for t in f.tensors]).project(free)
         moved, size = (torch.linalg.vector_norm(t[:, -x.shape[1] :], dim=1) for t in (v - free, free))
-        slow = torch.ones(batch, dtype=torch.bool, device=z.device)
-        if step_size is None or schedule is None:
-            settled = SETTLE.solve(variant(f, Held()), v)
-            v, slow = settled.value, settled.num_steps > LONG
         if step_size is None:
+            v = SETTLE.solve(variant(f, Held()), v).value
             probe = Probe(f, v)
-            f.tensors[0] = probe.inverse_curvature(probe.slope)
-        solution, schedules = _solve(f, v, solver, schedule, slow, trace)
-        told = _look_again(f, v, solution, solver, equilibrium, checked=step_size is not None)
-        status, cost_there, stationarity = told
-        joint_cost = variant(f, Held()).ask(joint.objective, solution.value)
+            f.tensors[0] = SHORTER * probe.inverse_curvature(probe.slope)
+        solution = solver.solve(variant(f, schedule), v, trace=trace)
+        looked = _look_again(f, v, solution, solver, equilibrium, checked=step_size is not None)
+        joint_cost = variant(f, Held()).ask(joint.objective, looked.value)
     counts = dataclasses.replace(joint.counts)
-    solution = dataclasses.replace(solution, status=status)
+    solution = dataclasses.replace(solution, value=looked.value, status=looked.status)
     final = f.on(f.tensors)
-    final.f = joint.variant(Held() if isinstance(gradient, StateOnly) else Joint())  # the least graph; same fixed point
-    attached = gradient.attach(final, v, solution)
-    flat = f.unpack(attached.value)
-    value = states[0].unpack(flat[0]), states[0].unpack(flat[1]), states[1].unpack(flat[2])
+    final.f = joint.variant(Held() if isinstance(gradient, StateOnly) else Joint())  # the least graph, same fixed point
+    flat = f.unpack(gradient.attach(final, v, solution).value)
     return InputSolution(
-        value=value,
-        status=status,
+        value=(states[0].unpack(flat[0]), states[0].unpack(flat[1]), states[1].unpack(flat[2])),
+        status=looked.status,
         residual=solution.residual,
         num_steps=solution.num_steps,
         num_evals=counts.evals,
         num_vjps=counts.vjps,
-        inverse=solution.inverse,
         trace=solution.trace,
         map=f,
         joint_cost=joint_cost,
-        cost=cost_there,
-        stationarity=stationarity,
+        cost=looked.cost,
+        stationarity=looked.stationarity,
         step_size=f.tensors[0][:, 0],
         infeasible_start=moved > OUTSIDE * size,
-        schedule=schedules,
     )
 
 
-def _solve(
-    f: Map, v: Tensor, solver: Solver, schedule: Schedule | None, slow: Tensor, trace: bool
-) -> tuple[Solution[Tensor], tuple[Schedule, ...]]:
-    """Solve, slow and fast samples apart if the schedule is to be chosen."""
-    if schedule is None and not f.droppable:
-        slow = slow.any().expand_as(slow)  # a closure cannot be evaluated on some of the rows
-    if schedule is not None or bool(slow.all()) or not bool(slow.any()):
-        chosen = schedule or (Joint() if bool(slow.any()) else Nested())
-        return solver.solve(variant(f, chosen), v, trace=trace), (chosen,) * len(v)
-    parts = []
-    for chosen, mask in ((Joint(), slow), (Nested(), ~slow)):
-        rows = mask.nonzero()[:, 0]
-        parts.append((rows, solver.solve(variant(f, chosen).select(rows), v[rows], trace=trace)))
-    return _joined(parts), tuple(Joint() if row else Nested() for row in slow.tolist())
+@dataclasses.dataclass(eq=False)
+class _Look:
+    """The answer as it looks at its equilibrium."""
 
-
-def _joined(parts: Sequence[tuple[Tensor, Solution[Tensor]]]) -> Solution[Tensor]:
-    """One solution of those of some rows each."""
-    order = torch.argsort(torch.cat([rows for rows, _ in parts]))
-    solutions = [solution for _, solution in parts]
-
-    def merge(name: str) -> Tensor:
-        return torch.cat([getattr(solution, name) for solution in solutions])[order]
-
-    trace = None
-    if all(solution.trace is not None for solution in solutions):
-        lines = [solution.trace.mT for solution in solutions if solution.trace is not None]
-        padded = torch.nn.utils.rnn.pad_sequence(
-            [row for part in lines for row in part], padding_value=torch.nan
-        )
-        trace = padded[:, order]
-    return dataclasses.replace(
-        solutions[0],
-        trace=trace,
-        **{name: merge(name) for name in ("value", "status", "residual", "num_steps")},
-    )
+    value: Tensor
+    status: Tensor
+    cost: Tensor | None = None
+    stationarity: Tensor | None = None
 
 
 def _look_again(
     f: Map, start: Tensor, solution: Solution[Tensor], solver: Solver, equilibrium: Solver | None, *, checked: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Status, cost and stationarity of the answer at the equilibrium that belongs to it.
+) -> _Look:
+    """Settle state and adjoint at the answer; take back what is worse than the start, or not what it claims to be.
 
-    The input's residual is in proportion to its step. Where `checked`, a sample is called converged only if it meets
+    The input's residual is in proportion to its step: where `checked`, a sample is called converged only if it meets
     the tolerance at a step of one over the curvature, too.
     """
-    status = solution.status
+    value, status = solution.value, solution.status
     if equilibrium is None:
-        return status, None, None
-    settled = equilibrium.solve(variant(f, Held()), solution.value).value
-    cost = variant(f, Held()).ask(f.f.objective, settled)
-    probe = Probe(f, settled)
-    step = f.tensors[0]
-    moved = _moved(f, settled, step)
+        return _Look(value, status)
+    held, step = variant(f, Held()), f.tensors[0]
+    settled = equilibrium.solve(held, value).value
+    cost = held.ask(f.f.objective, settled)
+    if not bool(solution.converged.all()):
+        first = equilibrium.solve(held, start).value
+        before = held.ask(f.f.objective, first)
+        worse = ~solution.converged & ~(cost <= before) & before.isfinite()
+        value, settled = (torch.where(worse[:, None], first, t) for t in (value, settled))
+        cost = torch.where(worse, before, cost)
+        status = torch.where(worse & (status != Status.NONFINITE), int(Status.DIVERGED), status)
     if checked and bool(solution.converged.any()):
-        size = f.f.states[1].sizes
-        way = settled[:, -sum(size) :] - start[:, -sum(size) :]
-        longer = torch.maximum(probe.inverse_curvature(way), step)
+        p = sum(f.f.states[1].sizes)
+        probe = Probe(f, settled)
+        longer = torch.maximum(probe.inverse_curvature((settled - start)[:, -p:]), step)
         allowed = SLACK * solver.tolerance(torch.linalg.vector_norm(probe.x, dim=1))
         short = torch.linalg.vector_norm(_moved(f, settled, longer), dim=1) > allowed
         status = torch.where(short & solution.converged, int(Status.STALLED), status)
-    return status, cost, torch.linalg.vector_norm(moved, dim=1) / step[:, 0]
+    stationarity = torch.linalg.vector_norm(_moved(f, settled, step), dim=1) / step[:, 0]
+    return _Look(value, status.to(solution.status.dtype), cost, stationarity)
 
 
 def _moved(f: Map, v: Tensor, step: Tensor) -> Tensor:
@@ -261,8 +228,6 @@ def _moved(f: Map, v: Tensor, step: Tensor) -> Tensor:
 
 
 def _check(
-    cost: Any,
-    regularizer: Any,
     constraint: Any,
     step_size: float | Tensor | None,
     solver: Any,
@@ -270,9 +235,11 @@ def _check(
     gradient: Any,
     x0: Any,
 ) -> None:
-    if step_size is not None and not bool(((torch.as_tensor(step_size) > 0) & (torch.as_tensor(step_size).isfinite())).all()):
+    if step_size is not None and not bool(
+        ((torch.as_tensor(step_size) > 0) & (torch.as_tensor(step_size).isfinite())).all()
+    ):
         raise ValueError(f"step_size={step_size!r}: must be positive and finite, or None to measure it")
-    if schedule is not None and not isinstance(schedule, Schedule):
+    if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be a schedule such as Joint() or Nested(), got {schedule!r}")
     if not isinstance(solver, Solver):
         raise TypeError(f"solver must be a solver such as Anderson(), got {solver!r}")
@@ -289,14 +256,18 @@ def _check(
 
 
 def _first(state: Any) -> Tensor:
-    first: Tensor = state if isinstance(state, Tensor) else next(iter(state.values() if isinstance(state, dict) else state))
+    first: Tensor = (
+        state if isinstance(state, Tensor) else next(iter(state.values() if isinstance(state, dict) else state))
+    )
     return first
 
 
 def _column(step_size: float | Tensor, batch: int) -> Tensor:
     step = torch.as_tensor(step_size)
     if step.ndim and step.shape != (batch,):
-        raise ValueError(f"step_size has shape {tuple(step.shape)}; give one number, or one for each sample, ({batch},)")
+        raise ValueError(
+            f"step_size has shape {tuple(step.shape)}; give one number, or one for each sample, ({batch},)"
+        )
     return step.expand(batch)[:, None]
 
 

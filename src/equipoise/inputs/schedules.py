@@ -104,8 +104,9 @@ class Joint(Schedule):
 class Nested(Schedule):
     r"""A few steps of the state at this input, as many of the adjoint, then one of the input.
 
-    $$ z \leftarrow f(z, x) \;\; (k \text{ times}), \qquad \mu \leftarrow J_z^\top \mu + \nabla_z c \;\; (k \text{ times}),
-       \qquad x \leftarrow P(x - \alpha (J_x^\top \mu + \nabla_x (c + r))) $$
+    $$ z \leftarrow f(z, x) \;\; (k \text{ times}), \qquad
+       \mu \leftarrow J_z^\top \mu + \nabla_z c \;\; (k \text{ times}), \qquad
+       x \leftarrow P(x - \alpha (J_x^\top \mu + \nabla_x (c + r))) $$
 
     Derivatives are taken where the state was evaluated last. Warm-started and stopped early, this is the inexact form
     of solving for state and adjoint before each step of the input; with `steps=1` it is the iteration of Gauss and

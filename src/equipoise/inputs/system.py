@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 
 import torch
@@ -31,7 +30,7 @@ def variant(f: Map, schedule: Schedule, step: Tensor | None = None) -> Map:
     chosen = f.on([f.tensors[0] if step is None else step, *(t.detach() for t in f.tensors[1:])])
     chosen.f = f.f.variant(schedule)
     if isinstance(schedule, Held):
-        chosen.projection = None  # the input stays where it is, be it a probe outside of the set
+        chosen.projection = None
     return chosen
 
 
