@@ -134,6 +134,16 @@ def test_the_gradient_of_an_outer_loss_is_taken_at_the_point_row_by_row() -> Non
     torch.testing.assert_close(gradient, 4 * (z - target[numbers]) ** 3)
 
 
+def test_other_questions_meet_the_masks_of_the_map_and_are_not_counted() -> None:
+    cell = torch.nn.Sequential(eq.nn.VariationalDropout(0.5))
+    z = torch.ones(BATCH, 40)
+    f = Map(cell, z)
+    asked = f.ask(lambda z: cell(z).sum(1), z)
+    assert f.counts.evals == 0
+    torch.testing.assert_close(asked, f.call(z).sum(1))
+    assert cell[0].seeds is None
+
+
 def test_a_map_is_followed_by_its_projection_in_value_and_product() -> None:
     problem = affine(BATCH, SIZE)
     (x,) = problem.inputs

@@ -132,3 +132,19 @@ def test_c3_l2_ball(memory: int, step: float) -> None:
     with torch.no_grad():
         stopped_early = solve_map(f, start, solver=early, gradient=eq.JacobianFree())
     assert float(stopped_early.value[2].norm(dim=1).max()) <= radius * (1 + 1e-6)
+
+
+def test_a_block_that_rests_at_zero_does_not_hide_better_iterates() -> None:
+    f = eq.Map(lambda v: (v[0] / 2, v[1] / 2 + 1), (torch.zeros(1, 2), torch.zeros(1, 2)), blocks=(2, 2))
+    solution = eq.Picard(max_steps=6, rtol=1e-9).solve(f, torch.zeros(1, 4))
+    assert float(solution.residual) == pytest.approx(2**0.5 / 2**5)  # of the last point; the first has 2 ** 0.5
+
+
+def test_blocks_may_move_apart_before_they_close_in() -> None:
+    # The second block follows the first, which starts settled: the residual rises from 1 to 3 before it falls.
+    def step(v: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return (0 * v[0] + 1, 3 * v[0] + 0 * v[1])
+
+    f = eq.Map(step, (torch.zeros(1, 1), torch.zeros(1, 1)), blocks=(1, 1))
+    solution = eq.Picard(max_steps=2, rtol=1e-9).solve(f, torch.zeros(1, 2))
+    assert solution.value.tolist() == [[1.0, 0.0]]

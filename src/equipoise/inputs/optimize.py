@@ -148,7 +148,7 @@ def optimize_inputs(
     if params is None:  # a function may depend on anything
         f.declared = all(part is None or isinstance(part, nn.Module) for part in (cell, cost, regularizer))
     free = f.pack(start)
-    with torch.no_grad():
+    with torch.no_grad(), f.session():
         v = f.on([t.detach() for t in f.tensors]).project(free)
         moved, size = (torch.linalg.vector_norm(t[:, -x.shape[1] :], dim=1) for t in (v - free, free))
         if step_size is None:
@@ -235,9 +235,8 @@ def _check(
     gradient: Any,
     x0: Any,
 ) -> None:
-    if step_size is not None and not bool(
-        ((torch.as_tensor(step_size) > 0) & (torch.as_tensor(step_size).isfinite())).all()
-    ):
+    steps = torch.as_tensor(1.0 if step_size is None else step_size)
+    if not bool(((steps > 0) & steps.isfinite()).all()):
         raise ValueError(f"step_size={step_size!r}: must be positive and finite, or None to measure it")
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be a schedule such as Joint() or Nested(), got {schedule!r}")
@@ -256,9 +255,8 @@ def _check(
 
 
 def _first(state: Any) -> Tensor:
-    first: Tensor = (
-        state if isinstance(state, Tensor) else next(iter(state.values() if isinstance(state, dict) else state))
-    )
+    parts = state.values() if isinstance(state, Mapping) else state
+    first: Tensor = state if isinstance(state, Tensor) else next(iter(parts))
     return first
 
 

@@ -49,8 +49,7 @@ class Probe:
         self.parts = self._ask(v)
 
     def _ask(self, v: Tensor) -> Tensor:
-        with self.held.session():
-            parts: Tensor = self.held.ask(self.held.f.parts, v)
+        parts: Tensor = self.held.ask(self.held.f.parts, v)
         return parts
 
     @property
