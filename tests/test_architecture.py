@@ -21,7 +21,7 @@ LEVELS = {
     "gradients": 3,
     "fixed_point": 4,
     "nn": 5,
-    "constraints": 5,
+    "constraints": 4,
     "inputs": 5,
     "bilevel": 5,
     "models": 6,

@@ -146,6 +146,7 @@ def nested(problem: object, steps: int = 4000, step: float = 0.3) -> tuple[Tenso
     return z, mu, x
 
 
+@pytest.mark.slow
 def test_c4_joint_is_nested() -> None:
     problem = fitting(n=20, p=5, rows=2)
     exact = nested(problem, steps=1500, step=0.3)
@@ -156,6 +157,7 @@ def test_c4_joint_is_nested() -> None:
         assert int(solution.num_steps.max()) <= 150
 
 
+@pytest.mark.slow
 def test_c6_the_answer_depends_on_no_option() -> None:
     problem = fitting(linear=True)
     reference = None

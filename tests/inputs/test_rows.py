@@ -16,7 +16,7 @@ import equipoise as eq
 from equipoise.constraints import Box, L2Ball
 from equipoise.inputs import Joint, Nested
 
-SOLVER = eq.Anderson(memory=6, max_steps=60, rtol=1e-7)
+SOLVER = eq.Anderson(memory=6, max_steps=200, rtol=1e-7)
 
 
 @pytest.mark.parametrize("step_size", [0.1, None])
@@ -48,7 +48,7 @@ def test_a_sample_gets_what_it_gets_alone_and_in_any_order(step_size: float | No
 
 
 def test_nan_stops_its_row_only() -> None:
-    problem = fitting(rows=3)
+    problem = fitting(rows=3, norm=0.5, rho=0.3)
     y = problem.y.clone()
     y[1] = torch.nan
     for step_size in (0.1, None):
@@ -81,14 +81,13 @@ def test_an_infeasible_start_is_projected_and_reported() -> None:
 
 
 def test_a_row_that_ends_above_its_start_gets_it_back() -> None:
-    problem = fitting(rows=3)
+    problem = fitting(rows=3, rho=0.0)  # a long step saturates the cell, where there is no slope to come back by
     with torch.no_grad():
         solution = eq.optimize_inputs(
             problem.cell,
             **problem.arguments,
-            step_size=50.0,
-            solver=eq.Picard(max_steps=7),
-            constraint=Box(lower=-3.0, upper=3.0),
+            step_size=1e3,
+            solver=eq.Picard(max_steps=12, rtol=0.0),
         )
         start = eq.fixed_point(problem.cell, torch.zeros(3, 12), torch.zeros(3, 4), solver=SOLVER).value
         before = problem.cost(start, torch.zeros(3, 4), problem.y)
@@ -100,7 +99,7 @@ def test_a_row_that_ends_above_its_start_gets_it_back() -> None:
 
 
 def test_a_short_step_does_not_pass_for_convergence() -> None:
-    problem = fitting(rows=2)
+    problem = fitting(rows=2, norm=0.5, rho=0.3)
     tiny = eq.optimize_inputs(
         problem.cell, **problem.arguments, step_size=1e-7, solver=eq.Picard(max_steps=60, rtol=1e-2)
     )
@@ -193,7 +192,7 @@ def test_c9_no_graph_is_kept_from_round_to_round() -> None:
         params=(),
         step_size=0.1,
         equilibrium=None,
-        solver=eq.Anderson(max_steps=15, rtol=0.0),
+        solver=eq.Anderson(max_steps=8, rtol=0.0),
     )
     assert most <= 2
 
@@ -210,7 +209,7 @@ class Noisy(nn.Module):
 
 
 def test_one_mask_serves_solve_second_look_and_gradient() -> None:
-    problem = fitting()
+    problem = fitting(rho=0.3)
     cell = Noisy()
     solution = eq.optimize_inputs(
         cell, **problem.arguments, solver=dataclasses.replace(SOLVER, rtol=1e-9)
@@ -236,7 +235,8 @@ def test_states_and_inputs_may_be_containers() -> None:
         cell,
         z0={"a": torch.zeros(2, 3), "b": torch.zeros(2, 3, 2)},
         x0=(torch.zeros(2, 3), torch.zeros(2)),
-        cost=lambda z, x: (z["a"] - target).square().sum(1) + z["b"].square().sum((1, 2)),
+        cost=lambda z, x, target: (z["a"] - target).square().sum(1) + z["b"].square().sum((1, 2)),
+        targets=(target,),
         params=(),
         solver=eq.Anderson(memory=10, max_steps=200, rtol=1e-8),
     ).raise_for_status()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from equipoise.constraints import Constraint, Proximal
 from equipoise.inputs.schedules import Held, Joint, Linearization, Schedule
-from equipoise.map import Counts
+from equipoise.map import Counts, Map
 from equipoise.state import InputLayout, Layout
 
 
@@ -91,6 +91,26 @@ class JointModule(nn.Module):
         return chosen
 
 
+class JointMap(Map):
+    """The map of a `JointModule`, whose first input is the step `(b, 1)`."""
+
+    f: JointModule
+
+    @property
+    def size(self) -> int:
+        """Numbers of an input."""
+        return sum(self.f.states[1].sizes)
+
+    def variant(self, schedule: Schedule, step: Tensor | None = None) -> JointMap:
+        """The map with another schedule, and another step if given, untracked; it shares masks, weights and counts."""
+        chosen = copy.copy(self)
+        chosen.tensors = [self.tensors[0] if step is None else step, *(t.detach() for t in self.tensors[1:])]
+        chosen.f = self.f.variant(schedule)
+        if isinstance(schedule, Held):
+            chosen.projection = None
+        return chosen
+
+
 class Rows:
     """Cell and cost at some rows, on flat states: the `Problem` of a schedule."""
 
@@ -132,7 +152,7 @@ class Rows:
         with torch.enable_grad():
             z, x = (t if tracked and t.requires_grad else t.detach().requires_grad_() for t in (z, x))
             image, cost = self.image(z, x), self.cost(z, x)
-            slopes = (torch.zeros_like(z), torch.zeros_like(x))
+            slopes: tuple[Tensor, ...] = (torch.zeros_like(z), torch.zeros_like(x))
             if cost.requires_grad:
                 slopes = torch.autograd.grad(cost.sum(), (z, x), create_graph=second, materialize_grads=True)
         return Linearization(z, x, image, slopes, self.joint.counts, second)

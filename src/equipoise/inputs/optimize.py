@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from equipoise.constraints import Constraint, Proximal
 from equipoise.gradients import Gradient, Implicit
 from equipoise.inputs.gradients import StateOnly
-from equipoise.inputs.joint import JointModule
+from equipoise.inputs.joint import JointMap, JointModule
 from equipoise.inputs.schedules import Held, Joint, Schedule
-from equipoise.inputs.system import SETTLE, Probe, variant
-from equipoise.map import Map
+from equipoise.inputs.curvature import SETTLE, Probe
 from equipoise.solution import Solution, Status
 from equipoise.solvers import GMRES, Anderson, Solver
 from equipoise.state import InputLayout, Layout
@@ -137,7 +136,7 @@ def optimize_inputs(
     joint = JointModule(cell, cost, regularizer, constraint, states, cell_layout, cost_layout, schedule)
     start = (z, torch.zeros_like(z), x)
     step = torch.ones_like(z[:, :1]) * (1.0 if step_size is None else _column(step_size, batch).to(z))
-    f = Map(
+    f = JointMap(
         joint,
         start,
         (step, *given, *wanted, *bounds),
@@ -150,14 +149,14 @@ def optimize_inputs(
     free = f.pack(start)
     with torch.no_grad(), f.session():
         v = f.on([t.detach() for t in f.tensors]).project(free)
-        moved, size = (torch.linalg.vector_norm(t[:, -x.shape[1] :], dim=1) for t in (v - free, free))
+        moved, size = (torch.linalg.vector_norm(t[:, -f.size :], dim=1) for t in (v - free, free))
         if step_size is None:
-            v = SETTLE.solve(variant(f, Held()), v).value
+            v = SETTLE.solve(f.variant(Held()), v).value
             probe = Probe(f, v)
             f.tensors[0] = SHORTER * probe.inverse_curvature(probe.slope)
-        solution = solver.solve(variant(f, schedule), v, trace=trace)
+        solution = solver.solve(f.variant(schedule), v, trace=trace)
         looked = _look_again(f, v, solution, solver, equilibrium, checked=step_size is not None)
-        joint_cost = variant(f, Held()).ask(joint.objective, looked.value)
+        joint_cost = f.variant(Held()).ask(joint.objective, looked.value)
     counts = dataclasses.replace(joint.counts)
     solution = dataclasses.replace(solution, value=looked.value, status=looked.status)
     final = f.on(f.tensors)
@@ -191,7 +190,7 @@ class _Look:
 
 
 def _look_again(
-    f: Map, start: Tensor, solution: Solution[Tensor], solver: Solver, equilibrium: Solver | None, *, checked: bool
+    f: JointMap, start: Tensor, solution: Solution[Tensor], solver: Solver, equilibrium: Solver | None, *, checked: bool
 ) -> _Look:
     """Settle state and adjoint at the answer; take back what is worse than the start, or not what it claims to be.
 
@@ -201,7 +200,7 @@ def _look_again(
     value, status = solution.value, solution.status
     if equilibrium is None:
         return _Look(value, status)
-    held, step = variant(f, Held()), f.tensors[0]
+    held, step = f.variant(Held()), f.tensors[0]
     settled = equilibrium.solve(held, value).value
     cost = held.ask(f.f.objective, settled)
     if not bool(solution.converged.all()):
@@ -212,9 +211,8 @@ def _look_again(
         cost = torch.where(worse, before, cost)
         status = torch.where(worse & (status != Status.NONFINITE), int(Status.DIVERGED), status)
     if checked and bool(solution.converged.any()):
-        p = sum(f.f.states[1].sizes)
         probe = Probe(f, settled)
-        longer = torch.maximum(probe.inverse_curvature((settled - start)[:, -p:]), step)
+        longer = torch.maximum(probe.inverse_curvature((settled - start)[:, -f.size :]), step)
         allowed = SLACK * solver.tolerance(torch.linalg.vector_norm(probe.x, dim=1))
         short = torch.linalg.vector_norm(_moved(f, settled, longer), dim=1) > allowed
         status = torch.where(short & solution.converged, int(Status.STALLED), status)
@@ -222,9 +220,9 @@ def _look_again(
     return _Look(value, status.to(solution.status.dtype), cost, stationarity)
 
 
-def _moved(f: Map, v: Tensor, step: Tensor) -> Tensor:
+def _moved(f: JointMap, v: Tensor, step: Tensor) -> Tensor:
     """How far a step would lead the input, `(b, p)`."""
-    return (variant(f, Joint(), step).call(v) - v)[:, -sum(f.f.states[1].sizes) :]
+    return (f.variant(Joint(), step).call(v) - v)[:, -f.size :]
 
 
 def _check(

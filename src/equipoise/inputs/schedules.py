@@ -28,7 +28,7 @@ class Linearization:
     z: Tensor
     x: Tensor
     image: Tensor
-    slopes: tuple[Tensor, Tensor]
+    slopes: tuple[Tensor, ...]
     counts: Counts
     second: bool
 

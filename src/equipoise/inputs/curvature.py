@@ -1,4 +1,4 @@
-"""The joint map before and after its solve: settled states, curvatures, steps, and the answer's status."""
+"""The reduced cost, whose only argument is the input: its slope, curvature, and a step by them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from equipoise.inputs.schedules import Held, Schedule
+from equipoise.inputs.joint import JointMap
+from equipoise.inputs.schedules import Held
 from equipoise.map import Map
 from equipoise.solvers import Anderson
 
@@ -17,21 +18,6 @@ PROBES = 2  # steps of the power iteration for the curvature
 LONGEST = 100.0  # first step of the input at most, relative to 1 + |x|
 SETTLE = Anderson(memory=10, max_steps=50, rtol=0.03)  # state and adjoint before the solve
 RESPOND = Anderson(memory=10, max_steps=40, rtol=0.03)  # their change at a probing step
-
-
-def variant(f: Map, schedule: Schedule, step: Tensor | None = None) -> Map:
-    """The joint map with another schedule, untracked; it shares masks, weights and counts.
-
-    Args:
-        f: the joint map.
-        schedule: of a round.
-        step: `(b, 1)` step size of the input, None for that of `f`.
-    """
-    chosen = f.on([f.tensors[0] if step is None else step, *(t.detach() for t in f.tensors[1:])])
-    chosen.f = f.f.variant(schedule)
-    if isinstance(schedule, Held):
-        chosen.projection = None
-    return chosen
 
 
 class Probe:
@@ -44,8 +30,8 @@ class Probe:
         v: `(b, D)` state; the better state and adjoint solve their equations, the better the slope.
     """
 
-    def __init__(self, f: Map, v: Tensor) -> None:
-        self.held, self.v, self.size = variant(f, Held()), v, f.blocks[2] if f.blocks else 0
+    def __init__(self, f: JointMap, v: Tensor) -> None:
+        self.held, self.v, self.size = f.variant(Held()), v, f.size
         self.parts = self._ask(v)
 
     def _ask(self, v: Tensor) -> Tensor:
@@ -97,20 +83,20 @@ class _Change(Map):
     r"""The map $\delta \mapsto F(v + \delta) - F(v)$: how state and adjoint follow a step of the input."""
 
     def __init__(self, f: Map, v: Tensor, fv: Tensor) -> None:
-        self.f, self.v, self.fv = f, v, fv
+        self.forward_map, self.v, self.fv = f, v, fv
         self.counts, self.blocks, self.projection = f.counts, f.blocks, None
 
     @property
     def droppable(self) -> bool:
-        return self.f.droppable
+        return self.forward_map.droppable
 
     def select(self, index: Tensor) -> _Change:
-        return _Change(self.f.select(index), self.v[index], self.fv[index])
+        return _Change(self.forward_map.select(index), self.v[index], self.fv[index])
 
     @contextlib.contextmanager
     def session(self, *, backward: bool = False) -> Iterator[None]:
-        with self.f.session(backward=backward):
+        with self.forward_map.session(backward=backward):
             yield
 
     def call(self, z: Tensor) -> Tensor:
-        return self.f.call(self.v + z) - self.fv
+        return self.forward_map.call(self.v + z) - self.fv
