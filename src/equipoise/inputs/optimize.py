@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from equipoise.constraints import Constraint, Proximal
 from equipoise.gradients import Gradient, Implicit
+from equipoise.inputs.curvature import SETTLE, Probe
 from equipoise.inputs.gradients import StateOnly
 from equipoise.inputs.joint import JointMap, JointModule
 from equipoise.inputs.schedules import Held, Joint, Schedule
-from equipoise.inputs.curvature import SETTLE, Probe
 from equipoise.solution import Solution, Status
 from equipoise.solvers import GMRES, Anderson, Solver
 from equipoise.state import InputLayout, Layout
 
+WORSE = 1e-3  # relative excess of the cost over that of the start above which an answer is none
 SLACK = 10.0  # by which an answer may miss the tolerance at a step that was measured
 SHORTER = 0.5  # than one over the curvature: the joint iteration is stable for shorter steps than gradient descent
 OUTSIDE = 1e-6  # relative distance from the set at which a start is called infeasible
@@ -75,7 +76,7 @@ def optimize_inputs(
     $$ z = f(z, x), \qquad \mu = J_z^\top \mu + \nabla_z c, \qquad
        x = P_X(x - \alpha (J_x^\top \mu + \nabla_x (c + r))) $$
 
-    The answer is a stationary point, which in theory may be a saddle: look at `cost`.
+    The answer is a stationary point, no worse than the start, and in theory may be a saddle: look at `cost`.
 
     Args:
         cell: `f(z, x, *inputs)`, a module or a function.
@@ -97,8 +98,8 @@ def optimize_inputs(
             of those that are modules; if one is a function, all is treated as a closure, as by `fixed_point`: first
             derivatives only, and no sample leaves the batch early.
         equilibrium: finds state and adjoint once more at the answer, for `cost`, `stationarity` and the check of a
-            given step. A sample that did not converge and whose cost is above that of its start gets the start back, as
-            DIVERGED. None: leave all of that out, as in training.
+            given step. A sample whose cost is above that of its start, say at a maximum, gets the start back, as DIVERGED.
+            None: leave all of that out, as in training.
         trace: record the residual of every round.
 
     Returns:
@@ -203,19 +204,19 @@ def _look_again(
     held, step = f.variant(Held()), f.tensors[0]
     settled = equilibrium.solve(held, value).value
     cost = held.ask(f.f.objective, settled)
-    if not bool(solution.converged.all()):
-        first = equilibrium.solve(held, start).value
-        before = held.ask(f.f.objective, first)
-        worse = ~solution.converged & ~(cost <= before) & before.isfinite()
-        value, settled = (torch.where(worse[:, None], first, t) for t in (value, settled))
-        cost = torch.where(worse, before, cost)
-        status = torch.where(worse & (status != Status.NONFINITE), int(Status.DIVERGED), status)
-    if checked and bool(solution.converged.any()):
+    first = equilibrium.solve(held, start).value
+    before = held.ask(f.f.objective, first)
+    worse = ~(cost <= before + WORSE * before.abs()) & before.isfinite()
+    value, settled = (torch.where(worse[:, None], first, t) for t in (value, settled))
+    cost = torch.where(worse, before, cost)
+    status = torch.where(worse & (status != Status.NONFINITE), int(Status.DIVERGED), status)
+    claimed = status == Status.CONVERGED
+    if checked and bool(claimed.any()):
         probe = Probe(f, settled)
         longer = torch.maximum(probe.inverse_curvature((settled - start)[:, -f.size :]), step)
         allowed = SLACK * solver.tolerance(torch.linalg.vector_norm(probe.x, dim=1))
         short = torch.linalg.vector_norm(_moved(f, settled, longer), dim=1) > allowed
-        status = torch.where(short & solution.converged, int(Status.STALLED), status)
+        status = torch.where(short & claimed, int(Status.STALLED), status)
     stationarity = torch.linalg.vector_norm(_moved(f, settled, step), dim=1) / step[:, 0]
     return _Look(value, status.to(solution.status.dtype), cost, stationarity)
 
