@@ -173,7 +173,7 @@ def test_c6_the_answer_depends_on_no_option() -> None:
 
 
 def test_c6_the_scale_of_the_cost_is_that_of_the_adjoint() -> None:
-    problem = fitting()
+    problem = fitting(norm=0.6, rho=0.3)
     plain = eq.optimize_inputs(problem.cell, **problem.arguments, solver=TIGHT).raise_for_status()
     scaled = eq.optimize_inputs(
         problem.cell,
@@ -204,3 +204,41 @@ def test_a_proximal_penalty_gives_what_the_subdifferential_demands() -> None:
     expected = problem.cost(z, x, problem.y) + weight * x.abs().sum(1)
     torch.testing.assert_close(solution.cost, expected.detach(), rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(solution.joint_cost, expected.detach(), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.slow
+def test_c7_an_accelerated_joint_solve_needs_less_than_the_warm_inexact_loop() -> None:
+    problem = fitting(n=32, p=6, rows=12, norm=0.9, rho=0.02)
+    best = eq.optimize_inputs(
+        problem.cell, **problem.arguments, solver=eq.Anderson(memory=10, max_steps=600, rtol=1e-8)
+    )
+    first = eq.fixed_point(problem.cell, torch.zeros(12, 32), torch.zeros(12, 6), solver=TIGHT).value
+    start = problem.cost(first, torch.zeros(12, 6), problem.y).detach()
+    step = best.step_size.median()
+    assert best.cost is not None
+
+    @torch.no_grad()
+    def counts(schedule: Schedule, solver: eq.Solver) -> int:
+        fewest = 10**6
+        for factor in (0.5, 1.0, 2.0):
+            for rounds in range(8, 200, 8):
+                found = eq.optimize_inputs(
+                    problem.cell,
+                    **problem.arguments,
+                    schedule=schedule,
+                    solver=dataclasses.replace(solver, max_steps=rounds),
+                    step_size=factor * step.expand(12),
+                    equilibrium=None,
+                )
+                spent = found.num_evals + found.num_vjps
+                if spent >= fewest:
+                    break
+                state = eq.fixed_point(problem.cell, first, found.value[2], solver=TIGHT).value
+                excess = problem.cost(state, found.value[2], problem.y) - best.cost
+                if float((excess / (start - best.cost)).mean()) < 1e-2:
+                    fewest = spent
+        return fewest
+
+    joint = counts(Joint(), eq.Anderson(memory=10, rtol=1e-6))
+    inexact = min(counts(Nested(steps=steps), eq.Picard(rtol=1e-6)) for steps in (2, 4))
+    assert joint < inexact

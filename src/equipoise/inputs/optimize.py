@@ -98,8 +98,8 @@ def optimize_inputs(
             of those that are modules; if one is a function, all is treated as a closure, as by `fixed_point`: first
             derivatives only, and no sample leaves the batch early.
         equilibrium: finds state and adjoint once more at the answer, for `cost`, `stationarity` and the check of a
-            given step. A sample whose cost is above that of its start, say at a maximum, gets the start back, as DIVERGED.
-            None: leave all of that out, as in training.
+            given step. A sample whose cost is above that of its start, say at a maximum, gets the start back, as
+            DIVERGED. None: leave all of that out, as in training.
         trace: record the residual of every round.
 
     Returns:
