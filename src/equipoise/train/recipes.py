@@ -171,7 +171,8 @@ def skip_reg_fashion_mnist() -> TrainConfig:
         model=dataclasses.replace(config.model, explicit_steps=1),
         solver=SteadyState(max_steps=18, rtol=5e-2),
         gradient=Implicit(solver=GMRES(max_steps=20, rtol=0.0, atol=5e-2)),
-        skip=SkipPenalty(weight=0.01),
+        epochs=2,
+        skip=SkipPenalty(weight=0.1),
     )
 
 
