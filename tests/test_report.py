@@ -19,7 +19,7 @@ from sklearn.metrics import confusion_matrix
 
 import equipoise as eq
 from equipoise.cli import main
-from equipoise.models import MDEQConfig
+from equipoise.models import DenseConfig, MDEQConfig
 from equipoise.report import write_report
 from equipoise.report.answers import Answers, look
 from equipoise.report.figures import confusion_map, curve, decay, step_counts, to_svg
@@ -52,6 +52,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fit(CONFIG, run_dir=folder)
     write_report(folder)
     return folder
+
+
+def test_a_state_that_is_one_tensor_has_a_report_too(tmp_path: Path) -> None:
+    config = dataclasses.replace(
+        CONFIG,
+        model=DenseConfig(image_size=8, image_channels=1, num_classes=10, width=8, explicit_steps=1),
+        pretraining=Pretraining(),
+        epochs=1,
+    )
+    fit(config, run_dir=tmp_path / "run")
+    text = write_report(tmp_path / "run").read_text()
+    assert all(f'id="{section}"' in text for section in SECTIONS)
 
 
 @pytest.fixture

@@ -85,7 +85,7 @@ def look(model: EquilibriumClassifier, split: Split, config: TrainConfig, max_im
         with fabric.autocast(), model.deq.using(solver=config.eval_solver):
             solution = model.deq.solve(model.stem(inputs), trace=True)
             best = model.head(solution.value).float().softmax(1).max(1)
-        size = torch.cat([level.flatten(1) for level in solution.value], 1).float().norm(dim=1)
+        size = torch.linalg.vector_norm(solution.map.pack(solution.value).float(), dim=1)
         assert solution.trace is not None
         traces.append((solution.trace / size.clamp_min(torch.finfo(size.dtype).tiny)).cpu())
         part = (images, labels, best.indices, best.values, solution.num_steps, solution.converged)
