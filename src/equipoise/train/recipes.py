@@ -155,7 +155,7 @@ def skip_mnist() -> TrainConfig:
 def skip_reg_mnist() -> TrainConfig:
     """The same, begun at the first step of the map, to which the equilibrium is drawn: a Skip Reg DEQ.
 
-    A tenth is the weight with which the map still depends on its state; from one on it is trained not to.
+    With a weight of a tenth the map still depends on its state for many images; from one on it does for none.
     """
     config = continuous_mnist()
     model = dataclasses.replace(config.model, explicit_steps=1)
