@@ -132,7 +132,7 @@ def lipschitz_tight_cifar10() -> TrainConfig:
 
 
 def continuous_mnist() -> TrainConfig:
-    """Fully connected DEQ whose equilibrium is the steady state of a flow, on 5,000 digits: two minutes on a CPU."""
+    """Fully connected DEQ whose equilibrium is the steady state of a flow, on 5,000 digits: some minutes on a CPU."""
     return TrainConfig(
         name="continuous-mnist",
         data=MNIST5K(),
