@@ -280,7 +280,7 @@ class _Record:
         gone, keep = (~self.running).nonzero()[:, 0], self.running.nonzero()[:, 0]
         memory, parted = split_rows(memory, keep, gone)
         results = tuple(x[gone] for x in (self.best_z, self.status, self.best_size, self.num_steps))
-        results += self._statistics(parted, len(gone))
+        results += self._statistics(parted, gone.shape[0])
         self.left.append((self.rows[gone], results, self._inverse(parted, self.best_step[gone])))
         for name in (
             "rows", "running", "status", "num_steps", "best_z", "best_step", "best_size", "best_error", "first",
@@ -302,7 +302,7 @@ class _Record:
         self.status = self.status.masked_fill(open_, Status.MAX_STEPS)
         self.num_steps = self.num_steps.masked_fill(open_, steps)
         results: tuple[Tensor, ...] = (self.best_z, self.status, self.best_size, self.num_steps)
-        results += self._statistics(memory, len(self.rows))
+        results += self._statistics(memory, self.rows.shape[0])
         parts = [(self.rows, results, self._inverse(memory, self.best_step)), *self.left]
         inverse = tuple((rows, estimate) for rows, _, estimate in parts if estimate is not None)
         if self.left:
