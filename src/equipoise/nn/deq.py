@@ -93,7 +93,8 @@ class DEQ(nn.Module):
         try:
             return self._solve(z0, inputs, trace)
         except (TypeError, ValueError, RuntimeError) as error:
-            error.add_note(f"the solve began at what init gives, {_described(z0)}: is this a state of the cell?")
+            if isinstance(self.init, nn.Module):
+                error.add_note(f"the solve began at what init gives, {_described(z0)}: is this a state of the cell?")
             raise
 
     def _solve(self, z0: Any, inputs: tuple[Any, ...], trace: bool) -> Solution[Any]:
