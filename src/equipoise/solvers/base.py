@@ -122,13 +122,13 @@ class Solver(abc.ABC):
         )
         allowed = self.tolerance(images)
         size = torch.linalg.vector_norm(sizes, dim=0)
-        return size, self._error(sizes, allowed).amax(dim=0), (sizes <= allowed).all(dim=0)
+        # A block may rest at zero, where nothing is allowed; a single one that does so has converged.
+        errors = torch.where(sizes == 0, 0.0, self._error(sizes, allowed))
+        return size, errors.amax(dim=0), (sizes <= allowed).all(dim=0)
 
     def _error(self, size: Tensor, allowed: Tensor) -> Tensor:
         # The least residual need not be the least error: f(z), and so the tolerance, differs from point to point.
-        if self.rtol == 0 and self.atol == 0:
-            return size
-        return torch.where(size == 0, 0.0, size / allowed)  # a block may rest at zero, where nothing is allowed
+        return size if self.rtol == 0 and self.atol == 0 else size / allowed
 
     @torch.no_grad()
     def solve(

@@ -132,8 +132,6 @@ def _precise(logits: Tensor) -> Tensor:
 
 def relative_residual(solution: Solution) -> Tensor:
     """`(B,)` norms of f(z) - z over those of z, at the answer; 0 where no evaluation was finite."""
-    value = solution.value
-    levels = [value] if isinstance(value, Tensor) else list(value.values() if isinstance(value, dict) else value)
-    size = torch.stack([level.detach().flatten(1).float().square().sum(1) for level in levels]).sum(0).sqrt()
+    size = torch.linalg.vector_norm(solution.map.pack(solution.value).detach().float(), dim=1)
     ratio = solution.residual.float() / size.clamp_min(torch.finfo(torch.float32).tiny)
     return torch.where(ratio.isfinite(), ratio, 0.0)
