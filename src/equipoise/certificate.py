@@ -154,8 +154,8 @@ class Certificate:
         """
         if not self.contracts:
             raise CertificateError(
-                f"the map is not proved to contract: the block matrix has radius {self.radius:.3f} >= 1; lower slope, "
-                "cap, dropout or exchange"
+                f"the map is not proved to contract: the block matrix has radius {self.radius:.3f} >= 1; lower the "
+                "constants of its layers (of an MDEQ: slope, cap, dropout or exchange)"
             )
         return self
 
