@@ -146,14 +146,14 @@ def continuous_mnist() -> TrainConfig:
 
 
 def skip_mnist() -> TrainConfig:
-    """The same, begun at the guess of a network that learns to predict the equilibrium: a Skip DEQ."""
+    """Skip DEQ: `continuous-mnist`, begun at the guess of a network that learns to predict the equilibrium."""
     config = continuous_mnist()
     model = dataclasses.replace(config.model, predictor=True)
     return dataclasses.replace(config, name="skip-mnist", model=model, skip=SkipPenalty(weight=1.0))
 
 
 def skip_reg_mnist() -> TrainConfig:
-    """The same, begun at the first step of the map, to which the equilibrium is drawn: a Skip Reg DEQ.
+    """Skip Reg DEQ: `continuous-mnist`, begun at the first step of the map, to which the equilibrium is drawn.
 
     With a weight of a tenth the map still depends on its state for many images; from one on it does for none.
     """
@@ -163,7 +163,7 @@ def skip_reg_mnist() -> TrainConfig:
 
 
 def skip_reg_fashion_mnist() -> TrainConfig:
-    """A Skip Reg DEQ with two levels, by the flow, on Fashion-MNIST."""
+    """Skip Reg DEQ with two levels, by the flow, on Fashion-MNIST."""
     config = mdeq_fashion_mnist()
     return dataclasses.replace(
         config,
