@@ -66,8 +66,8 @@ from equipoise.report.figures import BLUE, GRAY, GREEN, INK, ORANGE, STYLE
 from equipoise.train import Adam, Digits, FashionMNIST, Pretraining, TrainConfig, fit, load, recipes
 from equipoise.train.data import Split
 from equipoise.train.evaluation import to_device
-from equipoise.train.objectives import Classification, Moment
 from equipoise.train.serialize import to_plain
+from equipoise.train.tasks import Classification, Moment
 
 FULL = 20  # steps of the reference
 REFERENCE = "original/full"

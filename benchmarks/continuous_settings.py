@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 
 import equipoise as eq
-from equipoise.models import DenseConfig, MDEQConfig
+from equipoise.models import ClassifierConfig, DenseConfig, MDEQConfig
 from equipoise.solvers import VCAB3, Stepper, Tsit5
 from equipoise.train import (
     MNIST5K,
@@ -189,6 +189,7 @@ def variants(data: str, settings: Settings) -> dict[str, Variant]:
         grid += [(model, SWEPT, False, weight) for model in skipping for weight in others]
     found = {}
     for model, name, penalized, weight in grid:
+        assert isinstance(config.model, ClassifierConfig)
         kind = dataclasses.replace(
             config.model, predictor=model == "skip", explicit_steps=1 if model == "skip-reg" else 0
         )

@@ -67,7 +67,7 @@ from equipoise.files import read_tensors, write_atomic, write_tensors
 from equipoise.models import EquilibriumClassifier
 from equipoise.train.data import Split, generator, mix
 from equipoise.train.evaluation import device_name, to_device
-from equipoise.train.objectives import Classification, Moment
+from equipoise.train.tasks import Classification, Moment
 
 COUNTED = 5  # training batches on which products are counted
 TRAINED = Moment(step=2**40, epoch=0, seed=0)  # past all fixed-depth steps, the skip weight not decayed
@@ -154,7 +154,7 @@ def tested(model: EquilibriumClassifier, variant: Variant, split: Split, device:
     return {
         "test_accuracy": mean(correct),
         # Plus the predictor, and the final application; an explicit step is among the solution's.
-        "nfe": mean(steps) + variant.config.model.predictor + 1,
+        "nfe": mean(steps) + variant.config.model.guesses + 1,
         "converged": None if node else mean(converged),
         "median_residual": None if node else float(torch.cat(residuals).median()),
     }

@@ -51,7 +51,7 @@ from equipoise.models import EquilibriumClassifier, build
 from equipoise.models.mdeq import MDEQCell
 from equipoise.train import recipes
 from equipoise.train.data import TensorSplit
-from equipoise.train.objectives import Classification, Moment
+from equipoise.train.tasks import Classification, Moment
 
 # --- L-BFGS ---------------------------------------------------------------------------------------------------------
 

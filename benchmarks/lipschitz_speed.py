@@ -58,7 +58,7 @@ from equipoise.models import EquilibriumClassifier, MDEQConfig, ScaledLayers, SL
 from equipoise.report.figures import BLUE, GRAY, GREEN, INK, STYLE
 from equipoise.train import Adam, Digits, FashionMNIST, JacobianPenalty, Pretraining, TrainConfig, fit, load
 from equipoise.train.evaluation import to_device
-from equipoise.train.objectives import Classification, Moment, relative_residual
+from equipoise.train.tasks import Classification, Moment, relative_residual
 
 RTOL = 1e-3
 FORWARD, BACKWARD = 18, 20  # evaluations, as published
@@ -194,7 +194,7 @@ def times(folders: dict[str, pathlib.Path], quick: bool) -> dict[str, dict[str, 
     models = {name: load(folder / "model.safetensors") for name, folder in folders.items()}
     for name, model in models.items():
         if configs[name].channels_last:
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model.to(memory_format=torch.channels_last)
     names = list(models)
     config = configs[BASELINE]
     splits = config.data.load()

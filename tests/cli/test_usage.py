@@ -241,7 +241,7 @@ def test_flags_reach_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     plain, before = to_plain(target), to_plain(base)
     # Fields that are null by default and stay so; flags cannot say it of a class inside a class, see below.
     silent = {"--gradient.solver.patience"}
-    assert [key for key in plain if plain[key] == before[key]] == ["name"]
+    assert [key for key in plain if plain[key] == before[key]] == ["name", "task"]
     words = [word for pair in flags_of(plain) if pair[0] not in silent for word in pair]
     text = shown(capsys, "train", "mdeq-digits", *words, "--print-config")
     assert from_plain(TrainConfig, yaml.safe_load(text)) == target

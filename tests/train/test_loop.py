@@ -31,8 +31,8 @@ from equipoise.train import (
     loop,
 )
 from equipoise.train.data import generator, mix
-from equipoise.train.objectives import SUMS, Classification, Moment
 from equipoise.train.run import read_config, read_lines
+from equipoise.train.tasks import COMMON, Classification, Moment
 
 pytestmark = pytest.mark.slow  # each test trains: together they take too long for the fast set
 
@@ -124,14 +124,14 @@ def test_label_smoothing_and_statistics_equal_their_formulas() -> None:
     loss, sums = objective(images, labels, Moment(0, 0, 0))
     torch.testing.assert_close(loss, 0.7 * plain + 0.3 * spread)
     torch.testing.assert_close(objective(images, labels)[0], plain)  # in evaluation there is none
-    found = dict(zip(SUMS, sums.tolist(), strict=True))
+    found = dict(zip((*COMMON, "accuracy"), sums.tolist(), strict=True))
     z = torch.cat([level.flatten(1) for level in solution.value], 1)
     fz = torch.cat([level.flatten(1) for level in model.deq.cell(solution.value, model.stem(images))], 1)
     assert found == pytest.approx(
         {
             "count": 5.0,
             "loss": 5 * loss.item(),
-            "correct": float((logits.argmax(1) == labels).sum()),
+            "accuracy": float((logits.argmax(1) == labels).sum()),
             "steps": float(solution.num_steps.sum()),
             "converged": float((solution.status == eq.Status.CONVERGED).sum()),
             "residual": ((fz - z).norm(dim=1) / z.norm(dim=1)).sum().item(),
@@ -157,8 +157,8 @@ def test_the_jacobian_penalty_is_in_the_loss_with_its_weight() -> None:
     exact = 0.5 * torch.stack([j.square().sum() / len(j) for j in jacobians]).mean().item()
     penalty = loss.item() - nn.functional.cross_entropy(logits, labels).item()
     assert penalty == pytest.approx(exact, rel=0.15)
-    assert sums[SUMS.index("penalty")].item() == pytest.approx(2 * penalty)
-    assert objective(images, labels)[1][SUMS.index("penalty")] == 0
+    assert sums[COMMON.index("penalty")].item() == pytest.approx(2 * penalty)
+    assert objective(images, labels)[1][COMMON.index("penalty")] == 0
 
 
 def test_when_the_penalty_applies() -> None:
@@ -233,7 +233,7 @@ def test_the_files_of_a_run_agree(precision: Any, tmp_path: pathlib.Path) -> Non
     assert checkpoint.describe(tmp_path / "model.safetensors")["about"]["classes"] == ["first", "second", "third"]
     state, _ = checkpoint.read_newest_state(tmp_path / "checkpoints")
     assert state is not None
-    from_state = checkpoint.model_of_state(state, config.model, config.solver, config.gradient)
+    from_state = checkpoint.model_of_state(state, config)
     assert all(torch.equal(weights[name], value) for name, value in from_state.state_dict().items())
 
 
@@ -274,12 +274,12 @@ def broken(monkeypatch: pytest.MonkeyPatch, at: int, kind: str) -> None:
     ) -> tuple[Tensor, Tensor]:
         loss, sums = forward(self, images, labels, moment)
         if moment is None and kind == "evaluation":
-            sums[SUMS.index("loss")] = float("inf")
+            sums[COMMON.index("loss")] = float("inf")
         if moment is not None and moment.step == at:
             if kind == "loss":
-                loss, sums[SUMS.index("loss")] = loss * float("nan"), float("nan")
+                loss, sums[COMMON.index("loss")] = loss * float("nan"), float("nan")
             elif kind == "penalty":
-                loss, sums[SUMS.index("penalty")] = loss * float("nan"), float("nan")
+                loss, sums[COMMON.index("penalty")] = loss * float("nan"), float("nan")
             elif kind == "gradient":
                 weight = self.model.head.final[0].weight
                 loss = loss + (weight * 0).square().sum().sqrt()  # zero, with the gradient 0 / 0

@@ -15,9 +15,9 @@ import equipoise as eq
 from equipoise.cli import main
 from equipoise.models import MDEQClassifier
 from equipoise.train import Pretraining, evaluate, fit
-from equipoise.train.objectives import Classification, Moment
 from equipoise.train.run import config_yaml, read_config, read_lines
 from equipoise.train.serialize import from_plain, to_plain
+from equipoise.train.tasks import Classification, Moment
 
 AWARE = eq.AdjointBroyden(max_steps=6, memory=8, rtol=0, cadence=2)
 LABELS = torch.tensor([0, 2, 1, 1, 0])

@@ -283,7 +283,7 @@ def test_a_model_with_the_solver_of_its_certificate_is_saved(tmp_path: pathlib.P
 def test_nothing_is_promised_in_bf16() -> None:
     config = dataclasses.replace(TOYS["scaled"], precision="bf16-mixed")
     model = MDEQClassifier(config.model, solver=config.solver).float().eval()
-    found = certified(model, config.data.load().test, config, None, torch.device("cpu"))
+    found = certified(model, config.data.load().test, config, torch.device("cpu"))
     assert found["certified_lipschitz"] is None
     assert "bf16" in found["not_certified"]
 

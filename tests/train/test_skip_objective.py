@@ -16,7 +16,7 @@ from equipoise.files import DataError
 from equipoise.models import DenseClassifier, DenseConfig, MDEQClassifier, build
 from equipoise.nn import jacobian_penalty
 from equipoise.train import JacobianPenalty, Pretraining, SkipPenalty, TrainConfig, recipes
-from equipoise.train.objectives import SUMS, Classification, Moment
+from equipoise.train.tasks import COMMON, Classification, Moment
 
 ROWS = 5
 DENSE = DenseConfig(image_size=3, image_channels=1, num_classes=3, width=6)
@@ -58,7 +58,7 @@ def gradients(loss: Tensor, model: nn.Module) -> list[Tensor]:
 
 
 def told(sums: Tensor) -> dict[str, float]:
-    return dict(zip(SUMS, sums.tolist(), strict=True))
+    return dict(zip((*COMMON, "accuracy"), sums.tolist(), strict=True))
 
 
 @variants

@@ -28,6 +28,7 @@ from equipoise.solution import Solution
 from equipoise.train.evaluation import to_device
 from equipoise.train.proof import Proof, prove
 from equipoise.train.recipes import RECIPES
+from equipoise.train.run import RunError
 
 DESCRIPTION = """\
 What the weights of a run prove about its map: whether it contracts, without and with the dropout of training, how
@@ -67,6 +68,8 @@ def certify(arguments: list[str]) -> int:
         raise UsageError(f"--rtol {options.rtol:g}: must be > 0")
     console = Console()
     model, _ = run_model(Path(options.run), console, quiet=options.json)
+    if not isinstance(model, EquilibriumClassifier):
+        raise RunError(f"{options.run} holds a {type(model).__name__}, and certify is for classifiers")
     images, labels = None, None
     if options.images:
         batch = next(iter(config.data.load().test.batches(options.images)))

@@ -21,6 +21,7 @@ from equipoise.cli.display import LiveDisplay, PlainDisplay, facts_table
 from equipoise.cli.errors import UsageError, fail
 from equipoise.cli.flags import parse
 from equipoise.gradients import JacobianFree
+from equipoise.models import ClassifierConfig
 from equipoise.train import CheckpointError, TrainConfig, checkpoint, fit
 from equipoise.train import evaluate as evaluate_split
 from equipoise.train.evaluation import to_device
@@ -29,6 +30,7 @@ from equipoise.train.readers import DataError, open_image, resize_and_crop, to_m
 from equipoise.train.recipes import RECIPES
 from equipoise.train.run import RunError, config_yaml, folder_config, new_folder, read_config
 from equipoise.train.serialize import nearest
+from equipoise.train.tasks import SCORES
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")  # in a folder; a file may have any
 TRAIN_EXAMPLES = """\
@@ -138,7 +140,7 @@ def evaluate(arguments: list[str]) -> int:
         arguments,
         base,
         usage="equipoise evaluate RUN [flags]",
-        description="Loss, accuracy and solver statistics of a run. In brackets: the values of the run.",
+        description="Loss, scores and solver statistics of a run. In brackets: the values of the run.",
         examples="examples:\n  equipoise evaluate runs/demo\n"
         "  equipoise evaluate runs/demo --solver.max_steps 6 --split train\n"
         "  equipoise evaluate runs/demo --solver Anderson --solver.rtol 1e-5 --json\n",
@@ -162,7 +164,7 @@ def evaluate(arguments: list[str]) -> int:
             {
                 "run": options.run,
                 f"{options.split} images": f"{found['count']:,}",
-                "accuracy": f"{found['accuracy']:.4f}",
+                **{SCORES[name]: f"{found[name]:.4f}" for name in config.task.scores},
                 "loss": f"{found['loss']:.4f}",
                 "mean solver steps per sample": f"{found['mean_steps']:.1f}",
                 "converged": f"{found['converged']:.1%}",
@@ -202,6 +204,8 @@ def predict(arguments: list[str]) -> int:
         raise UsageError(f"--top {options.top}: must be >= 1")
     console = Console()
     model, facts = run_model(Path(options.run), console, quiet=options.json)
+    if not isinstance(config.model, ClassifierConfig):
+        raise RunError(f"{options.run} is a run of {type(config.task).__name__}, and predict names classes")
     names = facts["about"].get("classes") or [str(number) for number in range(config.model.num_classes)]
     failed = False
     files, size = _image_files(options.images), config.eval_batch_size
@@ -387,7 +391,7 @@ def run_model(folder: Path, console: Console, *, quiet: bool) -> tuple[Any, dict
     if state is None:
         raise CheckpointError("; ".join([*problems, f"{folder} has no model yet: its run has saved no checkpoint"]))
     config = folder_config(folder)
-    model = checkpoint.model_of_state(state, config.model, config.solver, config.gradient)
+    model = checkpoint.model_of_state(state, config)
     if not quiet:
         for problem in problems:
             console.print(f"{problem}. The checkpoint before it is used", markup=False, soft_wrap=True)

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from equipoise.train import Observer, Result
 from equipoise.train.proof import summarize
+from equipoise.train.tasks import SCORES
 
 
 class PlainDisplay(Observer):
@@ -83,7 +84,7 @@ class LiveDisplay(PlainDisplay):
             self.task,
             completed=line["step"],
             epoch=line["epoch"] + 1,
-            figures=f"loss {line['loss']:.3f}  accuracy {line['accuracy']:.3f}  solver steps {line['mean_steps']:.1f}  "
+            figures=f"loss {line['loss']:.3f}  {_scores(line, 3)}  solver steps {line['mean_steps']:.1f}  "
             f"converged {line['converged']:.0%}",
         )
 
@@ -102,16 +103,20 @@ def describe(line: Mapping[str, Any], total: int) -> str:
     epoch = line["epoch"] + (line["split"] != "test")  # they are counted from zero, and the test comes after the last
     return (
         f"epoch {epoch:>3}  {line['split']:<10}  {place}"
-        f"loss {line['loss']:.4f}  accuracy {line['accuracy']:.4f}  solver steps {line['mean_steps']:.1f}  "
+        f"loss {line['loss']:.4f}  {_scores(line, 4)}  solver steps {line['mean_steps']:.1f}  "
         f"converged {line['converged']:.1%}{lr}  {line['seconds']:.1f} s"
     )
+
+
+def _scores(line: Mapping[str, Any], digits: int) -> str:
+    return "  ".join(f"{name} {line[key]:.{digits}f}" for key, name in SCORES.items() if key in line)
 
 
 def result_table(result: Result) -> Table:
     """The end of a training run."""
     return facts_table(
         {
-            "test accuracy": f"{result.test_accuracy:.4f}",
+            **{f"test {SCORES[name]}": f"{result.test[f'test_{name}']:.4f}" for name in result.scores},
             "mean solver steps per sample": f"{result.test['mean_steps']:.1f}",
             "certificate": summarize(result.test),
             "share of time in backward": f"{result.test['backward_share']:.0%}",

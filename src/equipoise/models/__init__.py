@@ -2,13 +2,14 @@
 
 from equipoise.models.build import build
 from equipoise.models.classifier import EquilibriumClassifier, MDEQClassifier
-from equipoise.models.config import MDEQConfig, ModelConfig
+from equipoise.models.config import ClassifierConfig, MDEQConfig, ModelConfig
 from equipoise.models.contraction import Contraction, ScaledLayers, SLLLayers
 from equipoise.models.dense import DenseClassifier, DenseConfig
 from equipoise.models.mdeq import MDEQCell
 from equipoise.models.predictor import MDEQPredictor
 
 __all__ = [
+    "ClassifierConfig",
     "Contraction",
     "DenseClassifier",
     "DenseConfig",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from equipoise.gradients import Gradient, Implicit
-from equipoise.models.classifier import EquilibriumClassifier, MDEQClassifier
+from equipoise.models.classifier import MDEQClassifier
 from equipoise.models.config import MDEQConfig, ModelConfig
 from equipoise.models.dense import DenseClassifier, DenseConfig
 from equipoise.solvers import Anderson, Solver
@@ -16,9 +16,7 @@ MODELS: dict[type[ModelConfig], Any] = {
 }
 
 
-def build(
-    config: ModelConfig, *, solver: Solver = Anderson(), gradient: Gradient = Implicit()
-) -> EquilibriumClassifier:
+def build(config: ModelConfig, *, solver: Solver = Anderson(), gradient: Gradient = Implicit()) -> Any:
     """The model of a configuration, with weights drawn at random.
 
     Args:

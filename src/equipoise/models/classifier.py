@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.gradients import Gradient, Implicit
-from equipoise.models.config import MDEQConfig, ModelConfig
+from equipoise.models.config import ClassifierConfig, MDEQConfig
 from equipoise.models.contraction import SLLLayers
 from equipoise.models.mdeq import MDEQCell, MDEQEncoder, MDEQStem, conv1x1, conv3x3, initialize
 from equipoise.models.predictor import MDEQPredictor
@@ -29,7 +29,7 @@ class EquilibriumClassifier(nn.Module):
         head: from the equilibrium to logits.
     """
 
-    def __init__(self, config: ModelConfig, *, stem: nn.Module, deq: DEQ, head: nn.Module) -> None:
+    def __init__(self, config: ClassifierConfig, *, stem: nn.Module, deq: DEQ, head: nn.Module) -> None:
         super().__init__()
         self.config = config
         self.stem = stem

@@ -16,34 +16,31 @@ from equipoise.models.contraction import Contraction, ScaledLayers, SLLLayers
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig(abc.ABC):
-    """What every classifier of images by an equilibrium has; a subclass adds the shape of its own.
+    """What every model of images by an equilibrium has; a subclass adds the shape of its own.
 
     Raises:
         ValueError: a field is out of range.
     """
 
     image_size: int
-    """Side of the square input images in pixels."""
+    """Side of the square images in pixels."""
     image_channels: int = 3
-    """Channels of the input images: 3 for color, 1 for grayscale."""
-    num_classes: int
-    """Number of logits."""
-    predictor: bool = False
-    """Whether a network of its own guesses the equilibrium, and the solve begins there: a Skip DEQ."""
-    explicit_steps: int = 0
-    """Applications of the map before the solve, through which its start is differentiable; 1: a Skip Reg DEQ."""
+    """Channels of the images: 3 for color, 1 for grayscale."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "image_channels", "num_classes"):
+        for name in ("image_size", "image_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.explicit_steps < 0:
-            raise ValueError(f"explicit_steps must not be negative, got {self.explicit_steps}")
 
     @property
     @abc.abstractmethod
     def state_size(self) -> int:
         """Number of elements `D` of one sample's state."""
+
+    @property
+    def guesses(self) -> bool:
+        """Whether a solve begins at a guess of the equilibrium."""
+        return False
 
     def lipschitz_limit(self, *, training: bool) -> float | None:
         """Largest Lipschitz constant that the layers of the map allow, whatever the weights; None: any.
@@ -55,7 +52,34 @@ class ModelConfig(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MDEQConfig(ModelConfig):
+class ClassifierConfig(ModelConfig):
+    """What every classifier of images by an equilibrium has.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    num_classes: int
+    """Number of logits."""
+    predictor: bool = False
+    """Whether a network of its own guesses the equilibrium, and the solve begins there: a Skip DEQ."""
+    explicit_steps: int = 0
+    """Applications of the map before the solve, through which its start is differentiable; 1: a Skip Reg DEQ."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {self.num_classes}")
+        if self.explicit_steps < 0:
+            raise ValueError(f"explicit_steps must not be negative, got {self.explicit_steps}")
+
+    @property
+    def guesses(self) -> bool:
+        return self.predictor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MDEQConfig(ClassifierConfig):
     """Shape of an MDEQ classifier; a variant is `dataclasses.replace(config, field=value)`.
 
     The side of the images is a multiple of `2^(num_downsamplings + levels - 1)`.

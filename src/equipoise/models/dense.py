@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from equipoise.gradients import Gradient, Implicit
 from equipoise.models.classifier import EquilibriumClassifier
-from equipoise.models.config import ModelConfig
+from equipoise.models.config import ClassifierConfig
 from equipoise.nn.deq import DEQ
 from equipoise.solvers import Anderson, Solver
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DenseConfig(ModelConfig):
+class DenseConfig(ClassifierConfig):
     """Shape of a fully connected equilibrium classifier.
 
     Raises:

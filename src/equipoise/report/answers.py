@@ -82,7 +82,7 @@ def look(model: EquilibriumClassifier, split: Split, config: TrainConfig, max_im
     for images, labels in split.batches(min(config.eval_batch_size, max_images), shuffle=shuffle):
         images, labels = images[:left], labels[:left]
         inputs, _ = to_device(config, images, labels, fabric.device)
-        with fabric.autocast(), model.deq.using(solver=config.eval_solver):
+        with fabric.autocast(), model.deq.using(solver=config.task.forward_solver(config)):
             solution = model.deq.solve(model.stem(inputs), trace=True)
             best = model.head(solution.value).float().softmax(1).max(1)
         size = torch.linalg.vector_norm(solution.map.pack(solution.value).float(), dim=1)

@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from torch import Tensor
 
 from equipoise.report.answers import Answers
+from equipoise.train.tasks import SCORES
 
 # Colors that stay apart for the color-blind (Okabe and Ito); each has its meanings on the whole page.
 BLUE, ORANGE, GREEN, RED, GRAY, INK = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#5b6673", "#1d2733"
@@ -76,7 +77,7 @@ def curve(lines: Sequence[Mapping[str, Any]], name: str, label: str, fixed: int,
     axes.xaxis.set_major_formatter(THOUSANDS)
     if scale == "percent":
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.set_ylim(None if name == "accuracy" else -0.02, 1.02)
+        axes.set_ylim(None if name in SCORES else -0.02, 1.02)
     elif scale == "log":
         _log(axes)
     else:

@@ -24,6 +24,7 @@ from equipoise.train.data import Splits
 from equipoise.train.evaluation import summary
 from equipoise.train.proof import FACTS, summarize
 from equipoise.train.run import config_yaml, folder_config, read_lines
+from equipoise.train.tasks import SCORES
 
 EXAMPLES, MIXUPS = 24, 12  # images and rows shown
 
@@ -56,8 +57,8 @@ def write_report(run_dir: str | os.PathLike[str], *, max_images: int = 2000) -> 
         state, problems = checkpoint.read_newest_state(folder / "checkpoints")
         if state is None:
             raise RunError("; ".join([*problems, f"{folder} has neither a result nor a checkpoint to report on"]))
-        model = checkpoint.model_of_state(state, config.model, config.solver, config.gradient)
-    answers = look(model, splits.test, config, max_images)
+        model = checkpoint.model_of_state(state, config)
+    answers = look(model, splits.test, config, max_images) if isinstance(model, EquilibriumClassifier) else None
     try:
         if state is None:
             result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
@@ -71,9 +72,7 @@ def write_report(run_dir: str | os.PathLike[str], *, max_images: int = 2000) -> 
     return folder / "report.html"
 
 
-def _so_far(
-    model: EquilibriumClassifier, state: checkpoint.State, splits: Splits, config: TrainConfig
-) -> dict[str, Any]:
+def _so_far(model: Any, state: checkpoint.State, splits: Splits, config: TrainConfig) -> dict[str, Any]:
     """What `result.json` would hold had the run ended at a checkpoint, and that it did not."""
     place = state.facts["place"]
     steps_per_epoch = len(splits.train) // config.batch_size
@@ -102,28 +101,59 @@ def render(
     config: TrainConfig,
     lines: Sequence[Mapping[str, Any]],
     result: Mapping[str, Any],
-    answers: Answers,
+    answers: Answers | None,
     classes: Sequence[str],
 ) -> str:
-    """The page as HTML."""
+    """The page as HTML; what it says of single test images is of those of a classifier."""
     epochs = [line for line in lines if line["kind"] == "epoch"]
-    count, wrong = len(answers.labels), int((~answers.correct).sum())
-    some = f"{count:,} test images" if count == answers.available else f"{count:,} of {answers.available:,} test images"
-    counts = answers.confusion(len(classes))
-    pairs = (counts - counts.diag().diag()).nonzero().tolist()
-    mixups = sorted(((int(counts[t, p]), t, p) for t, p in pairs), key=lambda pair: (-pair[0], pair[1:]))
-    worst = [f"{classes[t]} is taken for {classes[p]}, {n} of {counts[t].sum()} times" for n, t, p in mixups]
+    scores = [name for name in SCORES if any(name in line for line in epochs)]
     fixed = config.pretraining
     return PAGE.substitute(
         title=_text(result["recipe"]),
         unfinished=f"<p><b>{_text(result['unfinished'])}</b></p>" if "unfinished" in result else "",
-        cards="".join(f"<div><b>{_text(value)}</b><span>{name}</span></div>" for name, value in _cards(result)),
+        cards="".join(f"<div><b>{_text(value)}</b><span>{name}</span></div>" for name, value in _cards(config, result)),
         facts="".join(f"<dt>{name}</dt><dd>{_text(value)}</dd>" for name, value in _facts(config, result)),
         shaded=f" Shaded: the first {fixed.steps:,} steps, with {fixed.depth} applications of f."
         if fixed.steps
         else "",
         learning=_figures(_learning(config, lines, result)),
         solving=_figures(_solving(config, lines, result)),
+        tested="" if answers is None else _tested(config, answers, classes),
+        epochs=_table(
+            (
+                "epoch",
+                "split",
+                "step",
+                "loss",
+                *(SCORES[name] for name in scores),
+                "solver steps",
+                "converged",
+                "residual",
+                "seconds",
+            ),
+            [
+                (
+                    *(x["epoch"] + (x["split"] != "test"), x["split"], x["step"], f"{x['loss']:.4f}"),
+                    *(_score(name, x[name]) if name in x else "" for name in scores),
+                    *(f"{x['mean_steps']:.2f}", f"{x['converged']:.1%}"),
+                    *(f"{x['residual']:.2e}", f"{x['seconds']:.1f}"),
+                )
+                for x in epochs
+            ],
+        ),
+        config=_text(config_yaml(config)),
+    )
+
+
+def _tested(config: TrainConfig, answers: Answers, classes: Sequence[str]) -> str:
+    """The sections on the test images."""
+    count, wrong = len(answers.labels), int((~answers.correct).sum())
+    some = f"{count:,} test images" if count == answers.available else f"{count:,} of {answers.available:,} test images"
+    counts = answers.confusion(len(classes))
+    pairs = (counts - counts.diag().diag()).nonzero().tolist()
+    mixups = sorted(((int(counts[t, p]), t, p) for t, p in pairs), key=lambda pair: (-pair[0], pair[1:]))
+    worst = [f"{classes[t]} is taken for {classes[p]}, {n} of {counts[t].sum()} times" for n, t, p in mixups]
+    return TESTED.substitute(
         some=some,
         testing=_figures(_testing(config, answers)),
         wrong="1 mistake" if wrong == 1 else f"{wrong:,} mistakes",
@@ -135,18 +165,6 @@ def render(
             ("true class", "predicted", "images", "share of the class"),
             [(classes[t], classes[p], n, f"{n / int(counts[t].sum()):.1%}") for n, t, p in mixups[:MIXUPS]],
         ),
-        epochs=_table(
-            ("epoch", "split", "step", "loss", "accuracy", "solver steps", "converged", "residual", "seconds"),
-            [
-                (
-                    *(x["epoch"] + (x["split"] != "test"), x["split"], x["step"], f"{x['loss']:.4f}"),
-                    *(f"{x['accuracy']:.2%}", f"{x['mean_steps']:.2f}", f"{x['converged']:.1%}"),
-                    *(f"{x['residual']:.2e}", f"{x['seconds']:.1f}"),
-                )
-                for x in epochs
-            ],
-        ),
-        config=_text(config_yaml(config)),
     )
 
 
@@ -157,9 +175,13 @@ def examples(answers: Answers, classes: Sequence[str]) -> str:
     return "".join(_example(answers, number, classes) for number in order[:EXAMPLES])
 
 
-def _cards(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _score(name: str, value: float) -> str:
+    return f"{value:.2f}" if name == "psnr" else f"{value:.2%}"
+
+
+def _cards(config: TrainConfig, result: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
-        ("test accuracy", f"{result['test_accuracy']:.2%}"),
+        *((f"test {SCORES[name]}", _score(name, result[f"test_{name}"])) for name in config.task.scores),
         ("test loss", f"{result['test_loss']:.4f}"),
         ("solver steps per test image", f"{result['mean_steps']:.1f}"),
         ("of the test images converged", f"{result['converged']:.1%}"),
@@ -171,6 +193,7 @@ def _cards(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _facts(config: TrainConfig, result: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [
         ("Training", f"{result['steps']:,} steps of {config.batch_size} images ({result['epochs']:.4g} epochs)"),
+        ("Task", config.task),
         ("Data", config.data),
         ("Solver", config.solver),
         ("Solver in evaluation", config.eval_solver or "the same"),
@@ -197,12 +220,16 @@ def _learning(config: TrainConfig, lines: Sequence[Mapping[str, Any]], result: M
     return [
         (
             f"Loss: {end['loss']:.3f} in the last epoch of training, {result['test_loss']:.3f} on the test images",
-            curve(lines, "loss", "cross-entropy (nats)", fixed),
+            curve(lines, "loss", "loss", fixed),
         ),
-        (
-            f"Accuracy: {end['accuracy']:.1%} in the last epoch of training, {result['test_accuracy']:.1%} on the test "
-            "images",
-            curve(lines, "accuracy", "images classified correctly", fixed, "percent"),
+        *(
+            (
+                f"{SCORES[name].capitalize() if name != 'psnr' else SCORES[name]}: "
+                + (f"{_score(name, end[name])} in the last epoch of training, " if name in end else "")
+                + f"{_score(name, result[f'test_{name}'])} on the test images",
+                curve(lines, name, SCORES[name], fixed, "linear" if name == "psnr" else "percent"),
+            )
+            for name in config.task.scores
         ),
     ]
 
@@ -315,13 +342,15 @@ $unfinished<section id="run"><h2>Run</h2><div class="cards">$cards</div><dl clas
 <div class="figures">$learning</div></section>
 <section id="training-solver"><h2>Solver during training</h2><p>How hard the fixed points were to find while the weights
 changed.</p><div class="figures">$solving</div></section>
+$tested<details id="numbers"><summary>Numbers by epoch</summary>$epochs</details>
+<details id="configuration"><summary>Configuration</summary><pre>$config</pre></details>
+</main></body></html>
+""")
+TESTED = Template("""\
 <section id="test-solver"><h2>Solver on $some</h2><p>Every image is its own problem and stops at the tolerance. In
 median and quantiles, an image that is done keeps its last residual.</p><div class="figures">$testing</div></section>
 <section id="predictions"><h2>$wrong on $some</h2><p>The mistakes first, the surest of them ahead; then right answers,
 the least sure ahead. Under each image: predicted class and its probability, true class.</p>
 <div class="examples">$examples</div><div class="figures">$matrix<figure><h3>Most frequent mistakes</h3>$mixups</figure>
 </div></section>
-<details id="numbers"><summary>Numbers by epoch</summary>$epochs</details>
-<details id="configuration"><summary>Configuration</summary><pre>$config</pre></details>
-</main></body></html>
 """)

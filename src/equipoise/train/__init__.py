@@ -7,17 +7,16 @@ from equipoise.train.config import (
     SGD,
     Adam,
     AdamW,
-    JacobianPenalty,
     Optimizer,
-    Pretraining,
     Schedule,
-    SkipPenalty,
     TrainConfig,
 )
 from equipoise.train.data import MNIST5K, Digits, FashionMNIST, HubImages, ImageData
 from equipoise.train.evaluation import evaluate
 from equipoise.train.loop import NonFiniteLoss, Observer, Result, fit
+from equipoise.train.penalties import JacobianPenalty, Pretraining, SkipPenalty
 from equipoise.train.run import RunError
+from equipoise.train.tasks import Classify, Objective, Task
 
 __all__ = [
     "MNIST5K",
@@ -25,6 +24,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "CheckpointError",
+    "Classify",
     "DataError",
     "Digits",
     "FashionMNIST",
@@ -32,6 +32,7 @@ __all__ = [
     "ImageData",
     "JacobianPenalty",
     "NonFiniteLoss",
+    "Objective",
     "Observer",
     "Optimizer",
     "Pretraining",
@@ -39,6 +40,7 @@ __all__ = [
     "RunError",
     "Schedule",
     "SkipPenalty",
+    "Task",
     "TrainConfig",
     "checkpoint",
     "evaluate",

@@ -13,16 +13,17 @@ from torch import Tensor
 
 from equipoise.files import CheckpointError, read_facts, read_tensors, write_tensors
 from equipoise.gradients import Gradient
-from equipoise.models import EquilibriumClassifier, ModelConfig, build
+from equipoise.models import ModelConfig, build
 from equipoise.models.build import MODELS
 from equipoise.solvers import Solver
+from equipoise.train.config import TrainConfig
 from equipoise.train.proof import prove
 from equipoise.train.serialize import from_plain, to_plain
 
 KEEP = 2  # resumable checkpoints in a run folder
 
 
-def save(model: EquilibriumClassifier, path: str | os.PathLike[str], *, about: Mapping[str, Any] | None = None) -> None:
+def save(model: Any, path: str | os.PathLike[str], *, about: Mapping[str, Any] | None = None) -> None:
     """Save a model with its configuration, solver, gradient and certificate in one safetensors file, atomically.
 
     The certificates of the map, in evaluation and in training, are among the facts, or the reason why there are none.
@@ -61,7 +62,7 @@ def save(model: EquilibriumClassifier, path: str | os.PathLike[str], *, about: M
     write_tensors(Path(path), model.state_dict(), {"kind": "model", **config})
 
 
-def load(path: str | os.PathLike[str]) -> EquilibriumClassifier:
+def load(path: str | os.PathLike[str]) -> Any:
     """Load what `save` wrote: a model in evaluation mode, on the CPU.
 
     Only safetensors are read, and only known dataclasses restored; nothing in the file can run code. The certificates
@@ -130,13 +131,13 @@ def read_newest_state(folder: Path) -> tuple[State | None, list[str]]:
     return None, problems
 
 
-def model_of_state(state: State, config: ModelConfig, solver: Solver, gradient: Gradient) -> EquilibriumClassifier:
-    """The model in a resumable checkpoint (its moving average if there is one), in evaluation mode.
+def model_of_state(state: State, config: TrainConfig) -> Any:
+    """The model of a run in a resumable checkpoint (its moving average if there is one), in evaluation mode.
 
     Raises:
         CheckpointError: the checkpoint is of another configuration.
     """
-    model = build(config, solver=solver, gradient=gradient)
+    model = config.task.build(config)
     kind = "average." if any(name.startswith("average.") for name in state.tensors) else "model."
     tensors = {name.removeprefix(kind): value for name, value in state.tensors.items() if name.startswith(kind)}
     try:

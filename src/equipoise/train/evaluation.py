@@ -17,53 +17,49 @@ from equipoise.models import EquilibriumClassifier
 from equipoise.solvers import Solver
 from equipoise.train.config import TrainConfig
 from equipoise.train.data import Split
-from equipoise.train.objectives import SUMS, Classification
 from equipoise.train.proof import MEASURED, prove
 from equipoise.train.run import RunError
+from equipoise.train.tasks import Objective
 
 
-def evaluate(
-    model: EquilibriumClassifier, split: Split, config: TrainConfig, *, solver: Solver | None = None
-) -> dict[str, Any]:
-    """Loss, accuracy and solver statistics of a model on a split, and what is proved about its map.
+def evaluate(model: Any, split: Split, config: TrainConfig, *, solver: Solver | None = None) -> dict[str, Any]:
+    """Loss, scores and solver statistics of a model on a split, and what is proved about its map.
 
     Args:
-        model: a classifier.
+        model: of a run.
         split: images, from `config.data.load()`.
         config: of its run: batch size, precision and device are read from it.
         solver: in place of the configured one.
 
     Returns:
-        `loss`, `accuracy`, `mean_steps`, `converged`, `residual` and `count`; and of the certificate
-        `certified_lipschitz`, `predicted_evaluations`, `measured_lipschitz`, `tightness` and `not_certified`, the
-        reason why it is not.
+        `loss`, the scores of the task (`accuracy`), `mean_steps`, `converged`, `residual` and `count`; and of the
+        certificate `certified_lipschitz`, `predicted_evaluations`, `measured_lipschitz`, `tightness` and
+        `not_certified`, the reason why it is not.
 
     Raises:
         CertificateError: the solver was given a Lipschitz constant that the weights do not prove.
     """
     fabric = make_fabric(config)
     fabric.launch()
-    solver = solver or config.eval_solver
-    objective = Classification(model, eval_solver=solver).to(fabric.device)
+    config = dataclasses.replace(config, eval_solver=solver or config.eval_solver)
+    objective = config.task.objective(model, config).to(fabric.device)
     objective.eval()
     with surroundings(config, fabric.device):
-        proved = certified(model, split, config, solver, fabric.device)
-        found = means(evaluate_sums(fabric, objective, split, config))
+        proved = certified(model, split, config, fabric.device)
+        found = means(objective.names, evaluate_sums(fabric, objective, split, config))
     del found["penalty"]
     return {**found, **proved}
 
 
-def certified(
-    model: EquilibriumClassifier, split: Split, config: TrainConfig, solver: Solver | None, device: torch.device
-) -> dict[str, Any]:
-    """What is proved about a model in evaluation mode, with the tightness at the first images of a split.
+def certified(model: Any, split: Split, config: TrainConfig, device: torch.device) -> dict[str, Any]:
+    """What is proved about a model in evaluation mode; of a classifier, with the tightness at a split's first images.
 
     Raises:
         CertificateError: the solver was given a Lipschitz constant that the weights do not prove.
     """
-    batch = next(iter(split.batches(MEASURED)), None)
+    batch = next(iter(split.batches(MEASURED)), None) if isinstance(model, EquilibriumClassifier) else None
     images = None if batch is None else to_device(config, *batch, device)[0]
-    proof = prove(model, solver=solver, images=images)
+    proof = prove(model, solver=config.task.forward_solver(config), images=images)
     if config.precision == "bf16-mixed" and proof.reason is None:
         # Rounding of a part in 256 is beyond what the proof is about: solves stall above the tolerance.
         proof = dataclasses.replace(proof, evaluation=None, reason="bf16-mixed rounds more than a proof allows")
@@ -71,10 +67,10 @@ def certified(
 
 
 @torch.no_grad()
-def evaluate_sums(fabric: Any, objective: Classification, split: Split, config: TrainConfig) -> Tensor:
+def evaluate_sums(fabric: Any, objective: Objective, split: Split, config: TrainConfig) -> Tensor:
     """Sums of an objective over a split, over all processes."""
     objective.eval()
-    total = torch.zeros(len(SUMS), dtype=torch.float64, device=fabric.device)
+    total = torch.zeros(len(objective.names), dtype=torch.float64, device=fabric.device)
     batches = split.batches(config.eval_batch_size, rank=fabric.global_rank, world_size=fabric.world_size)
     for images, labels in batches:
         if len(labels):
@@ -84,19 +80,12 @@ def evaluate_sums(fabric: Any, objective: Classification, split: Split, config: 
     return fabric.all_reduce(total, reduce_op="sum") if fabric.world_size > 1 else total
 
 
-def means(sums: Tensor) -> dict[str, Any]:
-    """Sums over images as means."""
-    values = dict(zip(SUMS, sums.tolist(), strict=True))
-    count = max(1.0, values["count"])
-    return {
-        "count": int(values["count"]),
-        "loss": values["loss"] / count,
-        "accuracy": values["correct"] / count,
-        "mean_steps": values["steps"] / count,
-        "converged": values["converged"] / count,
-        "residual": values["residual"] / count,
-        "penalty": values["penalty"] / count,
-    }
+def means(names: tuple[str, ...], sums: Tensor) -> dict[str, Any]:
+    """The sums of an objective as means over the images; `steps` is called `mean_steps`."""
+    values = dict(zip(names, sums.tolist(), strict=True))
+    count = values.pop("count")
+    found = {name: value / max(1.0, count) for name, value in values.items()}
+    return {"count": int(count), **found, "mean_steps": found.pop("steps")}
 
 
 def summary(
@@ -127,7 +116,7 @@ def summary(
         world_size: number of processes.
     """
     return {
-        "test_accuracy": tested["accuracy"],
+        **{f"test_{name}": tested[name] for name in config.task.scores},
         "test_loss": tested["loss"],
         "mean_steps": tested["mean_steps"],
         "converged": tested["converged"],

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.parametrize import ParametrizationList
 
-from equipoise.models import EquilibriumClassifier, build
 from equipoise.train import checkpoint
 from equipoise.train.config import TrainConfig
 from equipoise.train.data import Split, Splits, generator, mix
@@ -28,10 +27,10 @@ from equipoise.train.evaluation import (
     surroundings,
     to_device,
 )
-from equipoise.train.objectives import SUMS, Classification, Moment
 from equipoise.train.proof import check_claims
 from equipoise.train.run import RunFolder, new_folder
 from equipoise.train.serialize import to_plain
+from equipoise.train.tasks import SCORES, Moment
 
 NEVER = 2**62  # step of the first loss that is not finite, as long as there is none
 
@@ -70,10 +69,15 @@ class Result:
         run_dir: folder of the run.
     """
 
-    model: EquilibriumClassifier
+    model: Any
     history: list[dict[str, Any]]
     test: dict[str, Any]
     run_dir: Path
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """Names of the scores of the test, the one that counts first; `test` has them with `test_` before the name."""
+        return tuple(name for name in SCORES if f"test_{name}" in self.test)
 
     @property
     def test_accuracy(self) -> float:
@@ -91,9 +95,9 @@ class Place:
     seconds: float = 0.0
     backward_seconds: float = 0.0
     epoch_start: tuple[float, float] = (0.0, 0.0)
-    epoch_sums: list[float] = dataclasses.field(default_factory=lambda: [0.0] * len(SUMS))
+    epoch_sums: list[float] = dataclasses.field(default_factory=list)
     window_start: tuple[float, float] = (0.0, 0.0)
-    window_sums: list[float] = dataclasses.field(default_factory=lambda: [0.0] * len(SUMS))
+    window_sums: list[float] = dataclasses.field(default_factory=list)
 
 
 def fit(
@@ -162,26 +166,24 @@ class _Trainer:
         self.steps_per_epoch = len(splits.train) // config.batch_size
         self.total = min(self.steps_per_epoch * config.epochs, config.stop_after or NEVER)
         torch.manual_seed(mix(config.seed))
-        self.model = build(config.model, solver=config.solver, gradient=config.gradient)
+        self.model = config.task.build(config)
         if config.channels_last:
-            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.model.to(memory_format=torch.channels_last)
         if config.compile_cell:
             self.model.deq.cell.compile()
-        self.objective = Classification(
-            self.model,
-            label_smoothing=config.label_smoothing,
-            penalty=config.penalty,
-            skip=config.skip,
-            pretraining=config.pretraining,
-            eval_solver=config.eval_solver,
-        )
+        self.objective = config.task.objective(self.model, config)
+        self.names = self.objective.train().names
         optimizer = config.optimizer.build(self.model.parameters())
         self.module, self.optimizer = fabric.setup(self.objective, optimizer)
         self.average = None if config.ema_decay is None else Average(self.model, config.ema_decay)
-        self.place = Place()
+        self.place = Place(epoch_sums=self._zeros, window_sums=self._zeros)
         self.clock = BackwardClock(fabric.device)
         # Reading a number makes the host wait for a device, and all processes for each other.
         self.read_every = 1 if fabric.device.type == "cpu" and fabric.world_size == 1 else config.log_every
+
+    @property
+    def _zeros(self) -> list[float]:
+        return [0.0] * len(self.names)
 
     def run(self, resume: bool) -> Result:
         """Train to the end, from wherever the folder says, and evaluate."""
@@ -204,7 +206,7 @@ class _Trainer:
                 "recipe": self.config.name,
             }
             checkpoint.save(self.model, self.folder.path / "model.safetensors", about=about)
-        proved = certified(self.model, self.splits.test, self.config, self.config.eval_solver, self.fabric.device)
+        proved = certified(self.model, self.splits.test, self.config, self.fabric.device)
         place = self.place
         facts = summary(
             self.config,
@@ -253,7 +255,7 @@ class _Trainer:
                 place.backward_seconds += self.clock.read()
                 now = time.perf_counter()
                 place.seconds, before = place.seconds + now - before, now
-                line = self._line("step", "train", self._over_all(window), place.window_start)
+                line = self._line("step", "train", self.names, self._over_all(window), place.window_start)
                 self.observer.stepped(line)
                 if logging:
                     self.folder.log(line)
@@ -266,14 +268,14 @@ class _Trainer:
             if last:
                 break
         self.module.eval()  # on the way capped norms are compared with their bounds: those of the trained weights
-        lines = [self._line("epoch", "train", self._over_all(whole), place.epoch_start)]
+        lines = [self._line("epoch", "train", self.names, self._over_all(whole), place.epoch_start)]
         if self.splits.validation is not None:
             with self._averaged():
                 lines.append(self._evaluate("validation", self.splits.validation))
         for line in lines:
             self._log(line)
         place.epoch, place.batch = place.epoch + 1, 0
-        place.epoch_sums, place.window_sums = [0.0] * len(SUMS), window.tolist()
+        place.epoch_sums, place.window_sums = self._zeros, window.tolist()
         place.epoch_start = (place.seconds, place.backward_seconds)
         self._save()
         return lines
@@ -306,11 +308,14 @@ class _Trainer:
         sums = evaluate_sums(self.fabric, self.objective, split, self.config)
         if not sums.isfinite().all():
             self._stop(f"the loss of the {name} images after {self.place.step} steps")
-        line = self._line("epoch", name, sums, (self.place.seconds, self.place.backward_seconds))
+        start_of_line = self.place.seconds, self.place.backward_seconds
+        line = self._line("epoch", name, self.objective.names, sums, start_of_line)
         del line["backward_seconds"], line["lr"], line["penalty"]
         return {**line, "seconds": time.perf_counter() - start}
 
-    def _line(self, kind: str, split: str, sums: Tensor, start: tuple[float, float]) -> dict[str, Any]:
+    def _line(
+        self, kind: str, split: str, names: tuple[str, ...], sums: Tensor, start: tuple[float, float]
+    ) -> dict[str, Any]:
         """A line of the log: means over the images of all processes, and the time since `start`."""
         place = self.place
         return {
@@ -318,7 +323,7 @@ class _Trainer:
             "split": split,
             "step": place.step,
             "epoch": place.epoch,
-            **means(sums),
+            **means(names, sums),
             "lr": self.config.schedule.lr(max(0, place.step - 1), self.total, self.config.optimizer.lr),
             "seconds": place.seconds - start[0],
             "backward_seconds": place.backward_seconds - start[1],
@@ -386,7 +391,7 @@ class _Trainer:
             **{**place, "epoch_start": tuple(place["epoch_start"]), "window_start": tuple(place["window_start"])}
         )
         if self.fabric.global_rank != 0:  # sums over all processes were saved; one of them goes on with them
-            self.place.epoch_sums, self.place.window_sums = [0.0] * len(SUMS), [0.0] * len(SUMS)
+            self.place.epoch_sums, self.place.window_sums = self._zeros, self._zeros
         self.observer.noted(f"resumed at step {self.place.step} of {self.total}")
 
     @contextlib.contextmanager
@@ -473,12 +478,6 @@ class BackwardClock:
 
 def _check(config: TrainConfig, splits: Splits, world_size: int) -> None:
     check_claims(config)
-    if len(splits.train) < config.batch_size:
-        raise ValueError(f"batch_size={config.batch_size} exceeds the {len(splits.train)} training images; lower it")
     if config.batch_size % world_size:
         raise ValueError(f"batch_size={config.batch_size} must be a multiple of the number of devices, {world_size}")
-    if len(splits.classes) != config.model.num_classes:
-        raise ValueError(
-            f"the data has {len(splits.classes)} classes and model.num_classes={config.model.num_classes}; set it to "
-            f"{len(splits.classes)}"
-        )
+    config.task.check_data(config, splits)

@@ -110,7 +110,7 @@ def prove(model: EquilibriumClassifier, *, solver: Solver | None = None, images:
         evaluation.require()
     except CertificateError as error:
         reason = str(error)
-    guessed = model.config.predictor
+    guessed = model.config.guesses
     return Proof(evaluation=evaluation, training=training, reason=reason, solver=solver, guessed=guessed)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from equipoise.certificate import contraction_solver
 from equipoise.gradients import Implicit, Shine
-from equipoise.models import Contraction, DenseConfig, MDEQConfig, ScaledLayers, SLLLayers
+from equipoise.models import ClassifierConfig, Contraction, DenseConfig, MDEQConfig, ScaledLayers, SLLLayers
 from equipoise.solvers import GMRES, Broyden, SteadyState
 from equipoise.train.config import SGD, Adam, Pretraining, SkipPenalty, TrainConfig
 from equipoise.train.data import MNIST5K, Digits, FashionMNIST, HubImages
@@ -148,7 +148,7 @@ def continuous_mnist() -> TrainConfig:
 def skip_mnist() -> TrainConfig:
     """Skip DEQ: `continuous-mnist`, begun at the guess of a network that learns to predict the equilibrium."""
     config = continuous_mnist()
-    model = dataclasses.replace(config.model, predictor=True)
+    model = dataclasses.replace(_classifier(config), predictor=True)
     return dataclasses.replace(config, name="skip-mnist", model=model, skip=SkipPenalty(weight=1.0))
 
 
@@ -158,7 +158,7 @@ def skip_reg_mnist() -> TrainConfig:
     With a weight of a tenth the map still depends on its state for many images; from one on it does for none.
     """
     config = continuous_mnist()
-    model = dataclasses.replace(config.model, explicit_steps=1)
+    model = dataclasses.replace(_classifier(config), explicit_steps=1)
     return dataclasses.replace(config, name="skip-reg-mnist", model=model, skip=SkipPenalty(weight=0.1))
 
 
@@ -168,7 +168,7 @@ def skip_reg_fashion_mnist() -> TrainConfig:
     return dataclasses.replace(
         config,
         name="skip-reg-fashion-mnist",
-        model=dataclasses.replace(config.model, explicit_steps=1),
+        model=dataclasses.replace(_classifier(config), explicit_steps=1),
         solver=SteadyState(max_steps=18, rtol=5e-2),
         gradient=Implicit(solver=GMRES(max_steps=20, rtol=0.0, atol=5e-2)),
         epochs=2,
@@ -215,6 +215,11 @@ def contracting(config: TrainConfig, contraction: Contraction, *, rtol: float = 
         eval_solver=contraction_solver(evaluated, rtol=rtol),
         pretraining=Pretraining(),
     )
+
+
+def _classifier(config: TrainConfig) -> ClassifierConfig:
+    assert isinstance(config.model, ClassifierConfig)
+    return config.model
 
 
 def _cifar10() -> HubImages:

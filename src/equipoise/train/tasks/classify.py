@@ -1,40 +1,68 @@
-"""Objectives: modules that turn a batch into a loss and into sums for the log."""
+"""Classification of images by an equilibrium."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from equipoise.gradients import Unrolled
-from equipoise.models import EquilibriumClassifier
+from equipoise.models import ClassifierConfig, EquilibriumClassifier
 from equipoise.nn import frozen, jacobian_penalty, skip_penalty
 from equipoise.solution import Solution
 from equipoise.solvers import AdjointBroyden, Picard, Solver
-from equipoise.train.config import JacobianPenalty, Pretraining, SkipPenalty
+from equipoise.train.penalties import JacobianPenalty, Pretraining, SkipPenalty
+from equipoise.train.tasks.base import Moment, Objective, Task
 
-SUMS = ("count", "loss", "correct", "steps", "converged", "residual", "penalty")
-
-
-class Moment(NamedTuple):
-    """Where in the training a batch is taken; a tuple, which Fabric's precision plugins can pass on.
-
-    Args:
-        step: number of the optimizer step, from zero.
-        epoch: number of the epoch, from zero.
-        seed: of the run.
-    """
-
-    step: int
-    epoch: int
-    seed: int
+if TYPE_CHECKING:
+    from equipoise.train.config import TrainConfig
+    from equipoise.train.data import Splits
 
 
-class Classification(nn.Module):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Classify(Task):
+    """Name the class of an image."""
+
+    scores: ClassVar[tuple[str, ...]] = ("accuracy",)
+
+    def check(self, config: TrainConfig) -> None:
+        model = config.model
+        if not isinstance(model, ClassifierConfig):
+            raise ValueError(f"the task Classify needs a classifier, and {type(model).__name__} is none")
+        if config.skip.weight and not (model.predictor or model.explicit_steps):
+            raise ValueError(
+                f"skip.weight={config.skip.weight!r} would draw the equilibrium to zeros, where its solve begins; set "
+                "model.predictor=true (Skip DEQ) or model.explicit_steps=1 (Skip Reg DEQ)"
+            )
+
+    def check_data(self, config: TrainConfig, splits: Splits) -> None:
+        super().check_data(config, splits)
+        assert isinstance(config.model, ClassifierConfig)
+        if len(splits.classes) != config.model.num_classes:
+            raise ValueError(
+                f"the data has {len(splits.classes)} classes and model.num_classes={config.model.num_classes}; set it "
+                f"to {len(splits.classes)}"
+            )
+
+    def forward_solver(self, config: TrainConfig) -> Solver:
+        return config.eval_solver or config.solver
+
+    def objective(self, model: Any, config: TrainConfig) -> Objective:
+        return Classification(
+            model,
+            label_smoothing=config.label_smoothing,
+            penalty=config.penalty,
+            skip=config.skip,
+            pretraining=config.pretraining,
+            eval_solver=config.eval_solver,
+        )
+
+
+class Classification(Objective):
     r"""Cross-entropy of a classifier, with the penalties and the fixed-depth steps of equilibrium training.
 
     $$ L = \mathrm{CE}(\mathrm{model}(x), y) + \gamma \, \frac{1}{D} \|J(z^*)\|_F^2
@@ -70,33 +98,18 @@ class Classification(nn.Module):
         self.pretraining = pretraining
         self.eval_solver = eval_solver
 
+    @property
+    def scores(self) -> tuple[str, ...]:
+        return Classify.scores
+
     def forward(self, images: Tensor, labels: Tensor, moment: Moment | None = None) -> tuple[Tensor, Tensor]:
-        """Loss and sums of a batch.
-
-        Args:
-            images: `(B, C, H, W)`.
-            labels: `(B,)`.
-            moment: place in the training; None in evaluation, which has neither penalty nor fixed-depth steps.
-
-        Returns:
-            Scalar loss to differentiate, and the sums over the batch named in `SUMS`, float64 `(7,)`.
-        """
         with self._solving(moment, labels):
             logits, solution = self.model.classify(images)
         logits = _precise(logits)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing if moment is not None else 0.0)
-        count = torch.as_tensor(len(labels), device=loss.device)
         penalty = self._penalties(solution, moment) if moment is not None else torch.zeros_like(loss)
-        sums = (
-            count,
-            loss * count,
-            (logits.argmax(1) == labels).sum(),
-            solution.num_steps.sum(),
-            solution.converged.sum(),
-            relative_residual(solution).sum(),
-            penalty * count,
-        )
-        return loss + penalty, torch.stack([value.detach().to(torch.float64) for value in sums])
+        correct = (logits.argmax(1) == labels).sum()
+        return loss + penalty, self.sums(loss, solution, {"accuracy": correct}, penalty)
 
     def _penalties(self, solution: Solution, moment: Moment) -> Tensor:
         total = torch.zeros((), device=solution.residual.device)
@@ -128,10 +141,3 @@ class Classification(nn.Module):
 
 def _precise(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-
-
-def relative_residual(solution: Solution) -> Tensor:
-    """`(B,)` norms of f(z) - z over those of z, at the answer; 0 where no evaluation was finite."""
-    size = torch.linalg.vector_norm(solution.map.pack(solution.value).detach().float(), dim=1)
-    ratio = solution.residual.float() / size.clamp_min(torch.finfo(torch.float32).tiny)
-    return torch.where(ratio.isfinite(), ratio, 0.0)

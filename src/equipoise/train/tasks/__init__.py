@@ -1,0 +1,6 @@
+"""Tasks: what a model is trained for."""
+
+from equipoise.train.tasks.base import COMMON, SCORES, Moment, Objective, Task, relative_residual
+from equipoise.train.tasks.classify import Classification, Classify
+
+__all__ = ["COMMON", "SCORES", "Classification", "Classify", "Moment", "Objective", "Task", "relative_residual"]
