@@ -82,6 +82,24 @@ def test_the_dense_model_is_certified_where_its_matrix_contracts() -> None:
         assert certificate.contracts == (norm < 1)
 
 
+def test_a_cap_scales_the_matrix_down_and_never_up() -> None:
+    config = dataclasses.replace(MNIST, width=8, cap=0.6)
+    assert config.lipschitz_limit(training=True) == 0.6
+    model = DenseClassifier(config).eval()
+    assert count(model) == count(DenseClassifier(dataclasses.replace(config, cap=None)))
+    stored = model.deq.cell.state.parametrizations.weight.original
+    for norm, expected in ((0.4, 0.4), (1.5, 0.6)):
+        with torch.no_grad():
+            stored.mul_(norm / torch.linalg.svdvals(stored)[0])
+        torch.testing.assert_close(model.deq.cell.state.weight, stored * (expected / norm))
+        assert eq.certify(model).norm == pytest.approx(expected)
+    x = torch.randn(4, 8)
+    weight = stored.detach().clone().requires_grad_()
+    model.deq.cell.state(x).square().sum().backward()
+    (0.6 * torch.nn.functional.linear(x, weight) / torch.linalg.svdvals(weight)[0]).square().sum().backward()
+    torch.testing.assert_close(stored.grad, weight.grad)
+
+
 def test_skip_and_skip_reg_begin_where_they_say() -> None:
     x = torch.randn(2, 1, 8, 8)
     model = MDEQClassifier(dataclasses.replace(DIGITS, explicit_steps=1)).eval()
@@ -97,6 +115,8 @@ def test_skip_and_skip_reg_begin_where_they_say() -> None:
 def test_misuse_is_named_with_its_remedy() -> None:
     with pytest.raises(ValueError, match="width must be at least 1, got 0"):
         dataclasses.replace(MNIST, width=0)
+    with pytest.raises(ValueError, match=r"cap must be > 0, or None for no cap, got -0\.5"):
+        dataclasses.replace(MNIST, cap=-0.5)
     with pytest.raises(ValueError, match="explicit_steps must not be negative, got -1"):
         dataclasses.replace(MNIST, explicit_steps=-1)
     with pytest.raises(ValueError, match=r"predictor=true has no use with model\.contraction"):

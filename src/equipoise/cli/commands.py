@@ -187,7 +187,8 @@ def predict(arguments: list[str]) -> int:
         ("--json", {"action": "store_true", "help": "print JSON, one line per image"}),
     ]
     folder = run_folder(arguments, "predict")
-    base = _evaluated(folder_config(folder) if folder is not None else RECIPES["mdeq-digits"]())
+    found = folder_config(folder) if folder is not None else RECIPES["mdeq-digits"]()
+    base = dataclasses.replace(_evaluated(found), solver=found.task.forward_solver(found))
     config, options = parse(
         arguments,
         base,

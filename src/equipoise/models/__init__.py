@@ -1,5 +1,6 @@
 """Models: each a module and its frozen configuration."""
 
+from equipoise.models.attack import attack
 from equipoise.models.build import build
 from equipoise.models.classifier import EquilibriumClassifier, MDEQClassifier
 from equipoise.models.config import ClassifierConfig, MDEQConfig, ModelConfig
@@ -21,5 +22,6 @@ __all__ = [
     "ModelConfig",
     "SLLLayers",
     "ScaledLayers",
+    "attack",
     "build",
 ]

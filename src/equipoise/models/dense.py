@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from equipoise.gradients import Gradient, Implicit
 from equipoise.models.classifier import EquilibriumClassifier
@@ -24,15 +25,22 @@ class DenseConfig(ClassifierConfig):
 
     width: int = 128
     """Numbers of the state."""
+    cap: float | None = None
+    """Largest Lipschitz constant of the map, to which its matrix is scaled down; below 1 it contracts. None: any."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.width < 1:
             raise ValueError(f"width must be at least 1, got {self.width}")
+        if self.cap is not None and not self.cap > 0:
+            raise ValueError(f"cap must be > 0, or None for no cap, got {self.cap!r}")
 
     @property
     def state_size(self) -> int:
         return self.width
+
+    def lipschitz_limit(self, *, training: bool) -> float | None:
+        return self.cap
 
 
 class DenseCell(nn.Module):
@@ -42,13 +50,16 @@ class DenseCell(nn.Module):
 
     Args:
         width: numbers of the state and of the injection.
+        cap: largest norm of $W$; None: any.
 
     Source: Pal, Edelman and Rackauckas (2022), MNIST.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, cap: float | None = None) -> None:
         super().__init__()
         self.state = nn.Linear(width, width, bias=False)
+        if cap is not None:
+            parametrize.register_parametrization(self.state, "weight", _Capped(cap))
         self.injection = nn.Linear(width, width, bias=False)
 
     def forward(self, z: Tensor, u: Tensor) -> Tensor:
@@ -58,6 +69,20 @@ class DenseCell(nn.Module):
     def block_matrix(self, training: bool = False) -> Tensor:
         """The constant as `certify` reads it, `(1, 1)`, float64, on the CPU."""
         return torch.linalg.matrix_norm(self.state.weight.detach().double().cpu(), 2)[None, None]
+
+
+class _Capped(nn.Module):
+    """Divides a small matrix by its spectral norm over the cap, where the norm is larger: by its singular values."""
+
+    def __init__(self, cap: float) -> None:
+        super().__init__()
+        self.cap = cap
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * (self.cap / torch.linalg.matrix_norm(weight, 2).clamp_min(self.cap))
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight
 
 
 class DenseClassifier(EquilibriumClassifier):
@@ -90,7 +115,7 @@ class DenseClassifier(EquilibriumClassifier):
             config,
             stem=nn.Sequential(nn.Flatten(), nn.Linear(config.image_channels * config.image_size**2, width), nn.ReLU()),
             deq=DEQ(
-                DenseCell(width),
+                DenseCell(width, config.cap),
                 solver=solver,
                 gradient=gradient,
                 init=nn.Sequential(nn.Linear(width, width), nn.ReLU()) if config.predictor else None,

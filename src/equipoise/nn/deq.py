@@ -88,8 +88,8 @@ class DEQ(nn.Module):
             trace: record the residual of every evaluation.
         """
         if z0 is not None or self.init is None:
-            return self._solve(self._start(inputs) if z0 is None else z0, inputs, trace)
-        z0 = self.init(*inputs)
+            return self._solve(self.start(*inputs) if z0 is None else z0, inputs, trace)
+        z0 = self.start(*inputs)
         try:
             return self._solve(z0, inputs, trace)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -112,6 +112,23 @@ class DEQ(nn.Module):
             num_evals=solution.num_evals + self.explicit_steps,
         )
 
+    def start(self, *inputs: Any) -> Any:
+        """Where a solve begins, before explicit steps: what `init` gives, or zeros like the first input.
+
+        Args:
+            inputs: as in `forward`.
+
+        Raises:
+            ValueError: there is no `init`, and the first input is no tensor.
+        """
+        if self.init is not None:
+            return self.init(*inputs)
+        if not inputs or not isinstance(inputs[0], Tensor):
+            raise ValueError(
+                "DEQ(init=None) starts from zeros like its first input, which must be a tensor; pass init="
+            )
+        return torch.zeros_like(inputs[0])
+
     @contextlib.contextmanager
     def using(self, *, solver: Solver | None = None, gradient: Gradient | None = None) -> Iterator[DEQ]:
         """Within the block, another solver or gradient."""
@@ -126,13 +143,6 @@ class DEQ(nn.Module):
     def extra_repr(self) -> str:
         steps = f", explicit_steps={self.explicit_steps}" if self.explicit_steps else ""
         return f"solver={self.solver}, gradient={self.gradient}{steps}"
-
-    def _start(self, inputs: tuple[Any, ...]) -> Any:
-        if not inputs or not isinstance(inputs[0], Tensor):
-            raise ValueError(
-                "DEQ(init=None) starts from zeros like its first input, which must be a tensor; pass init="
-            )
-        return torch.zeros_like(inputs[0])
 
     def _check(self) -> None:
         if self.init is not None and not callable(self.init):

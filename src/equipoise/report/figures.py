@@ -65,6 +65,7 @@ def curve(lines: Sequence[Mapping[str, Any]], name: str, label: str, fixed: int,
         chosen = [line for line in lines if line["split"] == split and line["kind"] == kind]
         if name == "backward_share":
             chosen = [{**x, name: x["backward_seconds"] / x["seconds"]} for x in chosen if x.get("backward_seconds")]
+        chosen = [line for line in chosen if name in line]  # some scores are of evaluations alone
         if chosen:
             steps, values = ([line[key] for line in chosen] for key in ("step", name))
             called = "training" if split == "train" else split

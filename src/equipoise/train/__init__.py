@@ -16,13 +16,14 @@ from equipoise.train.evaluation import evaluate
 from equipoise.train.loop import NonFiniteLoss, Observer, Result, fit
 from equipoise.train.penalties import JacobianPenalty, Pretraining, SkipPenalty
 from equipoise.train.run import RunError
-from equipoise.train.tasks import Classify, Objective, Task
+from equipoise.train.tasks import Adversarial, Classify, Objective, Task
 
 __all__ = [
     "MNIST5K",
     "SGD",
     "Adam",
     "AdamW",
+    "Adversarial",
     "CheckpointError",
     "Classify",
     "DataError",

@@ -1,6 +1,18 @@
 """Tasks: what a model is trained for."""
 
+from equipoise.train.tasks.adversarial import Adversarial, AdversarialClassification
 from equipoise.train.tasks.base import COMMON, SCORES, Moment, Objective, Task, relative_residual
 from equipoise.train.tasks.classify import Classification, Classify
 
-__all__ = ["COMMON", "SCORES", "Classification", "Classify", "Moment", "Objective", "Task", "relative_residual"]
+__all__ = [
+    "COMMON",
+    "SCORES",
+    "Adversarial",
+    "AdversarialClassification",
+    "Classification",
+    "Classify",
+    "Moment",
+    "Objective",
+    "Task",
+    "relative_residual",
+]

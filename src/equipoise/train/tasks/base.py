@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -137,6 +138,19 @@ class Task(abc.ABC):
 
 def relative_residual(solution: Solution[Any]) -> Tensor:
     """`(B,)` norms of f(z) - z over those of z, at the answer; 0 where no evaluation was finite."""
-    size = torch.linalg.vector_norm(solution.map.pack(solution.value).detach().float(), dim=1)
+    size = (
+        torch.stack([part.detach().float().flatten(1).square().sum(1) for part in _tensors(solution.value)])
+        .sum(0)
+        .sqrt()
+    )
     ratio = solution.residual.float() / size.clamp_min(torch.finfo(torch.float32).tiny)
     return torch.where(ratio.isfinite(), ratio, 0.0)
+
+
+def _tensors(state: Any) -> Iterator[Tensor]:
+    """The tensors of a state; that of `optimize_inputs` holds what may be containers."""
+    if isinstance(state, Tensor):
+        yield state
+        return
+    for part in state.values() if isinstance(state, Mapping) else state:
+        yield from _tensors(part)

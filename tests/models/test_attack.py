@@ -1,0 +1,135 @@
+"""Attacks on classifiers, against projected gradient ascent through equilibria that are solved for at each step."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import equipoise as eq
+from equipoise.constraints import L2Ball, LInfBall
+from equipoise.inputs import Joint
+from equipoise.models import DenseClassifier, DenseConfig, EquilibriumClassifier, MDEQClassifier, MDEQConfig, attack
+
+LONG = eq.Picard(max_steps=300, rtol=1e-9)
+
+
+def dense(seed: int = 0) -> DenseClassifier:
+    torch.manual_seed(seed)
+    model = DenseClassifier(DenseConfig(image_size=4, image_channels=1, num_classes=5, width=24, cap=0.7), solver=LONG)
+    with torch.no_grad():  # steep enough for an attack to matter
+        model.head.weight.mul_(4)
+    return model.eval()
+
+
+def batch(rows: int = 12) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.rand(rows, 1, 4, 4), torch.arange(rows) % 5
+
+
+def loss(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+    with torch.no_grad():
+        return F.cross_entropy(model(x), labels, reduction="none")
+
+
+def ascent(model: EquilibriumClassifier, x: Tensor, labels: Tensor, radius: float) -> Tensor:
+    """Normalized projected gradient ascent by backpropagation through 40 applications of the map, step by step."""
+    best = loss(model, x, labels)
+    changed = x
+    for step in range(40):
+        changed = changed.detach().requires_grad_()
+        u = model.stem(changed)
+        z = torch.zeros_like(u)
+        for _ in range(40):
+            z = model.deq.cell(z, u)
+        (slope,) = torch.autograd.grad(F.cross_entropy(model.head(z), labels, reduction="sum"), changed)
+        unit = slope / slope.flatten(1).norm(dim=1)[:, None, None, None]
+        move = changed.detach() + 0.3 * 0.92**step * unit - x
+        move = move * (radius / move.flatten(1).norm(dim=1)).clamp(max=1)[:, None, None, None]
+        changed = (x + move).clamp(0, 1)
+        best = torch.maximum(best, loss(model, changed, labels))
+    return best
+
+
+def test_it_finds_what_gradient_ascent_finds_and_stays_in_ball_and_box() -> None:
+    model, (x, labels) = dense(), batch()
+    solution = attack(model, x, labels, constraint=L2Ball(radius=0.8, center=x, lower=0.0, upper=1.0), solver=LONG)
+    changed = solution.value[2]
+    assert (changed - x).flatten(1).norm(dim=1).max() <= 0.8 * (1 + 1e-6)
+    assert changed.min() >= 0
+    assert changed.max() <= 1
+    found, clean = loss(model, changed, labels), loss(model, x, labels)
+    assert solution.cost is not None
+    torch.testing.assert_close(-solution.cost, found, rtol=1e-3, atol=1e-4)
+    reference = ascent(model, x, labels, 0.8)
+    assert (found > clean + 0.1).all()
+    assert (found > reference - 0.05 * reference.abs()).float().mean() > 0.8  # local maxima differ for some
+    assert found.mean() > reference.mean() * 0.98
+
+
+def test_the_largest_change_of_a_pixel_is_a_ball_too() -> None:
+    model, (x, labels) = dense(), batch()
+    ball = LInfBall(radius=0.1, center=x, lower=0.0, upper=1.0)
+    changed = attack(model, x, labels, constraint=ball, schedule=Joint()).value[2]
+    assert (changed - x).abs().max() <= 0.1 + 1e-12
+    assert (loss(model, changed, labels) > loss(model, x, labels)).all()
+
+
+def test_pixels_are_normalized_as_the_data_is() -> None:
+    model, (x, labels) = dense(), batch()
+    folded = copy.deepcopy(model)
+    with torch.no_grad():  # W (x - 0.3) / 0.5 + b
+        folded.stem[1].bias.sub_(0.3 / 0.5 * folded.stem[1].weight.sum(1))
+        folded.stem[1].weight.div_(0.5)
+    ball = L2Ball(radius=0.5, center=x, lower=0.0, upper=1.0)
+    one = attack(model, x, labels, constraint=ball, mean=(0.3,), std=(0.5,)).value[2]
+    torch.testing.assert_close(one, attack(folded, x, labels, constraint=ball).value[2])
+
+
+def test_a_sample_is_attacked_alike_in_any_batch() -> None:
+    model, (x, labels) = dense(), batch(6)
+    whole = attack(model, x, labels, constraint=L2Ball(radius=0.5, center=x)).value[2]
+    for row in range(6):
+        alone = x[row : row + 1]
+        one = attack(model, alone, labels[row : row + 1], constraint=L2Ball(radius=0.5, center=alone)).value[2]
+        torch.testing.assert_close(one, whole[row : row + 1])
+
+
+def test_the_gradient_of_the_worst_loss_is_that_at_the_worst_image() -> None:
+    model, (x, labels) = dense(), batch()
+    parameters = list(model.parameters())
+    ball = L2Ball(radius=0.05, center=x, lower=0.0, upper=1.0)
+    solution = attack(model, x, labels, constraint=ball, solver=LONG, equilibrium=None)
+    assert solution.converged.all()
+    z, _, changed = solution.value
+    torch.testing.assert_close(model.deq(model.stem(changed)), z, rtol=1e-7, atol=1e-8)
+    found = torch.autograd.grad(F.cross_entropy(model.head(z), labels), parameters)
+    implicit = eq.Implicit(solver=eq.GMRES(max_steps=60, rtol=0.0, atol=1e-10))
+    with model.deq.using(gradient=implicit):  # Danskin: the image counts as a constant
+        expected = torch.autograd.grad(F.cross_entropy(model(changed.detach()), labels), parameters)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_statistics_and_modes_are_left_alone() -> None:
+    torch.manual_seed(0)
+    model = MDEQClassifier(MDEQConfig.digits()).train()
+    model.head.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [part.training for part in model.modules()]
+    x, labels = torch.rand(3, 1, 8, 8), torch.arange(3)
+    ball = L2Ball(radius=0.5, center=x, lower=0.0, upper=1.0)
+    solution = attack(model, x, labels, constraint=ball, solver=eq.Picard(max_steps=3), equilibrium=None)
+    assert solution.value[2].shape == x.shape
+    assert [part.training for part in model.modules()] == modes
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+def test_images_of_another_shape_are_named() -> None:
+    model, (x, labels) = dense(), batch()
+    with pytest.raises(ValueError, match="does not broadcast to x0's"):
+        attack(model, x, labels, constraint=L2Ball(radius=1.0, center=torch.rand(3, 1, 4, 4)))

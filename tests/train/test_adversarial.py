@@ -1,0 +1,103 @@
+"""Adversarial training: what its objective sums, what it refuses, and that it makes classifiers robust."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from equipoise.constraints import LInfBall
+from equipoise.inputs import Joint
+from equipoise.models import DenseClassifier, attack
+from equipoise.solvers import Picard
+from equipoise.train import Adversarial, Classify, Digits, JacobianPenalty, TrainConfig, fit, recipes
+from equipoise.train.serialize import from_plain, to_plain
+from equipoise.train.tasks import Moment
+
+RECIPE = recipes.jiio_adversarial()
+
+
+def parts(**changes: Any) -> tuple[DenseClassifier, Any, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    config = dataclasses.replace(RECIPE, model=dataclasses.replace(RECIPE.model, width=16), **changes)
+    model = config.task.build(config)
+    return model, config.task.objective(model, config), torch.rand(10, 1, 8, 8), torch.arange(10)
+
+
+def test_in_training_the_loss_is_that_of_the_joint_iterate() -> None:
+    model, objective, x, labels = parts()
+    objective.train()
+    loss, sums = objective(x, labels, Moment(0, 0, 0))
+    found = dict(zip(objective.names, sums.tolist(), strict=True))
+    ball = RECIPE.task.constraint(x)
+    z, _, changed = attack(model, x, labels, constraint=ball, solver=RECIPE.solver, equilibrium=None).value
+    torch.testing.assert_close(loss, F.cross_entropy(model.head(z), labels))
+    assert (changed - x).flatten(1).norm(dim=1).max() <= 1 + 1e-6
+    assert objective.scores == ("robust_accuracy",)
+    assert found["count"] == 10
+    assert found["robust_accuracy"] == int((model.head(z).argmax(1) == labels).sum())
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_in_evaluation_the_scores_are_of_equilibria() -> None:
+    model, objective, x, labels = parts(eval_solver=Picard(max_steps=5), task=Adversarial(radius=0.3, norm="linf"))
+    objective.eval()
+    with torch.no_grad():
+        loss, sums = objective(x, labels)
+        found = dict(zip(objective.names, sums.tolist(), strict=True))
+        ball = LInfBall(radius=0.3, center=x, lower=0.0, upper=1.0)
+        changed = attack(model, x, labels, constraint=ball, solver=Picard(max_steps=5), equilibrium=None).value[2]
+        with model.deq.using(solver=Picard(max_steps=200, rtol=1e-8)):
+            logits, clean = model(changed), model(x)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, labels), rtol=1e-3, atol=1e-4)
+    assert found["robust_accuracy"] == int((logits.argmax(1) == labels).sum())
+    assert found["accuracy"] == int((clean.argmax(1) == labels).sum())
+    assert objective.scores == Adversarial.scores
+
+
+def test_what_does_not_fit_is_refused_with_its_remedy() -> None:
+    for changes, message in (
+        ({"data": Digits()}, "would change what the radius means; set them to zeros and ones"),
+        ({"model": recipes.mdeq_digits().model}, "an MDEQ has BatchNorm in stem and head; take a DenseConfig"),
+        ({"label_smoothing": 0.1}, "label_smoothing=0.1 has no place in the task Adversarial"),
+        ({"penalty": JacobianPenalty(weight=0.5)}, "penalty.weight=0.5 has no place"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(RECIPE, **changes)
+    with pytest.raises(ValueError, match=r"task.radius=0: must be > 0"):
+        Adversarial(radius=0)
+
+
+def test_it_is_plain_data() -> None:
+    config = dataclasses.replace(RECIPE, task=Adversarial(radius=0.5, schedule=Joint(damping=0.5)))
+    assert from_plain(TrainConfig, to_plain(config)) == config
+
+
+@pytest.mark.slow
+def test_it_makes_digits_robust(tmp_path: pathlib.Path) -> None:
+    torch.set_default_dtype(torch.float32)
+    config = dataclasses.replace(RECIPE, epochs=8, tensorboard=False)
+    robust = fit(config, run_dir=tmp_path / "robust").test
+    plain = fit(
+        dataclasses.replace(
+            config,
+            task=Classify(),
+            solver=config.task.forward_solver(config),
+            gradient=recipes.mdeq_cifar10_tiny().gradient,
+            eval_solver=None,
+        ),
+        run_dir=tmp_path / "plain",
+    ).model
+    objective = config.task.objective(plain, config).eval()
+    test = config.data.load().test
+    with torch.no_grad():
+        sums = objective(config.data.prepare(test.images), test.labels)[1]
+    found = dict(zip(objective.names, (sums / len(test)).tolist(), strict=True))
+    assert found["accuracy"] > 0.9
+    assert robust["test_accuracy"] > 0.7
+    assert robust["test_robust_accuracy"] > found["robust_accuracy"] + 0.2
