@@ -5,6 +5,7 @@ from equipoise.models.build import build
 from equipoise.models.classifier import EquilibriumClassifier, MDEQClassifier
 from equipoise.models.config import ClassifierConfig, MDEQConfig, ModelConfig
 from equipoise.models.contraction import Contraction, ScaledLayers, SLLLayers
+from equipoise.models.decoder import DecoderConfig, LatentDecoder
 from equipoise.models.dense import DenseClassifier, DenseConfig
 from equipoise.models.mdeq import MDEQCell
 from equipoise.models.predictor import MDEQPredictor
@@ -12,9 +13,11 @@ from equipoise.models.predictor import MDEQPredictor
 __all__ = [
     "ClassifierConfig",
     "Contraction",
+    "DecoderConfig",
     "DenseClassifier",
     "DenseConfig",
     "EquilibriumClassifier",
+    "LatentDecoder",
     "MDEQCell",
     "MDEQClassifier",
     "MDEQConfig",

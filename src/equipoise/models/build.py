@@ -7,12 +7,14 @@ from typing import Any
 from equipoise.gradients import Gradient, Implicit
 from equipoise.models.classifier import MDEQClassifier
 from equipoise.models.config import MDEQConfig, ModelConfig
+from equipoise.models.decoder import DecoderConfig, LatentDecoder
 from equipoise.models.dense import DenseClassifier, DenseConfig
 from equipoise.solvers import Anderson, Solver
 
 MODELS: dict[type[ModelConfig], Any] = {
     MDEQConfig: MDEQClassifier,
     DenseConfig: DenseClassifier,
+    DecoderConfig: LatentDecoder,
 }
 
 

@@ -11,12 +11,13 @@ from equipoise.train.config import (
     Schedule,
     TrainConfig,
 )
+from equipoise.train.corruptions import Blur, Corruption, Downsample, Hole, Noise
 from equipoise.train.data import MNIST5K, Digits, FashionMNIST, HubImages, ImageData
 from equipoise.train.evaluation import evaluate
 from equipoise.train.loop import NonFiniteLoss, Observer, Result, fit
 from equipoise.train.penalties import JacobianPenalty, Pretraining, SkipPenalty
 from equipoise.train.run import RunError
-from equipoise.train.tasks import Adversarial, Classify, Objective, Task
+from equipoise.train.tasks import Adversarial, Classify, Objective, Reconstruct, Task
 
 __all__ = [
     "MNIST5K",
@@ -24,19 +25,25 @@ __all__ = [
     "Adam",
     "AdamW",
     "Adversarial",
+    "Blur",
     "CheckpointError",
     "Classify",
+    "Corruption",
     "DataError",
     "Digits",
+    "Downsample",
     "FashionMNIST",
+    "Hole",
     "HubImages",
     "ImageData",
     "JacobianPenalty",
+    "Noise",
     "NonFiniteLoss",
     "Objective",
     "Observer",
     "Optimizer",
     "Pretraining",
+    "Reconstruct",
     "Result",
     "RunError",
     "Schedule",

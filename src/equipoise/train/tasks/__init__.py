@@ -3,6 +3,7 @@
 from equipoise.train.tasks.adversarial import Adversarial, AdversarialClassification
 from equipoise.train.tasks.base import COMMON, SCORES, Moment, Objective, Task, relative_residual
 from equipoise.train.tasks.classify import Classification, Classify
+from equipoise.train.tasks.reconstruct import ObservationCost, Reconstruct, Reconstruction, explain, psnr
 
 __all__ = [
     "COMMON",
@@ -13,6 +14,11 @@ __all__ = [
     "Classify",
     "Moment",
     "Objective",
+    "ObservationCost",
+    "Reconstruct",
+    "Reconstruction",
     "Task",
+    "explain",
+    "psnr",
     "relative_residual",
 ]

@@ -1,0 +1,119 @@
+"""What was done to images before they were observed, for inverse problems."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Corruption(abc.ABC):
+    """Loss of information: a linear map that is known, noise, and pixels that are missing."""
+
+    @abc.abstractmethod
+    def apply(self, images: Tensor) -> Tensor:
+        """The known map alone, differentiable, `(B, C, H, W) -> (B, C, h, w)`."""
+
+    def observe(self, images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """What is seen of clean images.
+
+        Args:
+            images: `(B, C, H, W)`, between 0 and 1.
+            generator: of what is random, on the CPU, so that it is the same on every device.
+
+        Returns:
+            New images `(B, C, h, w)`, and a mask of that shape: 1 where a pixel was seen, 0 where not.
+        """
+        observed = self.apply(images)
+        return observed, torch.ones_like(observed)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Noise(Corruption):
+    """Gaussian noise, white and additive; what it leads out of [0, 1] is not clipped."""
+
+    std: float = 0.1
+    """Standard deviation, for pixels in [0, 1]."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.std < math.inf:
+            raise ValueError(f"Noise(std={self.std!r}): must be > 0 and finite")
+
+    def apply(self, images: Tensor) -> Tensor:
+        return images
+
+    def observe(self, images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        noise = torch.randn(images.shape, generator=generator, dtype=images.dtype).to(images.device)
+        return images + self.std * noise, torch.ones_like(images)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hole(Corruption):
+    """A square of missing pixels at a random place within each image; they are seen as zeros."""
+
+    size: int = 9
+    """Side in pixels."""
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"Hole(size={self.size!r}): must be >= 1")
+
+    def apply(self, images: Tensor) -> Tensor:
+        return images
+
+    def observe(self, images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        batch, _, height, width = images.shape
+        if self.size >= min(height, width):
+            raise ValueError(f"Hole(size={self.size}) leaves nothing of images of {height}x{width}; make it smaller")
+        inside = []
+        for side in (height, width):
+            first = torch.randint(side - self.size + 1, (batch, 1), generator=generator)
+            place = torch.arange(side)
+            inside.append(((place >= first) & (place < first + self.size)).to(images.device))
+        hole = inside[0][:, None, :, None] & inside[1][:, None, None, :]
+        mask = (~hole).to(images.dtype).expand_as(images)
+        return images * mask, mask
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Blur(Corruption):
+    """Convolution with a Gaussian, over three standard deviations, of images that go on as their edge."""
+
+    sigma: float = 1.5
+    """Standard deviation in pixels."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma < math.inf:
+            raise ValueError(f"Blur(sigma={self.sigma!r}): must be > 0 and finite")
+
+    def apply(self, images: Tensor) -> Tensor:
+        reach = math.ceil(3 * self.sigma)
+        place = torch.arange(-reach, reach + 1, dtype=images.dtype, device=images.device)
+        kernel = torch.exp(-0.5 * (place / self.sigma).square())
+        kernel = (kernel / kernel.sum()).expand(images.shape[1], 1, 1, -1)
+        padded = F.pad(images, (reach,) * 4, mode="replicate")
+        rows = F.conv2d(padded, kernel, groups=images.shape[1])
+        return F.conv2d(rows, kernel.mT, groups=images.shape[1])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Downsample(Corruption):
+    """The mean over squares of pixels, of which one pixel is left."""
+
+    factor: int = 4
+    """Side of a square; the sides of the images are multiples of it."""
+
+    def __post_init__(self) -> None:
+        if self.factor < 2:
+            raise ValueError(f"Downsample(factor={self.factor!r}): must be >= 2")
+
+    def apply(self, images: Tensor) -> Tensor:
+        height, width = images.shape[2:]
+        if height % self.factor or width % self.factor:
+            raise ValueError(f"Downsample(factor={self.factor}) does not divide images of {height}x{width}")
+        return F.avg_pool2d(images, self.factor)

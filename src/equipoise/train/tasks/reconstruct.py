@@ -1,0 +1,202 @@
+"""Images explained by a decoder whose latents are optimized: generative models, and inverse problems."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from equipoise.gradients import Gradient
+from equipoise.inputs import Envelope, InputSolution, Nested, Schedule, optimize_inputs
+from equipoise.models import ClassifierConfig, build
+from equipoise.solvers import Anderson, Solver
+from equipoise.train.corruptions import Corruption
+from equipoise.train.data import generator, mix
+from equipoise.train.penalties import JacobianPenalty, Pretraining, SkipPenalty
+from equipoise.train.tasks.base import Moment, Objective, Task
+
+if TYPE_CHECKING:
+    from equipoise.train.config import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reconstruct(Task):
+    """Explain images, or what is left of them, by optimized latents of a decoder.
+
+    Without corruptions this trains a generative model: what is minimized over the latents is what is minimized over
+    the weights. With some, the latents explain what was observed, and the loss is that of the clean image.
+    """
+
+    scores: ClassVar[tuple[str, ...]] = ("psnr",)
+
+    corruptions: tuple[Corruption, ...] = ()
+    """What was done to the images; if there are several, each image of a batch meets one of them in turn."""
+    equilibrium: Solver = Anderson(max_steps=40, rtol=1e-4)
+    """Finds the equilibrium alone, at latents that are given."""
+    step_size: float | None = None
+    """Step of the latents; None: measured at each solve."""
+    schedule: Schedule = Nested(steps=2)
+    """How often state and adjoint move between two steps of the latents."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "corruptions", tuple(self.corruptions))
+        if self.step_size is not None and not self.step_size > 0:
+            raise ValueError(f"task.step_size={self.step_size!r}: must be > 0, or None to measure it")
+
+    def check(self, config: TrainConfig) -> None:
+        if isinstance(config.model, ClassifierConfig):
+            raise ValueError(
+                f"the task Reconstruct needs a decoder such as DecoderConfig, and {type(config.model).__name__} is a "
+                "classifier"
+            )
+        if self.corruptions and isinstance(config.gradient, Envelope):
+            raise ValueError(
+                "gradient=Envelope() is exact only where the loss is what the latents minimize, and with "
+                "task.corruptions it is not; set gradient=Implicit()"
+            )
+        unused = {"penalty": JacobianPenalty(), "skip": SkipPenalty(), "pretraining": Pretraining()}
+        for name, default in {**unused, "label_smoothing": 0.0}.items():
+            if getattr(config, name) != default:
+                raise ValueError(f"{name}={getattr(config, name)!r} has no use in the task Reconstruct; leave it out")
+
+    def forward_solver(self, config: TrainConfig) -> Solver:
+        return self.equilibrium
+
+    def build(self, config: TrainConfig) -> Any:
+        return build(config.model, solver=self.equilibrium)
+
+    def objective(self, model: Any, config: TrainConfig) -> Objective:
+        return Reconstruction(
+            model, task=self, solver=config.solver, gradient=config.gradient, eval_solver=config.eval_solver
+        )
+
+
+class ObservationCost(nn.Module):
+    r"""Sum of squares of what an observed image and that of a state differ by, where pixels were seen.
+
+    $$ c(z) = \sum_i m_i \, (A \, h(z) - y)_i^2 $$
+
+    Args:
+        model: decoder.
+        corruption: whose map $A$ is; None: the identity.
+    """
+
+    def __init__(self, model: Any, corruption: Corruption | None = None) -> None:
+        super().__init__()
+        self.model, self.corruption = model, corruption
+
+    def forward(self, z: Any, x: Any, observed: Tensor, mask: Tensor) -> Tensor:
+        """`(B,)` costs."""
+        images = self.model.decode(z)
+        if self.corruption is not None:
+            images = self.corruption.apply(images)
+        cost: Tensor = (mask * (images - observed)).square().flatten(1).sum(1)
+        return cost
+
+
+def explain(
+    model: Any,
+    observed: Tensor,
+    mask: Tensor,
+    *,
+    size: tuple[int, int],
+    corruption: Corruption | None = None,
+    solver: Solver,
+    gradient: Gradient = Envelope(),
+    step_size: float | None = None,
+    schedule: Schedule = Nested(steps=2),
+    equilibrium: Solver | None = None,
+) -> InputSolution:
+    """The latents whose images explain best what was observed.
+
+    Args:
+        model: decoder.
+        observed: `(B, C, h, w)`.
+        mask: of the same shape, 1 where a pixel was seen.
+        size: height and width of the clean images.
+        corruption: through which they were seen; None: directly.
+        solver: of state, adjoint and latents together.
+        gradient: through the answer.
+        step_size: of the latents; None: measured.
+        schedule: of a round.
+        equilibrium: finds the equilibrium at the answer once more, for `cost`; None: it is left out.
+    """
+    x0 = model.latents(len(observed), *size)
+    return optimize_inputs(
+        model.deq.cell,
+        z0=model.start(x0),
+        x0=x0,
+        cost=ObservationCost(model, corruption),
+        targets=(observed, mask),
+        step_size=step_size,
+        solver=solver,
+        schedule=schedule,
+        gradient=gradient,
+        equilibrium=equilibrium,
+    )
+
+
+class Reconstruction(Objective):
+    """Mean squared error of images whose latents explain what was observed.
+
+    In evaluation the images are those of the equilibrium, solved for once more at the latents that were found.
+
+    Args:
+        model: decoder.
+        task: corruptions, step, schedule and the solver of an equilibrium alone.
+        solver: of state, adjoint and latents together.
+        gradient: through the answer.
+        eval_solver: in place of `solver` in evaluation; None: the same.
+    """
+
+    def __init__(
+        self, model: Any, *, task: Reconstruct, solver: Solver, gradient: Gradient, eval_solver: Solver | None = None
+    ) -> None:
+        super().__init__()
+        self.model, self.task = model, task
+        self.solver, self.gradient, self.eval_solver = solver, gradient, eval_solver
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        return Reconstruct.scores
+
+    def forward(self, images: Tensor, labels: Tensor, moment: Moment | None = None) -> tuple[Tensor, Tensor]:
+        observed, mask = self._observe(images, moment)
+        solver = self.solver if moment is not None else self.eval_solver or self.solver
+        solution = explain(
+            self.model,
+            observed,
+            mask,
+            size=(images.shape[2], images.shape[3]),
+            solver=solver,
+            gradient=self.gradient,
+            step_size=self.task.step_size,
+            schedule=self.task.schedule,
+        )
+        z, _, x = solution.value
+        if moment is None:
+            with self.model.deq.using(solver=self.task.equilibrium):
+                z = self.model.deq(x, z0=z)
+        found = self.model.decode(z)
+        loss = (found - images).square().mean()
+        scores = {"psnr": psnr(found, images).sum()}
+        return loss, self.sums(loss, solution, scores, torch.zeros_like(loss))
+
+    def _observe(self, images: Tensor, moment: Moment | None) -> tuple[Tensor, Tensor]:
+        """What is seen of the images, each of which meets the next of the corruptions."""
+        if not self.task.corruptions:
+            return images, torch.ones_like(images)
+        source = generator(0) if moment is None else generator(mix(moment.seed, moment.step, 5))
+        observed, mask = torch.empty_like(images), torch.empty_like(images)
+        count = len(self.task.corruptions)
+        for number, corruption in enumerate(self.task.corruptions):
+            observed[number::count], mask[number::count] = corruption.observe(images[number::count], source)
+        return observed, mask
+
+
+def psnr(found: Tensor, truth: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each image in dB, `(B,)`, of pixels in [0, 1]; what lies outside is clipped."""
+    error = (found.clamp(0, 1) - truth).square().flatten(1).mean(1)
+    return -10 * error.clamp_min(torch.finfo(error.dtype).tiny).log10()

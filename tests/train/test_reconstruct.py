@@ -1,0 +1,124 @@
+"""The task of decoders: gradients against differences of the re-solved cost, evaluation, training, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+
+import pytest
+import torch
+
+import equipoise as eq
+from equipoise.inputs import Envelope
+from equipoise.models import DecoderConfig, MDEQConfig, build
+from equipoise.train import Adam, Digits, Hole, JacobianPenalty, Noise, Reconstruct, TrainConfig, fit, load
+from equipoise.train.tasks import Moment, psnr
+
+CONFIG = TrainConfig(
+    data=Digits(mean=(0.0,), std=(1.0,)),
+    model=DecoderConfig(image_size=8, image_channels=1, latent_size=4, width=24),
+    task=Reconstruct(step_size=0.1),
+    solver=eq.Anderson(memory=8, max_steps=15, rtol=1e-4, ridge=1e-3),
+    gradient=Envelope(),
+    optimizer=Adam(lr=5e-3),
+    batch_size=64,
+    epochs=1,
+    tensorboard=False,
+    accelerator="cpu",
+)
+
+
+def exact(config: TrainConfig) -> TrainConfig:
+    solver = eq.Anderson(memory=10, max_steps=600, rtol=1e-10)
+    task = dataclasses.replace(config.task, step_size=0.05, equilibrium=eq.Anderson(max_steps=80, rtol=1e-12))
+    return dataclasses.replace(config, task=task, solver=solver)
+
+
+@pytest.mark.parametrize("corruptions", [(), (Noise(std=0.1), Hole(size=3))], ids=["generative", "inverse"])
+def test_training_gradients_are_those_of_the_solved_problem(corruptions: tuple[Noise | Hole, ...]) -> None:
+    torch.manual_seed(0)
+    gradient = eq.Implicit(solver=eq.GMRES(max_steps=200, rtol=0.0, atol=1e-10)) if corruptions else Envelope()
+    task = dataclasses.replace(CONFIG.task, corruptions=corruptions)
+    config = exact(dataclasses.replace(CONFIG, task=task, gradient=gradient))
+    model = config.task.build(config).double().eval()  # no power iterations: the weights stay what they are
+    objective = config.task.objective(model, config)
+    images, moment = torch.rand(3, 1, 8, 8) * 0.2 + 0.4, Moment(0, 0, 0)
+    loss, _ = objective(images, torch.zeros(3), moment)
+    loss.backward()
+    for weight in (model.head[0].bias, model.deq.cell.injection.weight):
+        direction, h = torch.randn_like(weight), 1e-4
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                weight += sign * h * direction
+            values.append(float(objective(images, torch.zeros(3), moment)[0].detach()))
+            with torch.no_grad():
+                weight -= sign * h * direction
+        slope = float((weight.grad * direction).sum())
+        assert slope == pytest.approx((values[0] - values[1]) / (2 * h), rel=1e-4)
+
+
+def test_evaluation_is_at_the_equilibrium_that_is_solved_for_again() -> None:
+    torch.manual_seed(0)
+    config = dataclasses.replace(CONFIG, solver=eq.Anderson(max_steps=3))  # far from converged
+    model = config.task.build(config).eval()
+    objective = config.task.objective(model, config)
+    images = torch.rand(5, 1, 8, 8, dtype=torch.float32)
+    model.float()
+    with torch.no_grad():
+        _, sums = objective(images, torch.zeros(5))
+        named = dict(zip(objective.names, sums.tolist(), strict=True))
+        z0 = model.latents(5, 8, 8)
+        solution = eq.optimize_inputs(
+            model.deq.cell,
+            z0=model.start(z0),
+            x0=z0,
+            cost=lambda z, x: (model.decode(z) - images).square().sum((1, 2, 3)),
+            step_size=0.1,
+            schedule=config.task.schedule,
+            solver=config.solver,
+            equilibrium=None,
+        )
+        with model.deq.using(solver=eq.Anderson(max_steps=60, rtol=1e-7)):
+            honest = model(solution.value[2])
+    error = (honest - images).square().flatten(1).mean(1)
+    assert named["loss"] / 5 == pytest.approx(float(error.mean()), rel=1e-4)
+    assert named["psnr"] / 5 == pytest.approx(float((-10 * error.log10()).mean()), rel=1e-4)
+    assert named["count"] == 5
+
+
+@pytest.mark.slow
+def test_a_decoder_learns_to_explain_digits(tmp_path: pathlib.Path) -> None:
+    model = dataclasses.replace(CONFIG.model, latent_size=8, width=48)
+    config = dataclasses.replace(CONFIG, model=model, optimizer=Adam(lr=2e-2), epochs=4)
+    result = fit(config, run_dir=tmp_path / "run")
+    data = config.data.load()
+    pixels = config.data.prepare(data.test.images)
+    mean = config.data.prepare(data.train.images).mean(0)
+    assert result.test["test_loss"] < 0.7 * float((pixels - mean).square().mean())
+    assert result.test["test_psnr"] > 10
+    again = load(tmp_path / "run" / "model.safetensors")
+    x = torch.randn(2, 8, dtype=torch.float32)
+    torch.testing.assert_close(again(x), result.model.eval()(x))
+
+
+def test_psnr_is_per_image_and_clips() -> None:
+    truth = torch.zeros(2, 1, 2, 2)
+    found = torch.tensor([0.1, 0.5]).view(2, 1, 1, 1).expand(2, 1, 2, 2) - torch.tensor([0.0, 1.0]).view(2, 1, 1, 1)
+    assert psnr(found, truth)[0] == pytest.approx(20.0)
+    assert psnr(found, truth)[1] > 1000  # -0.5 is 0 once it is clipped
+    assert psnr(truth + 2, truth)[0] == pytest.approx(0.0, abs=1e-9)
+    assert math.isfinite(float(psnr(truth, truth)[0]))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs a decoder"):
+        dataclasses.replace(CONFIG, model=MDEQConfig.digits())
+    with pytest.raises(ValueError, match=r"set gradient=Implicit\(\)"):
+        dataclasses.replace(CONFIG, task=Reconstruct(corruptions=(Noise(),)))
+    with pytest.raises(ValueError, match=r"penalty=.* has no use"):
+        dataclasses.replace(CONFIG, penalty=JacobianPenalty(weight=1.0))
+    with pytest.raises(ValueError, match="step_size=0"):
+        Reconstruct(step_size=0.0)
+    assert build(CONFIG.model).config == CONFIG.model
