@@ -135,7 +135,7 @@ def evaluate(arguments: list[str]) -> int:
         ("--json", {"action": "store_true", "help": "print JSON"}),
     ]
     folder = run_folder(arguments, "evaluate")
-    base = _evaluated(folder_config(folder) if folder is not None else RECIPES["mdeq-digits"]())
+    base = evaluated(folder_config(folder) if folder is not None else RECIPES["mdeq-digits"]())
     config, options = parse(
         arguments,
         base,
@@ -188,7 +188,7 @@ def predict(arguments: list[str]) -> int:
     ]
     folder = run_folder(arguments, "predict")
     found = folder_config(folder) if folder is not None else RECIPES["mdeq-digits"]()
-    base = dataclasses.replace(_evaluated(found), solver=found.task.forward_solver(found))
+    base = dataclasses.replace(evaluated(found), solver=found.task.forward_solver(found))
     config, options = parse(
         arguments,
         base,
@@ -209,12 +209,12 @@ def predict(arguments: list[str]) -> int:
         raise RunError(f"{options.run} is a run of {type(config.task).__name__}, and predict names classes")
     names = facts["about"].get("classes") or [str(number) for number in range(config.model.num_classes)]
     failed = False
-    files, size = _image_files(options.images), config.eval_batch_size
+    files, size = image_files(options.images), config.eval_batch_size
     for start in range(0, len(files), size):
         images = {}
         for path in files[start : start + size]:
             try:
-                images[path] = _read_image(path, config, options.invert)
+                images[path] = read_image(path, config, options.invert)
             except DataError as error:
                 fail(str(error), 1)
                 failed = True
@@ -254,7 +254,7 @@ def _predict_batch(
             console.print(f"  {note}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _image_files(names: list[str]) -> list[Path]:
+def image_files(names: list[str]) -> list[Path]:
     """The files that are named, and those in the folders that are named, as far as their suffix tells an image."""
     found: list[Path] = []
     for path in map(Path, names):
@@ -302,7 +302,7 @@ def _report_writer() -> Callable[..., Path]:
     return write_report
 
 
-def _read_image(path: Path, config: TrainConfig, invert: bool) -> tuple[torch.Tensor, str]:
+def read_image(path: Path, config: TrainConfig, invert: bool) -> tuple[torch.Tensor, str]:
     """An image as the model's data has it, and what had to be converted."""
     try:
         content = path.read_bytes()
@@ -375,7 +375,7 @@ def run_folder(arguments: list[str], command: str) -> Path | None:
     return Path(arguments[0])
 
 
-def _evaluated(config: TrainConfig) -> TrainConfig:
+def evaluated(config: TrainConfig) -> TrainConfig:
     """A run's configuration as evaluation needs it: no gradient that asks for a certain solver, one device."""
     solver = config.eval_solver or config.solver
     return dataclasses.replace(

@@ -1,4 +1,4 @@
-"""The command line: `equipoise recipes | train | evaluate | certify | predict | report | tune`."""
+"""The command line: `equipoise recipes | train | evaluate | certify | predict | attack | report | tune`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ commands:
   evaluate   accuracy and solver statistics of a run
   certify    prove from a run's weights that its map contracts, and how fast
   predict    classify image files with a run
+  attack     change images slightly, such that a run's classifier errs
   tune       tune the penalties of a linear model of a table by gradient
   report     write report.html into a run's folder: curves, solver, mistakes
 
@@ -35,6 +36,7 @@ examples:
   equipoise evaluate runs/demo --solver.max_steps 6
   equipoise certify runs/demo
   equipoise predict runs/demo digit.png
+  equipoise attack runs/demo --radius 0.5
   equipoise report runs/demo
   equipoise tune breast-cancer
 """
@@ -82,6 +84,7 @@ def run(arguments: list[str]) -> int:
         sys.stdout.write(f"equipoise {equipoise.__version__}\n")
         return 0
     from equipoise.cli import commands  # torch and its friends take seconds: not for --help
+    from equipoise.cli.attack import attack
     from equipoise.cli.certify import certify
     from equipoise.cli.tune import tune
 
@@ -91,6 +94,7 @@ def run(arguments: list[str]) -> int:
         "evaluate": commands.evaluate,
         "certify": certify,
         "predict": commands.predict,
+        "attack": attack,
         "report": commands.report,
         "tune": tune,
     }

@@ -212,7 +212,7 @@ def jiio_adversarial_fashion_mnist() -> TrainConfig:
         name="jiio-adversarial-fashion-mnist",
         data=FashionMNIST(validation_fraction=0.05, mean=(0.0,), std=(1.0,)),
         model=DenseConfig(image_size=28, image_channels=1, num_classes=10, cap=0.8),
-        optimizer=Adam(lr=1e-3),
+        optimizer=Adam(lr=2e-3),
         epochs=2,
     )
 

@@ -1,0 +1,273 @@
+"""`equipoise attack`: how small changes of images mislead the classifier of a run."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from equipoise.cli.commands import evaluated, folder_config, image_files, read_image, run_folder, run_model
+from equipoise.cli.display import facts_table
+from equipoise.cli.errors import UsageError
+from equipoise.cli.flags import parse
+from equipoise.constraints import L2Ball, LInfBall
+from equipoise.inputs import Nested
+from equipoise.models import EquilibriumClassifier
+from equipoise.models import attack as find
+from equipoise.solvers import Picard
+from equipoise.train import Adversarial, TrainConfig
+from equipoise.train.recipes import RECIPES
+from equipoise.train.run import RunError
+
+BATCH = 50  # images that are attacked together, between two marks of the progress bar
+SHOWN = 10  # images in the picture
+SCHEDULE = Nested(steps=4)  # maps of runs may contract slowly, or not at all
+
+DESCRIPTION = """\
+Change images as little as allowed, such that the classifier of a run errs on them most, and show what becomes of its
+answers. Image and equilibrium are found together; the answers are of the equilibrium at the changed image, solved for
+once more. Without IMAGE the first test images are attacked, away from their labels; images of your own are led away
+from what the classifier says of them. Pixels are in [0, 1] and stay there.
+An attack that finds nothing proves nothing."""
+EXAMPLES = """\
+examples:
+  equipoise attack runs/demo
+  equipoise attack runs/demo --radius 0.5 --images 500
+  equipoise attack runs/demo --norm linf --radius 0.1 --out changed.png
+  equipoise attack runs/demo digit.png
+"""
+
+
+@dataclasses.dataclass
+class Found:
+    """What the attack made of some images.
+
+    Attributes:
+        images: `(N, C, H, W)` pixels in [0, 1].
+        attacked: the same after the attack.
+        labels: `(N,)` classes that the answers are compared with.
+        before: `(N, num_classes)` logits at the images.
+        after: logits at the attacked images.
+        evals: calls of the map, over all batches.
+        vjps: products with its Jacobian.
+    """
+
+    images: Tensor
+    attacked: Tensor
+    labels: Tensor
+    before: Tensor
+    after: Tensor
+    evals: int = 0
+    vjps: int = 0
+
+    def add(self, other: Found) -> Found:
+        joined = {
+            field.name: torch.cat([getattr(self, field.name), getattr(other, field.name)])
+            for field in dataclasses.fields(self)
+            if field.name not in ("evals", "vjps")
+        }
+        return Found(**joined, evals=self.evals + other.evals, vjps=self.vjps + other.vjps)
+
+    def facts(self) -> dict[str, Any]:
+        """Scores over the images."""
+        loss = [float(F.cross_entropy(logits, self.labels)) for logits in (self.before, self.after)]
+        correct = [float((logits.argmax(1) == self.labels).double().mean()) for logits in (self.before, self.after)]
+        return {
+            "images": len(self.labels),
+            "accuracy": correct[0],
+            "robust_accuracy": correct[1],
+            "loss": loss[0],
+            "robust_loss": loss[1],
+            "evals": self.evals,
+            "vjps": self.vjps,
+        }
+
+
+def attack(arguments: list[str]) -> int:
+    """Attack the images of a run, or image files."""
+    folder = run_folder(arguments, "attack")
+    found = folder_config(folder) if folder is not None else RECIPES["jiio-adversarial"]()
+    trained = found.task if isinstance(found.task, Adversarial) else Adversarial()
+    base = dataclasses.replace(evaluated(found), solver=found.task.forward_solver(found))
+    own: list[tuple[str, dict[str, Any]]] = [
+        ("run", {"metavar": "RUN", "help": "run folder"}),
+        (
+            "files",
+            {"metavar": "IMAGE", "nargs": "*", "help": "image files, or folders of them, in place of test images"},
+        ),
+        (
+            "--radius",
+            {
+                "type": float,
+                "metavar": "R",
+                "default": argparse.SUPPRESS,
+                "help": "largest change [that of the run's training, or 1]",
+            },
+        ),
+        (
+            "--norm",
+            {
+                "choices": ["l2", "linf"],
+                "default": trained.norm,
+                "help": "its norm: Euclidean, or the largest change of a pixel",
+            },
+        ),
+        ("--images", {"type": int, "metavar": "N", "default": 100, "help": "test images to attack"}),
+        ("--rounds", {"type": int, "metavar": "N", "default": 40, "help": "steps of the image"}),
+        ("--step-size", {"type": float, "metavar": "A", "default": 1.0, "help": "along the slope"}),
+        ("--invert", {"action": "store_true", "help": "swap dark and light of image files"}),
+        ("--out", {"metavar": "FILE", "help": "picture of the first images [RUN/attack.png]"}),
+        ("--json", {"action": "store_true", "help": "print JSON"}),
+    ]
+    config, options = parse(
+        arguments,
+        base,
+        usage="equipoise attack RUN [IMAGE...] [flags]",
+        description=DESCRIPTION,
+        examples=EXAMPLES,
+        own=own,
+        fields=("data", "solver"),
+    )
+    _check(options, trained)
+    console = Console()
+    model, facts = run_model(Path(options.run), console, quiet=options.json)
+    if not isinstance(model, EquilibriumClassifier):
+        raise RunError(f"{options.run} holds a {type(model).__name__}, and attack is for classifiers")
+    model.eval().float()
+    names = facts["about"].get("classes") or [str(number) for number in range(model.config.num_classes)]
+    pixels, labels = _images(options, config)
+    start = time.perf_counter()
+    result = _run(model, config, pixels, labels, options, console)
+    seconds = time.perf_counter() - start
+    path = Path(options.out) if options.out else Path(options.run) / "attack.png"
+    _draw(result, names, path)
+    told = {**result.facts(), "radius": options.radius, "norm": options.norm, "seconds": seconds, "picture": str(path)}
+    if options.json:
+        sys.stdout.write(json.dumps({"run": options.run, **told}) + "\n")
+        return 0
+    console.print(facts_table(_told(options, told)))
+    if options.files:
+        for file, one, other in zip(_paths(options), result.before, result.after, strict=True):
+            text = f"{file}: {_answer(names, one)} -> {_answer(names, other)}"
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"picture {path}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _check(options: Any, trained: Adversarial) -> None:
+    """Fill in the radius, and refuse what makes no sense."""
+    if not hasattr(options, "radius"):
+        if options.norm != trained.norm:
+            raise UsageError(f"--norm {options.norm} needs --radius, such as 0.1 for linf or 1 for l2")
+        options.radius = trained.radius
+    for name in ("radius", "images", "rounds", "step_size"):
+        if not getattr(options, name) > 0:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(options, name):g}: must be > 0")
+
+
+def _paths(options: Any) -> list[Path]:
+    return image_files(options.files)
+
+
+def _images(options: Any, config: TrainConfig) -> tuple[Tensor, Tensor | None]:
+    """Pixels in [0, 1] and labels; None where the classifier's own answers take their place."""
+    if options.files:
+        return torch.stack(
+            [read_image(path, config, options.invert)[0] for path in _paths(options)]
+        ).float() / 255, None
+    images, labels = next(iter(config.data.load().test.batches(options.images)))
+    return images.float() / 255, labels
+
+
+def _run(
+    model: EquilibriumClassifier,
+    config: TrainConfig,
+    pixels: Tensor,
+    labels: Tensor | None,
+    options: Any,
+    console: Console,
+) -> Found:
+    """Attack all images, batch by batch."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (config.data.mean, config.data.std))
+    kind = L2Ball if options.norm == "l2" else LInfBall
+    result: Found | None = None
+    columns = TextColumn("attacking"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn()
+    quiet = options.json or not console.is_terminal
+    with (
+        Progress(*columns, console=console, transient=True, disable=quiet) as bar,
+        model.deq.using(solver=config.solver),
+    ):
+        task = bar.add_task("attack", total=len(pixels))
+        for start in range(0, len(pixels), BATCH):
+            x = pixels[start : start + BATCH]
+            with torch.no_grad():
+                before = model((x - mean) / std)
+            y = before.argmax(1) if labels is None else labels[start : start + BATCH]
+            solution = find(
+                model,
+                x,
+                y,
+                constraint=kind(radius=options.radius, center=x, lower=0.0, upper=1.0),
+                mean=config.data.mean,
+                std=config.data.std,
+                step_size=options.step_size,
+                solver=Picard(max_steps=options.rounds, rtol=1e-3),
+                schedule=SCHEDULE,
+                equilibrium=None,
+            )
+            changed = solution.value[2].detach()
+            with torch.no_grad():
+                after = model((changed - mean) / std)
+            part = Found(x, changed, y, before, after, solution.num_evals, solution.num_vjps)
+            result = part if result is None else result.add(part)
+            bar.advance(task, len(x))
+    assert result is not None
+    return result
+
+
+def _draw(result: Found, names: list[str], path: Path) -> None:
+    try:
+        from equipoise.report.attack import draw
+    except ImportError as error:
+        missing = (error.name or str(error)).partition(".")[0]
+        raise RunError(f"the picture needs {missing}: pip install 'equipoise[report]'") from error
+    answers = [
+        [
+            (names[int(logits.argmax())], bool(logits.argmax() == label))
+            for logits, label in zip(side[:SHOWN], result.labels, strict=False)
+        ]
+        for side in (result.before, result.after)
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw(result.images[:SHOWN], result.attacked[:SHOWN], answers[0], answers[1], path)
+
+
+def _told(options: Any, told: dict[str, Any]) -> dict[str, str]:
+    count = told["images"]
+    ball = "Euclidean" if options.norm == "l2" else "of the largest pixel"
+    facts = {"run": options.run, "largest change": f"{options.radius:g} ({ball})"}
+    if options.files:
+        facts["images"] = f"{count:,}"
+        facts["keep their class"] = f"{told['robust_accuracy']:.1%}"
+    else:
+        facts["test images"] = f"{count:,}"
+        facts["accuracy"] = f"{told['accuracy']:.4f}"
+        facts["accuracy under attack"] = f"{told['robust_accuracy']:.4f}"
+    facts["cross-entropy"] = f"{told['loss']:.3f}, under attack {told['robust_loss']:.3f}"
+    facts["cost"] = f"{told['evals']:,} calls of the map and {told['vjps']:,} products with its Jacobian, in batches"
+    return {**facts, "time": f"{told['seconds']:.1f} s"}
+
+
+def _answer(names: list[str], logits: Tensor) -> str:
+    value, index = logits.softmax(0).max(0)
+    return f"{names[int(index)]} {float(value):.1%}"

@@ -1,0 +1,53 @@
+"""The picture of an attack: images, what was done to them, and what the classifier says before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from equipoise.report.figures import GREEN, INK, RED, STYLE
+
+ROWS = ("image", "change", "attacked")
+
+
+@matplotlib.rc_context(STYLE)
+def draw(
+    images: Tensor,
+    attacked: Tensor,
+    before: Sequence[tuple[str, bool]],
+    after: Sequence[tuple[str, bool]],
+    path: Path,
+) -> None:
+    """Write the picture of an attack as PNG.
+
+    The change is magnified by one factor for all images, the largest that fits; gray is no change.
+
+    Args:
+        images: `(N, C, H, W)` pixels in [0, 1].
+        attacked: the same after the attack.
+        before: answer to each image, and whether it is right.
+        after: answer to each attacked image.
+        path: of the file.
+    """
+    change = attacked - images
+    factor = 0.5 / max(float(change.abs().max()), 1e-12)
+    width = 0.95 * len(images) + 0.9
+    figure = Figure(figsize=(width, 3.5), dpi=110)
+    grid = figure.subplots(3, len(images), squeeze=False)
+    sides: tuple[Sequence[tuple[str, bool]] | None, ...] = (before, None, after)
+    for name, pixels, answers, row in zip(ROWS, (images, 0.5 + factor * change, attacked), sides, grid, strict=True):
+        for number, (axes, image) in enumerate(zip(row, pixels, strict=True)):
+            axes.imshow(image.clamp(0, 1).movedim(0, -1).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+            if answers is not None:
+                text, right = answers[number]
+                axes.set_title(text, fontsize=8, color=GREEN if right else RED, pad=3)
+        label = f"{name}\nx {factor:.2g}" if name == "change" else name
+        row[0].set_ylabel(label, color=INK, rotation=0, ha="right", va="center", labelpad=8)
+    figure.subplots_adjust(left=0.85 / width, right=0.995, top=0.93, bottom=0.01, wspace=0.06, hspace=0.22)
+    figure.savefig(path)
