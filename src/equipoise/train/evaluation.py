@@ -85,7 +85,8 @@ def means(names: tuple[str, ...], sums: Tensor) -> dict[str, Any]:
     values = dict(zip(names, sums.tolist(), strict=True))
     count = values.pop("count")
     found = {name: value / max(1.0, count) for name, value in values.items()}
-    return {"count": int(count), **found, "mean_steps": found.pop("steps")}
+    mean_steps = found.pop("steps")
+    return {"count": int(count), **found, "mean_steps": mean_steps}
 
 
 def summary(
