@@ -199,3 +199,20 @@ def test_continuous_skip(tmp_path: pathlib.Path) -> None:
     other = run(str(target), "--multiscale", "cifar10")
     assert other.returncode != 0
     assert "choose another FILE" in other.stderr
+
+
+@pytest.mark.slow
+def test_jiio_inverse(tmp_path: pathlib.Path) -> None:
+    for package in ("matplotlib", "skimage", "sklearn", "lightning_fabric"):
+        pytest.importorskip(package)
+    target, picture = tmp_path / "inverse.json", tmp_path / "inverse.png"
+    command = [sys.executable, "benchmarks/jiio_inverse.py", "--quick", "--data", "photographs", "--json", str(target)]
+    command += ["--pictures", str(picture)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert run.returncode == 0, run.stderr
+    figures = json.loads(target.read_text())["figures"]
+    for task, rival in (("noise-0.1", "tv"), ("noise-0.2", "tv"), ("hole-9", "biharmonic")):
+        for method in ("joint", "adam", rival):
+            assert 5 < figures[f"{task}/{method}/psnr"] < 60
+            assert figures[f"{task}/{method}/ssim"] < 1
+    assert picture.read_bytes().startswith(b"\x89PNG")

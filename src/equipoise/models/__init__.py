@@ -9,6 +9,7 @@ from equipoise.models.decoder import DecoderConfig, LatentDecoder
 from equipoise.models.dense import DenseClassifier, DenseConfig
 from equipoise.models.mdeq import MDEQCell
 from equipoise.models.predictor import MDEQPredictor
+from equipoise.models.prior import EquilibriumPrior, PriorConfig
 
 __all__ = [
     "ClassifierConfig",
@@ -17,12 +18,14 @@ __all__ = [
     "DenseClassifier",
     "DenseConfig",
     "EquilibriumClassifier",
+    "EquilibriumPrior",
     "LatentDecoder",
     "MDEQCell",
     "MDEQClassifier",
     "MDEQConfig",
     "MDEQPredictor",
     "ModelConfig",
+    "PriorConfig",
     "SLLLayers",
     "ScaledLayers",
     "attack",

@@ -16,6 +16,7 @@ from equipoise.train.data import MNIST5K, Digits, FashionMNIST, HubImages, Image
 from equipoise.train.evaluation import evaluate
 from equipoise.train.loop import NonFiniteLoss, Observer, Result, fit
 from equipoise.train.penalties import JacobianPenalty, Pretraining, SkipPenalty
+from equipoise.train.photographs import Photographs
 from equipoise.train.run import RunError
 from equipoise.train.tasks import Adversarial, Classify, Objective, Reconstruct, Task
 
@@ -42,6 +43,7 @@ __all__ = [
     "Objective",
     "Observer",
     "Optimizer",
+    "Photographs",
     "Pretraining",
     "Reconstruct",
     "Result",

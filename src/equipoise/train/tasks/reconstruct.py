@@ -12,7 +12,7 @@ from equipoise.gradients import Gradient
 from equipoise.inputs import Envelope, InputSolution, Nested, Schedule, optimize_inputs
 from equipoise.models import ClassifierConfig, build
 from equipoise.solvers import Anderson, Solver
-from equipoise.train.corruptions import Corruption
+from equipoise.train.corruptions import Corruption, Hole, Noise
 from equipoise.train.data import generator, mix
 from equipoise.train.penalties import JacobianPenalty, Pretraining, SkipPenalty
 from equipoise.train.tasks.base import Moment, Objective, Task
@@ -23,10 +23,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reconstruct(Task):
-    """Explain images, or what is left of them, by optimized latents of a decoder.
+    r"""Explain images, or what is left of them, by optimized latents of a decoder.
 
     Without corruptions this trains a generative model: what is minimized over the latents is what is minimized over
-    the weights. With some, the latents explain what was observed, and the loss is that of the clean image.
+    the weights. With some, the latents explain what was observed, and the loss is that of the clean image; a model such
+    as `EquilibriumPrior` then has a data weight for each corruption and a penalty on latents, which are learned, too:
+
+    $$ x^* = \arg\min_x \; \lambda_k \|m \odot (A\, h(z^*(x)) - y)\|^2 + r(x), \qquad
+       L = \operatorname{mean} |h(z^*(x^*)) - \mathrm{image}|^2 $$
     """
 
     scores: ClassVar[tuple[str, ...]] = ("psnr",)
@@ -56,6 +60,17 @@ class Reconstruct(Task):
                 "gradient=Envelope() is exact only where the loss is what the latents minimize, and with "
                 "task.corruptions it is not; set gradient=Implicit()"
             )
+        if len(self.corruptions) > 1 and not all(isinstance(c, (Noise, Hole)) for c in self.corruptions):
+            raise ValueError(
+                f"task.corruptions={self.corruptions}: only Noise and Hole, which leave pixels where they are, can be "
+                "trained together; train Blur or Downsample alone"
+            )
+        weights = getattr(config.model, "num_corruptions", None)
+        if weights is not None and weights != len(self.corruptions):
+            raise ValueError(
+                f"model.num_corruptions={weights} must be the number of task.corruptions, {len(self.corruptions)}: the "
+                "model learns a data weight for each"
+            )
         unused = {"penalty": JacobianPenalty(), "skip": SkipPenalty(), "pretraining": Pretraining()}
         for name, default in {**unused, "label_smoothing": 0.0}.items():
             if getattr(config, name) != default:
@@ -76,10 +91,10 @@ class Reconstruct(Task):
 class ObservationCost(nn.Module):
     r"""Sum of squares of what an observed image and that of a state differ by, where pixels were seen.
 
-    $$ c(z) = \sum_i m_i \, (A \, h(z) - y)_i^2 $$
+    $$ c(z) = \lambda_k \sum_i m_i \, (A \, h(z) - y)_i^2 $$
 
     Args:
-        model: decoder.
+        model: decoder; the data weights are its `weights()`, and one if it has none.
         corruption: whose map $A$ is; None: the identity.
     """
 
@@ -87,13 +102,30 @@ class ObservationCost(nn.Module):
         super().__init__()
         self.model, self.corruption = model, corruption
 
-    def forward(self, z: Any, x: Any, observed: Tensor, mask: Tensor) -> Tensor:
-        """`(B,)` costs."""
+    def forward(self, z: Any, x: Any, observed: Tensor, mask: Tensor, kinds: Tensor | None = None) -> Tensor:
+        """`(B,)` costs; `kinds` are the numbers $k$ of the data weights."""
         images = self.model.decode(z)
         if self.corruption is not None:
             images = self.corruption.apply(images)
         cost: Tensor = (mask * (images - observed)).square().flatten(1).sum(1)
-        return cost
+        return cost if kinds is None else self.model.weights()[kinds] * cost
+
+
+class LatentPenalty(nn.Module):
+    """The penalty of a model's latents as a module, so that its weights are found.
+
+    Args:
+        model: decoder with a method `penalty`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Any) -> Tensor:
+        """`(B,)` penalties."""
+        penalty: Tensor = self.model.penalty(x)
+        return penalty
 
 
 def explain(
@@ -102,6 +134,7 @@ def explain(
     mask: Tensor,
     *,
     size: tuple[int, int],
+    kinds: Tensor | None = None,
     corruption: Corruption | None = None,
     solver: Solver,
     gradient: Gradient = Envelope(),
@@ -116,6 +149,7 @@ def explain(
         observed: `(B, C, h, w)`.
         mask: of the same shape, 1 where a pixel was seen.
         size: height and width of the clean images.
+        kinds: `(B,)` numbers of the model's data weights, which come with a penalty of its latents; None: neither.
         corruption: through which they were seen; None: directly.
         solver: of state, adjoint and latents together.
         gradient: through the answer.
@@ -129,7 +163,8 @@ def explain(
         z0=model.start(x0),
         x0=x0,
         cost=ObservationCost(model, corruption),
-        targets=(observed, mask),
+        targets=(observed, mask) if kinds is None else (observed, mask, kinds),
+        regularizer=None if kinds is None else LatentPenalty(model),
         step_size=step_size,
         solver=solver,
         schedule=schedule,
@@ -164,12 +199,16 @@ class Reconstruction(Objective):
 
     def forward(self, images: Tensor, labels: Tensor, moment: Moment | None = None) -> tuple[Tensor, Tensor]:
         observed, mask = self._observe(images, moment)
+        corruptions = self.task.corruptions
+        weighted = bool(corruptions) and hasattr(self.model, "weights")
         solver = self.solver if moment is not None else self.eval_solver or self.solver
         solution = explain(
             self.model,
             observed,
             mask,
             size=(images.shape[2], images.shape[3]),
+            kinds=torch.arange(len(images), device=images.device) % len(corruptions) if weighted else None,
+            corruption=corruptions[0] if len(corruptions) == 1 else None,
             solver=solver,
             gradient=self.gradient,
             step_size=self.task.step_size,
@@ -189,8 +228,10 @@ class Reconstruction(Objective):
         if not self.task.corruptions:
             return images, torch.ones_like(images)
         source = generator(0) if moment is None else generator(mix(moment.seed, moment.step, 5))
-        observed, mask = torch.empty_like(images), torch.empty_like(images)
         count = len(self.task.corruptions)
+        if count == 1:
+            return self.task.corruptions[0].observe(images, source)
+        observed, mask = torch.empty_like(images), torch.empty_like(images)
         for number, corruption in enumerate(self.task.corruptions):
             observed[number::count], mask[number::count] = corruption.observe(images[number::count], source)
         return observed, mask
