@@ -1,4 +1,4 @@
-"""Ways to optimize an input, each from zero state and adjoint, that tell every input on their way and count their work."""
+"""Ways to optimize an input, each from zero state and adjoint, that count their work."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from input_models import Problem
 from torch import Tensor
 
 import equipoise as eq
-from equipoise.inputs import Joint, Nested, Schedule
+from equipoise.inputs import Nested, Schedule
 
-DEFAULT = eq.Anderson(memory=10, max_steps=100, rtol=1e-4, ridge=1e-3)  # that of `optimize_inputs`
+DEFAULT = eq.Anderson(memory=10, max_steps=100, rtol=1e-4, ridge=1e-2)  # that of `optimize_inputs`
 
 
 @dataclasses.dataclass
@@ -46,7 +46,7 @@ class Method(abc.ABC):
 class Ours(Method):
     """`optimize_inputs`; without a step, it is measured."""
 
-    schedule: Schedule = Joint()
+    schedule: Schedule = Nested()
     measured: bool = False
 
     @torch.no_grad()
@@ -107,9 +107,7 @@ class Loop(Method):
             yield work
 
     @abc.abstractmethod
-    def slope(
-        self, problem: Problem, work: Work, z: Tensor, mu: Tensor, x: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def slope(self, problem: Problem, work: Work, z: Tensor, mu: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """State, adjoint and the slope of the cost, by way of those before."""
 
 

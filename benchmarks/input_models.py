@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -157,7 +157,7 @@ def train(
         probe = torch.randn(out.shape, generator=probes)
         (product,) = torch.autograd.grad(out, z, probe, create_graph=True)
         optimizer.zero_grad()
-        (value + steady * product.square().mean()).backward()  # type: ignore[no-untyped-call]
+        (value + steady * product.square().mean()).backward()
         optimizer.step()
         history.append(float(value.detach()))
     return history
@@ -200,9 +200,7 @@ def generative(*, latents: int = 8) -> Problem:
     torch.manual_seed(0)
     images, _ = digits()
     rows = len(images)
-    return Problem(
-        Layer(latents), Fit(64), torch.zeros(rows, SIZE), torch.zeros(rows, latents), targets=(images,)
-    )
+    return Problem(Layer(latents), Fit(64), torch.zeros(rows, SIZE), torch.zeros(rows, latents), targets=(images,))
 
 
 def adversarial() -> Problem:
@@ -228,4 +226,6 @@ def slow(*, inputs: int = 16, radius: float = 1.03) -> Problem:
     torch.manual_seed(0)
     rows = 1800
     y = torch.randn(rows, 32)
-    return Problem(SlowLayer(inputs, radius), Fit(32, ridge=0.1), torch.zeros(rows, SIZE), torch.zeros(rows, inputs), targets=(y,))
+    return Problem(
+        SlowLayer(inputs, radius), Fit(32, ridge=0.1), torch.zeros(rows, SIZE), torch.zeros(rows, inputs), targets=(y,)
+    )

@@ -45,9 +45,12 @@ def test_c1_scalar(schedule: Schedule, step_size: float | None) -> None:
     assert float(solution.joint_cost) == pytest.approx(0.5, rel=1e-9)
 
 
-def test_the_measured_step_is_half_the_inverse_curvature() -> None:
+@pytest.mark.parametrize(("schedule", "stride"), [(Nested(), 1.0), (Joint(), 0.5)], ids=str)
+def test_the_measured_step_is_the_inverse_curvature_and_half_of_it_for_old_values(
+    schedule: Schedule, stride: float
+) -> None:
     # phi(x) = (2 x - 3)^2 / 2 + x^2 / 4 has the second derivative 4.5.
-    assert float(scalar(step_size=None).step_size) == pytest.approx(0.5 / 4.5, rel=1e-2)
+    assert float(scalar(step_size=None, schedule=schedule).step_size) == pytest.approx(stride / 4.5, rel=1e-2)
 
 
 @pytest.mark.parametrize("schedule", [Joint(), Nested(steps=3)], ids=str)

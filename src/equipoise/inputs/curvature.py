@@ -11,13 +11,15 @@ from torch import Tensor
 from equipoise.inputs.joint import JointMap
 from equipoise.inputs.schedules import Held
 from equipoise.map import Map
-from equipoise.solvers import Anderson
+from equipoise.solvers import Anderson, Solver
 
 NUDGE = 1e-2  # length of a probing step, relative to 1 + |x|
-PROBES = 2  # steps of the power iteration for the curvature
 LONGEST = 100.0  # first step of the input at most, relative to 1 + |x|
-SETTLE = Anderson(memory=10, max_steps=50, rtol=0.03)  # state and adjoint before the solve
-RESPOND = Anderson(memory=10, max_steps=40, rtol=0.03)  # their change at a probing step
+# What a slow layer answers after many rounds, the first steps of the input do not meet: a step that is measured so is
+# cheaper, and no worse, than by the curvature at the equilibrium.
+SETTLE = Anderson(max_steps=4, rtol=0.1)  # state and adjoint before the solve
+GLANCE = Anderson(max_steps=4, rtol=0.1)  # their change at a probing step
+RESPOND = Anderson(memory=10, max_steps=40, rtol=0.03)  # the same, to judge an answer
 
 
 class Probe:
@@ -46,10 +48,14 @@ class Probe:
     def x(self) -> Tensor:
         return self.v[:, -self.size :]
 
-    def product(self, direction: Tensor) -> Tensor:
+    def product(self, direction: Tensor, solver: Solver) -> Tensor:
         """Its Hessian times the unit vector along `direction`, `(b, p)`, by a difference over a short step.
 
         State and adjoint follow the step by their own equations, so what is left of their residuals cancels.
+
+        Args:
+            direction: `(b, p)`.
+            solver: of how state and adjoint change.
         """
         norm = torch.linalg.vector_norm(direction, dim=1, keepdim=True)
         unit = torch.where(norm > 0, direction / torch.where(norm > 0, norm, 1.0), 0.0)
@@ -57,17 +63,22 @@ class Probe:
         start = torch.zeros_like(self.v)
         start[:, -self.size :] = length * unit
         image = torch.cat([self.parts[:, : -self.size], self.x], dim=1)
-        change = RESPOND.solve(_Change(self.held, self.v, image), start).value
+        change = solver.solve(_Change(self.held, self.v, image), start).value
         return (self._ask(self.v + change) - self.parts)[:, -self.size :] / length
 
-    def inverse_curvature(self, direction: Tensor) -> Tensor:
+    def inverse_curvature(self, direction: Tensor, *, probes: int = 1, solver: Solver = GLANCE) -> Tensor:
         """A step for gradient descent, `(b, 1)`: one over the largest curvature that power iteration finds.
 
         Where there is none to speak of, as for a linear cost, the step is many times as long as the input.
+
+        Args:
+            direction: `(b, p)` to begin with.
+            probes: steps of the power iteration.
+            solver: of how state and adjoint change in each.
         """
         curvature = torch.zeros_like(self.reach)
-        for _ in range(PROBES):
-            direction = self.product(direction)
+        for _ in range(probes):
+            direction = self.product(direction, solver)
             curvature = torch.maximum(curvature, torch.linalg.vector_norm(direction, dim=1, keepdim=True))
         steepness = torch.linalg.vector_norm(self.slope, dim=1, keepdim=True)
         step = 1 / torch.maximum(curvature, steepness / (LONGEST * self.reach))

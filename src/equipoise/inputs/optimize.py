@@ -11,17 +11,16 @@ from torch import Tensor, nn
 
 from equipoise.constraints import Constraint, Proximal
 from equipoise.gradients import Gradient, Implicit
-from equipoise.inputs.curvature import SETTLE, Probe
+from equipoise.inputs.curvature import RESPOND, SETTLE, Probe
 from equipoise.inputs.gradients import StateOnly
 from equipoise.inputs.joint import JointMap, JointModule
-from equipoise.inputs.schedules import Held, Joint, Schedule
+from equipoise.inputs.schedules import Held, Joint, Nested, Schedule
 from equipoise.solution import Solution, Status
 from equipoise.solvers import GMRES, Anderson, Solver
 from equipoise.state import InputLayout, Layout
 
 WORSE = 1e-3  # relative excess of the cost over that of the start above which an answer is none
 SLACK = 10.0  # by which an answer may miss the tolerance at a step that was measured
-SHORTER = 0.5  # than one over the curvature: the joint iteration is stable for shorter steps than gradient descent
 OUTSIDE = 1e-6  # relative distance from the set at which a start is called infeasible
 
 
@@ -59,8 +58,8 @@ def optimize_inputs(
     regularizer: Callable[[Any], Tensor] | None = None,
     constraint: Constraint | Proximal | None = None,
     step_size: float | Tensor | None = None,
-    solver: Solver = Anderson(memory=10, max_steps=100, rtol=1e-4, ridge=1e-3),
-    schedule: Schedule = Joint(),
+    solver: Solver = Anderson(memory=10, max_steps=100, rtol=1e-4, ridge=1e-2),
+    schedule: Schedule = Nested(),
     gradient: Gradient = Implicit(solver=GMRES(max_steps=200, rtol=0.0, atol=1e-6)),
     params: Sequence[Tensor] | None = None,
     equilibrium: Solver | None = Anderson(max_steps=50, rtol=1e-5),
@@ -87,11 +86,13 @@ def optimize_inputs(
         targets: tensors `(B, ...)` that the cost takes.
         regularizer: `r(x) -> (B,)`.
         constraint: the set $X$ (`L2Ball`, `LInfBall`, `Box`), or a `Proximal` penalty; then `x0` is one tensor.
-        step_size: $\alpha$, a number or `(B,)`, say the `step_size` of an earlier solution; None: half the inverse of
-            the curvature, measured for each sample at the start. With a given one the curvature is measured at the end,
-            and a sample that converged only because its step is short is called STALLED.
+        step_size: $\alpha$, a number or `(B,)`, say the `step_size` of an earlier solution; None: the inverse of the
+            curvature, half of it for `Joint()`, measured for each sample at the start by some ten evaluations. With a
+            given one the curvature is measured at the end, and a sample that converged only because its step is short
+            is called STALLED.
         solver: of the joint fixed point; its tolerance holds for each block.
-        schedule: `Joint()` needs the fewest evaluations with Anderson, `Nested()` converges from farther away.
+        schedule: of a round. `Nested()` bears longer steps and ends less often at another stationary point than the
+            paper's `Joint()`, whose rounds cost less.
         gradient: of `value` in parameters, inputs and targets. `Implicit()` is exact, active constraints included;
             `Envelope()` if the outer loss is a multiple of this cost; `FirstOrder()` holds the input constant.
         params: tensors that cell, cost or regularizer depend on and that are to receive gradients. None: the parameters
@@ -154,7 +155,7 @@ def optimize_inputs(
         if step_size is None:
             v = SETTLE.solve(f.variant(Held()), v).value
             probe = Probe(f, v)
-            f.tensors[0] = SHORTER * probe.inverse_curvature(probe.slope)
+            f.tensors[0] = schedule.stride * probe.inverse_curvature(probe.slope)
         solution = solver.solve(f.variant(schedule), v, trace=trace)
         looked = _look_again(f, v, solution, solver, equilibrium, checked=step_size is not None)
         joint_cost = f.variant(Held()).ask(joint.objective, looked.value)
@@ -213,7 +214,7 @@ def _look_again(
     claimed = status == Status.CONVERGED
     if checked and bool(claimed.any()):
         probe = Probe(f, settled)
-        longer = torch.maximum(probe.inverse_curvature((settled - start)[:, -f.size :]), step)
+        longer = torch.maximum(probe.inverse_curvature((settled - start)[:, -f.size :], probes=2, solver=RESPOND), step)
         allowed = SLACK * solver.tolerance(torch.linalg.vector_norm(probe.x, dim=1))
         short = torch.linalg.vector_norm(_moved(f, settled, longer), dim=1) > allowed
         status = torch.where(short & claimed, int(Status.STALLED), status)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -56,6 +56,8 @@ class Problem(Protocol):
 class Schedule(abc.ABC):
     """One round of the three iterations; the input then steps along the slope that it returns."""
 
+    stride: ClassVar[float] = 1.0  # a measured step, in units of one over the curvature
+
     @abc.abstractmethod
     def advance(self, problem: Problem, z: Tensor, mu: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         r"""State, adjoint and the slope $J_x^\top \mu + \nabla_x (c + r)$ after a round, differentiable.
@@ -87,6 +89,8 @@ class Joint(Schedule):
 
     damping: float = 1.0
     adjoint_damping: float = 1.0
+
+    stride: ClassVar[float] = 0.5  # stable for shorter steps than gradient descent, as all values are old ones
 
     def __post_init__(self) -> None:
         for field in ("damping", "adjoint_damping"):
