@@ -9,20 +9,20 @@ fully connected map capped at 0.8; radius 1 in L2, pixels in [0, 1].
     clean     no attack
     joint     the recipe: image, state and adjoint together, 10 rounds, the loss read at the joint iterate
     pgd       as in the paper: 20 steps of 0.2 along the normalized gradient, each a solve from zero by 18 steps of
-              Broyden and a backward solve by 18, then a training step of the same kind; for seed 0 alone,
-              as it takes most of the time
+              Broyden and a backward solve by 18, then a training step of the same kind; for seed 0 of
+              the digits alone, as it takes most of the time
     pgd-tol   the same with solves by plain iteration to a relative residual of 1e-2, 18 steps at most
 
 All methods start from the same weights and take turns on the same batches, in one process with one thread. `seconds`
 is the processor time of their optimizer steps, `evals` counts calls of the map and `vjps` products with its Jacobian in
-them, each on a batch. On test images (the first 500 of Fashion-MNIST), after training:
+them, each on a batch. On test images (the first 359 of Fashion-MNIST), after training:
 
     accuracy          of clean images, equilibria by plain iteration to 1e-5
     foolbox           accuracy under Foolbox's L2 PGD: 50 steps of a tenth of the radius, 3 random starts, on equilibria
                       and gradients solved for from zero to 1e-4
     joint_attack      accuracy under the joint attack of 40 rounds, the equilibrium solved for once more
-    foolbox_long      on 100 images: 200 steps, 2 more random starts. Much below `foolbox`, a gradient would be masked
-    foolbox_radius_4  on 100 images, at radius 4. Well above zero, a gradient would be masked
+    foolbox_long      on 50 images: 200 steps. Much below `foolbox`, a gradient would be masked
+    foolbox_radius_4  on 50 images, at radius 4. Well above zero, a gradient would be masked
 
 Settings were chosen on validation images carved out of the training images. Figures are means over seeds, standard
 deviations under `<key>_std`. Each seed is written to FILE as it ends; what is there is not done again.
@@ -74,11 +74,11 @@ class Settings:
         restarts: of Foolbox's attack, and steps of it; then of the long one.
     """
 
-    epochs: int = 6
-    steps: int = 80
-    images: int = 500
+    epochs: int = 4
+    steps: int = 40
+    images: int = 359
     restarts: tuple[int, int] = (3, 50)
-    long: tuple[int, int] = (2, 200)
+    long: tuple[int, int] = (1, 200)
 
 
 QUICK = Settings(epochs=1, steps=2, images=20, restarts=(1, 3), long=(1, 4))
@@ -202,7 +202,7 @@ def scores(config: TrainConfig, model: EquilibriumClassifier, seed: int, setting
     torch.manual_seed(mix(seed, 1))
     with torch.no_grad(), model.deq.using(solver=EXACT):
         accuracy, robust = (float((model(t).argmax(1) == labels).double().mean()) for t in (x, changed))
-    few = x[:100], labels[:100]
+    few = x[:50], labels[:50]
     return {
         "accuracy": accuracy,
         "foolbox": foolbox_accuracy(model, x, labels, *settings.restarts),
@@ -277,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             console.print(f"{data}, seed {seed}")
             config = config_of(data, settings)
             found: dict[str, Any] = {}
-            methods = [name for name in METHODS if name != "pgd" or seed == 0]
+            methods = [name for name in METHODS if name != "pgd" or (seed == 0 and data == "digits")]
             for run in train(config, methods, seed, console):
                 cost = {"seconds": run.counts.seconds, "evals": run.counts.evals, "vjps": run.counts.vjps}
                 found[run.name] = {**cost, **scores(config, run.model, seed, settings)}

@@ -216,3 +216,37 @@ def test_jiio_inverse(tmp_path: pathlib.Path) -> None:
             assert 5 < figures[f"{task}/{method}/psnr"] < 60
             assert figures[f"{task}/{method}/ssim"] < 1
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_jiio_adversarial(tmp_path: pathlib.Path) -> None:
+    for package in ("foolbox", "sklearn", "lightning_fabric", "rich"):
+        pytest.importorskip(package)
+    target = tmp_path / "adversarial.json"
+    command = [sys.executable, "benchmarks/jiio_adversarial.py", "--quick", "--data", "digits", "--json", str(target)]
+
+    def run(*flags: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+
+    early = run("--show")
+    assert early.returncode != 0
+    assert "does not exist" in early.stderr
+    done = run("--seeds", "0", "1")
+    assert done.returncode == 0, done.stderr
+    content = json.loads(target.read_text())
+    figures = content["figures"]
+    for method in ("clean", "joint", "pgd", "pgd-tol"):
+        for key in ("accuracy", "foolbox", "joint_attack", "foolbox_long", "foolbox_radius_4"):
+            assert 0 <= figures[f"digits/{method}/{key}"] <= 1
+    steps = 11
+    assert figures["digits/joint/evals"] == steps * 20
+    assert figures["digits/joint/vjps"] == steps * 30
+    assert figures["digits/pgd/evals"] == steps * 21 * 18
+    assert figures["digits/pgd/vjps"] == steps * 21 * 18
+    assert figures["digits/pgd-tol/evals"] < figures["digits/pgd/evals"]
+    assert "pgd" not in content["runs"]["digits"]["1"], "measured for one seed alone"
+    assert figures["digits/pgd/foolbox_std"] is None
+    again = run("--seeds", "0", "1")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(target.read_text()) == content, "what is there is not done again"

@@ -63,11 +63,23 @@ def test_it_finds_what_gradient_ascent_finds_and_stays_in_ball_and_box() -> None
     assert changed.max() <= 1
     found, clean = loss(model, changed, labels), loss(model, x, labels)
     assert solution.cost is not None
-    torch.testing.assert_close(-solution.cost, found, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(F.softplus(-solution.cost), found, rtol=1e-3, atol=1e-4)
     reference = ascent(model, x, labels, 0.8)
     assert (found > clean + 0.1).all()
     assert (found > reference - 0.05 * reference.abs()).float().mean() > 0.8  # local maxima differ for some
     assert found.mean() > reference.mean() * 0.98
+
+
+def test_a_classifier_that_is_sure_of_itself_is_misled_too() -> None:
+    model, (x, _) = dense(), batch()
+    with torch.no_grad():
+        model.head.weight.mul_(300)
+        labels = model(x).argmax(1)
+        assert loss(model, x, labels).median() < 1e-12, "the slope of the cross-entropy is next to nothing"
+    ball = L2Ball(radius=1.5, center=x, lower=0.0, upper=1.0)
+    changed = attack(model, x, labels, constraint=ball).value[2]
+    with torch.no_grad():
+        assert (model(changed).argmax(1) != labels).double().mean() > 0.8
 
 
 def test_the_largest_change_of_a_pixel_is_a_ball_too() -> None:

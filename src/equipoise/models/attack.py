@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equipoise.constraints import Constraint
@@ -34,11 +33,12 @@ def attack(
 ) -> InputSolution:
     r"""Images near the given ones that a classifier errs on most, found together with their equilibria.
 
-    $$ \max_{x \in X} \; \mathrm{CE}(\mathrm{head}(z^*), y) \quad \text{subject to} \quad
-       z^* = f(z^*, \mathrm{stem}((x - m) / s)) $$
+    $$ \max_{x \in X} \; \ell, \quad \ell = \log \sum_{j \ne y} e^{h_j} - h_y, \quad h = \mathrm{head}(z^*)
+       \quad \text{subject to} \quad z^* = f(z^*, \mathrm{stem}((x - m) / s)) $$
 
-    The cost of `optimize_inputs` is the negative cross-entropy of each sample. The model is frozen meanwhile: samples
-    do not see each other, statistics do not move, no random numbers are drawn.
+    These log odds against the label have the maxima of the cross-entropy, $\log(1 + e^\ell)$. But their slope does not
+    vanish where the classifier is sure of itself, where an attack by the slope of the cross-entropy goes nowhere. The
+    model is frozen meanwhile: samples do not see each other, statistics do not move, no random numbers are drawn.
 
     With plain iteration and a step that is long against the slope, a step is the projection of a long move: it ends
     on the border of the set, where the maximum is. The default does that. Extrapolation of such iterates, by Anderson,
@@ -52,14 +52,15 @@ def attack(
         mean: of each channel, that is subtracted before the model sees the image.
         std: of each channel, by which is divided.
         start: where the search begins; None: the images.
-        step_size: as in `optimize_inputs`, of the cross-entropy in the images.
+        step_size: as in `optimize_inputs`, along the slope of the log odds.
         solver: of state, adjoint and image together.
         schedule: of a round.
-        gradient: of the answer in the parameters; `Envelope()` fits a training loss that is the cross-entropy.
+        gradient: of the answer in the parameters; `Envelope()` fits a training loss that is the cross-entropy, whose
+            slope is a multiple for each sample.
         equilibrium: finds the state once more at the answer, for `cost`; None: leave that out, as in training.
 
     Returns:
-        The solution, with `value` $(z, \mu, x)$ and `cost` the negative cross-entropy.
+        The solution, with `value` $(z, \mu, x)$ and `cost` the negative log odds.
 
     Example:
         >>> import torch, equipoise as eq
@@ -115,11 +116,13 @@ class _Pixels(nn.Module):
 
 
 class _Gain(nn.Module):
-    """The cross-entropy of each sample, negative: what an adversary minimizes."""
+    """The log odds against the label, negative: what an adversary minimizes."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
         self.head = head
 
     def forward(self, z: Any, x: Tensor, labels: Tensor) -> Tensor:
-        return -F.cross_entropy(self.head(z), labels, reduction="none")
+        logits, label = self.head(z), labels[:, None]
+        others = logits.scatter(1, label, -torch.inf).logsumexp(1)
+        return logits.gather(1, label)[:, 0] - others

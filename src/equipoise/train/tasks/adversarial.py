@@ -37,7 +37,7 @@ class Adversarial(Classify):
     norm: Literal["l2", "linf"] = "l2"
     """Norm of the ball: Euclidean, or the largest change of a pixel."""
     step_size: float = 1.0
-    """Step of the image along the slope of its cross-entropy."""
+    """Step of the image along the slope of the log odds against its label."""
     schedule: Schedule = Nested(steps=2)
     """How often state and adjoint move between two steps of the image."""
     equilibrium: Solver = Anderson(max_steps=60, rtol=1e-4)
