@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -136,6 +137,7 @@ def explain(
     size: tuple[int, int],
     kinds: Tensor | None = None,
     corruption: Corruption | None = None,
+    regularizer: Callable[[Any], Tensor] | None = None,
     solver: Solver,
     gradient: Gradient = Envelope(),
     step_size: float | None = None,
@@ -151,6 +153,7 @@ def explain(
         size: height and width of the clean images.
         kinds: `(B,)` numbers of the model's data weights, which come with a penalty of its latents; None: neither.
         corruption: through which they were seen; None: directly.
+        regularizer: of latents, `(B, ...) -> (B,)`, in the place of a penalty of the model's own; None: none.
         solver: of state, adjoint and latents together.
         gradient: through the answer.
         step_size: of the latents; None: measured.
@@ -164,7 +167,7 @@ def explain(
         x0=x0,
         cost=ObservationCost(model, corruption),
         targets=(observed, mask) if kinds is None else (observed, mask, kinds),
-        regularizer=None if kinds is None else LatentPenalty(model),
+        regularizer=regularizer if kinds is None else LatentPenalty(model),
         step_size=step_size,
         solver=solver,
         schedule=schedule,
