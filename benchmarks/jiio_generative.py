@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import pathlib
@@ -42,9 +43,9 @@ from torch import Tensor
 
 import equipoise as eq
 from equipoise.files import write_atomic
-from equipoise.models import LatentDecoder
+from equipoise.models import DecoderConfig, LatentDecoder
 from equipoise.solvers import Anderson
-from equipoise.train import Blur, Corruption, Digits, Downsample, TrainConfig, recipes
+from equipoise.train import Blur, Corruption, Digits, Downsample, Reconstruct, TrainConfig, recipes
 from equipoise.train.data import mix
 from equipoise.train.tasks import Moment, ObservationCost, explain, psnr
 
@@ -67,12 +68,17 @@ class Sizes:
     tuned: int = 24
     classifier: int = 600
 
+    @property
+    def model(self) -> DecoderConfig:
+        assert isinstance(self.config.model, DecoderConfig)
+        return self.config.model
+
 
 def sizes(quick: bool) -> Sizes:
     config = recipes.jiio_generative()
     if not quick:
         return Sizes(config)
-    model = dataclasses.replace(config.model, image_size=8, latent_size=4, width=16)
+    model = dataclasses.replace(Sizes(config).model, image_size=8, latent_size=4, width=16)
     config = dataclasses.replace(config, data=Digits(validation_fraction=0.1, mean=(0.0,), std=(1.0,)), model=model)
     config = dataclasses.replace(config, stop_after=6)
     return Sizes(config, test=100, latents=100, components=2, degraded=4, tuned=4, classifier=5)
@@ -95,14 +101,15 @@ def train(config: TrainConfig, split: Any, seed: int) -> tuple[LatentDecoder, fl
 
 def explained(model: LatentDecoder, images: Tensor, config: TrainConfig) -> tuple[Tensor, Tensor]:
     """Latents of images, and what the joint iterate shows."""
-    parts = []
+    parts, task = [], config.task
+    assert isinstance(task, Reconstruct)
     for part in images.split(500):
         solution = explain(
             *(model, part, torch.ones_like(part)),
             size=(part.shape[2], part.shape[3]),
             solver=config.eval_solver or config.solver,
-            step_size=config.task.step_size,
-            schedule=config.task.schedule,
+            step_size=task.step_size,
+            schedule=task.schedule,
         )
         parts.append((solution.value[2].detach(), model.decode(solution.value[0]).detach()))
     return torch.cat([x for x, _ in parts]), torch.cat([shown for _, shown in parts])
@@ -260,15 +267,15 @@ def main() -> None:
     size, runs = sizes(args.quick), []
     config, splits = size.config, size.config.data.load()
     every, training = (next(s.batches(10_000))[0].float() / 255 for s in (splits.test, splits.train))
+    assert splits.validation is not None
     validation = next(splits.validation.batches(size.tuned))[0].float() / 255
     features = train_features(splits.train, size.classifier)
     data = every[: size.test], every[-2 * size.test :], training[: size.latents], features
     settings: dict[str, tuple[float, float]] = {}
     for seed in range(1 if args.quick else args.seeds):
         model, seconds = train(config, splits.train, seed)
-        options = {"seed": seed, "seconds": seconds, "lr": 1e-3}
-        vae = train_vae(config.model, splits.train, kl=1.0, **options)
-        auto = train_vae(config.model, splits.train, kl=0.0, **options) if seed == 0 else None
+        rival = functools.partial(train_vae, size.model, splits.train, seed=seed, seconds=seconds, lr=1e-3)
+        vae, auto = rival(kl=1.0), rival(kl=0.0) if seed == 0 else None
         found, pictures = generative(model, vae, auto, data, size)
         solved, degraded = inverse(model, validation, every[: size.degraded], settings)
         count = {f"{n}/parameters": sum(p.numel() for p in m.parameters()) for n, m in (("jiio", model), ("vae", vae))}

@@ -302,8 +302,8 @@ def _report_writer() -> Callable[..., Path]:
     return write_report
 
 
-def read_image(path: Path, config: TrainConfig, invert: bool) -> tuple[torch.Tensor, str]:
-    """An image as the model's data has it, and what had to be converted."""
+def read_image(path: Path, config: TrainConfig, invert: bool, *, side: int | None = None) -> tuple[torch.Tensor, str]:
+    """An image as the model's data has it, or of another side, and what had to be converted."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -316,6 +316,8 @@ def read_image(path: Path, config: TrainConfig, invert: bool) -> tuple[torch.Ten
     before = f"{image.width}x{image.height} {image.mode}"
     converted = to_mode(image, channels)
     resize = getattr(config.data, "resize", None) or size
+    if side is not None:
+        size = resize = side
     if converted.size != (size, size):
         converted = resize_and_crop(converted, resize, size)
     kind = "color" if channels == 3 else "grayscale"

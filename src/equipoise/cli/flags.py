@@ -45,7 +45,7 @@ def parse(
     every = [field.name for field in dataclasses.fields(TrainConfig) if field.name != "name"]
     fields = every if fields is None else list(fields)
     arguments = [spell(argument, own) for argument in arguments]
-    plain = _choose_classes(to_plain(base), arguments)
+    plain = _choose_classes(to_plain(base), arguments, fields)
     _check_names(plain, arguments, fields, own)
 
     _allow_known_classes()
@@ -66,7 +66,7 @@ def parse(
     parser.add_argument_group("configuration").add_class_arguments(TrainConfig, as_group=False, skip=others)
     parser.set_defaults({name: plain[name] for name in fields})
     parsed = parser.parse_args(list(arguments)).as_dict()
-    options = argparse.Namespace(**{key: value for key, value in parsed.items() if key not in every})
+    options = argparse.Namespace(**{key: value for key, value in parsed.items() if key not in fields})
     changed = {name: parsed[name] for name in fields}
     try:
         return from_plain(TrainConfig, {**plain, **changed}), options
@@ -215,13 +215,13 @@ def _values(arguments: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _choose_classes(plain: dict[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
+def _choose_classes(plain: dict[str, Any], arguments: Sequence[str], fields: Sequence[str]) -> dict[str, Any]:
     """The base with another class where a flag names one: it keeps the fields that all solvers (optimizers) share."""
     values = _values(arguments)
     hints = typing.get_type_hints(TrainConfig)
     plain = dict(plain)
-    for name, hint in hints.items():
-        family = _family(hint)
+    for name in fields:
+        family = _family(hints[name])
         chosen = values.get(name, "").rpartition(".")[2]
         if family is None:
             continue

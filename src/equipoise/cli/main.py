@@ -1,4 +1,4 @@
-"""The command line: `equipoise recipes | train | evaluate | certify | predict | attack | report | tune`."""
+"""Commands: `equipoise recipes | train | evaluate | certify | predict | attack | reconstruct | tune | report`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ commands:
   certify    prove from a run's weights that its map contracts, and how fast
   predict    classify image files with a run
   attack     change images slightly, such that a run's classifier errs
+  reconstruct
+             recover an image from a noisy, blurred, small or torn one by a decoder
   tune       tune the penalties of a linear model of a table by gradient
   report     write report.html into a run's folder: curves, solver, mistakes
 
@@ -37,6 +39,7 @@ examples:
   equipoise certify runs/demo
   equipoise predict runs/demo digit.png
   equipoise attack runs/demo --radius 0.5
+  equipoise reconstruct runs/decoder small.png --task superres
   equipoise report runs/demo
   equipoise tune breast-cancer
 """
@@ -86,6 +89,7 @@ def run(arguments: list[str]) -> int:
     from equipoise.cli import commands  # torch and its friends take seconds: not for --help
     from equipoise.cli.attack import attack
     from equipoise.cli.certify import certify
+    from equipoise.cli.reconstruct import reconstruct
     from equipoise.cli.tune import tune
 
     known = {
@@ -95,6 +99,7 @@ def run(arguments: list[str]) -> int:
         "certify": certify,
         "predict": commands.predict,
         "attack": attack,
+        "reconstruct": reconstruct,
         "report": commands.report,
         "tune": tune,
     }

@@ -1,0 +1,223 @@
+"""`equipoise reconstruct`: an image from what is left of it, by the decoder of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from equipoise.cli.commands import evaluated, folder_config, read_image, run_folder, run_model
+from equipoise.cli.display import facts_table
+from equipoise.cli.errors import UsageError
+from equipoise.cli.flags import parse
+from equipoise.train import Blur, Corruption, Downsample, Hole, Noise, Reconstruct, TrainConfig
+from equipoise.train.data import generator
+from equipoise.train.recipes import RECIPES
+from equipoise.train.run import RunError
+from equipoise.train.tasks import explain, psnr
+
+DESCRIPTION = """\
+Recover an image from what is left of it: the decoder of a run makes the image, and its latents are optimized, together
+with its equilibrium, until that image explains what was observed. The file is taken as observed: noisy, blurred, the
+small image, or, with --mask, a picture in which pixels are missing. With --simulate the file is a clean image, which is
+damaged first and compared with the answer at the end."""
+EXAMPLES = """\
+examples:
+  equipoise reconstruct runs/decoder shirt.png --task deblur --sigma 1.5
+  equipoise reconstruct runs/decoder small.png --task superres --out large.png
+  equipoise reconstruct runs/decoder torn.png --task inpaint --mask missing.png
+  equipoise reconstruct runs/decoder clean.png --task denoise --std 0.2 --simulate
+"""
+
+
+def reconstruct(arguments: list[str]) -> int:
+    """Recover an image file."""
+    folder = run_folder(arguments, "reconstruct")
+    found = folder_config(folder) if folder is not None else RECIPES["jiio-generative"]()
+    if not isinstance(found.task, Reconstruct):
+        raise RunError(
+            f"{folder} is a run of {type(found.task).__name__}, and reconstruct needs a decoder: equipoise train "
+            "jiio-generative"
+        )
+    own: list[tuple[str, dict[str, Any]]] = [
+        ("run", {"metavar": "RUN", "help": "run folder"}),
+        ("image", {"metavar": "IMAGE", "help": "PNG, JPEG or other image file"}),
+        (
+            "--task",
+            {"choices": ["inpaint", "denoise", "deblur", "superres"], "required": True, "help": "what to do"},
+        ),
+        ("--mask", {"metavar": "FILE", "help": "inpaint: image that is white where pixels are missing"}),
+        (
+            "--std",
+            {"type": float, "default": 0.1, "help": "denoise: standard deviation, pixels in [0, 1]"},
+        ),
+        ("--sigma", {"type": float, "default": 1.5, "help": "deblur: standard deviation of the blur in pixels"}),
+        ("--factor", {"type": int, "default": 4, "help": "superres: how many times larger the answer is"}),
+        ("--simulate", {"action": "store_true", "help": "damage the image first, and compare at the end"}),
+        ("--noise-seed", {"type": int, "default": 0, "help": "of what --simulate draws"}),
+        ("--invert", {"action": "store_true", "help": "swap dark and light, for dark marks on light ground"}),
+        ("--out", {"metavar": "FILE", "help": "picture: observed, answer, and the truth if known [IMAGE-TASK.png]"}),
+        ("--json", {"action": "store_true", "help": "print JSON"}),
+    ]
+    config, options = parse(
+        arguments,
+        evaluated(found),
+        usage="equipoise reconstruct RUN IMAGE --task TASK [flags]",
+        description=DESCRIPTION,
+        examples=EXAMPLES,
+        own=own,
+        fields=("solver",),
+    )
+    corruption = _corruption(options)
+    console = Console()
+    model, _ = run_model(Path(options.run), console, quiet=options.json)
+    model.eval().float().requires_grad_(False)
+    problem = _read(options, config, corruption)
+    start = time.perf_counter()
+    told = "optimizing latents and equilibrium together"
+    with console.status(told) if console.is_terminal and not options.json else console.capture():
+        answer, facts = _solve(model, config, found.task, problem, corruption)
+    facts["seconds"] = time.perf_counter() - start
+    path = Path(options.out or f"{Path(options.image).stem}-{options.task}.png")
+    panels = {"observed": _shown(problem, options.task), "answer": answer[0]}
+    if problem.truth is not None:
+        panels["truth"] = problem.truth[0]
+        facts |= {"psnr": float(psnr(answer, problem.truth)), "ssim": _ssim(answer, problem.truth)}
+    _draw(panels, path)
+    if options.json:
+        line = {"run": options.run, "image": options.image, "task": options.task, **facts, "note": problem.note}
+        sys.stdout.write(json.dumps({**line, "picture": str(path)}) + "\n")
+        return 0
+    console.print(facts_table(_told(options, facts)))
+    for text in (problem.note, f"picture {path}"):
+        if text:
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Problem:
+    """One image, with a batch dimension of one.
+
+    Attributes:
+        observed: `(1, C, h, w)` what was seen.
+        mask: 1 where a pixel was seen.
+        size: height and width of the answer.
+        truth: `(1, C, H, W)`; None where it is not known.
+        note: what was converted.
+    """
+
+    observed: Tensor
+    mask: Tensor
+    size: tuple[int, int]
+    truth: Tensor | None
+    note: str
+
+
+def _corruption(options: Any) -> Corruption:
+    if options.mask is not None and options.task != "inpaint":
+        raise UsageError(f"--mask belongs to --task inpaint, not to {options.task}")
+    if options.task == "inpaint" and options.mask is None and not options.simulate:
+        raise UsageError("--task inpaint needs --mask FILE, an image that is white where pixels are missing")
+    try:
+        if options.task == "denoise":
+            return Noise(std=options.std)
+        if options.task == "deblur":
+            return Blur(sigma=options.sigma)
+        return Downsample(factor=options.factor) if options.task == "superres" else Hole()
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _read(options: Any, config: TrainConfig, corruption: Corruption) -> _Problem:
+    """The image as the decoder has it, and what was seen of it."""
+    side = config.data.shape[1]
+    small = side
+    if isinstance(corruption, Downsample):
+        if side % corruption.factor:
+            raise UsageError(f"--factor {corruption.factor} does not divide the {side} pixels of the decoder's images")
+        small = side if options.simulate else side // corruption.factor
+    pixels, note = read_image(Path(options.image), config, options.invert, side=small)
+    image = pixels[None].float() / 255
+    mask = torch.ones_like(image)
+    if options.mask is not None:
+        marks, _ = read_image(Path(options.mask), config, False, side=side)
+        mask = (marks[None] < 128).float()
+        if not bool(mask.any()):
+            raise UsageError(f"{options.mask} is white all over: nothing was observed")
+    if not options.simulate:
+        return _Problem(image * mask, mask, (side, side), None, note)
+    if options.mask is not None:
+        return _Problem(image * mask, mask, (side, side), image, note)
+    return _Problem(*corruption.observe(image, generator(options.noise_seed)), (side, side), image, note)
+
+
+def _solve(
+    model: Any, config: TrainConfig, task: Reconstruct, problem: _Problem, corruption: Corruption
+) -> tuple[Tensor, dict[str, Any]]:
+    """The answer, of the equilibrium that is solved for once more at the latents that were found."""
+    linear = isinstance(corruption, (Blur, Downsample))
+    solution = explain(
+        model,
+        problem.observed,
+        problem.mask,
+        size=problem.size,
+        corruption=corruption if linear else None,
+        solver=config.solver,
+        step_size=None if linear else task.step_size,
+        schedule=task.schedule,
+        equilibrium=task.equilibrium,
+    )
+    with torch.no_grad(), model.deq.using(solver=task.equilibrium):
+        answer = model(solution.value[2])
+    assert solution.cost is not None
+    return answer, {
+        "rounds": int(solution.num_steps),
+        "evals": solution.num_evals,
+        "vjps": solution.num_vjps,
+        "converged": bool(solution.converged),
+        "rms": float((solution.cost / problem.mask.sum()).sqrt()),
+    }
+
+
+def _shown(problem: _Problem, task: str) -> Tensor:
+    """What was seen, missing pixels in gray."""
+    return torch.where(problem.mask > 0, problem.observed, 0.5)[0] if task == "inpaint" else problem.observed[0]
+
+
+def _ssim(answer: Tensor, truth: Tensor) -> float | None:
+    try:
+        from skimage.metrics import structural_similarity
+    except ImportError:
+        return None
+    images = (t[0].clamp(0, 1).numpy() for t in (answer, truth))
+    side = min(answer.shape[2:])
+    window = min(7, side - 1 + side % 2)  # odd; 7 is the function's own
+    return float(structural_similarity(*images, data_range=1.0, channel_axis=0, win_size=window))
+
+
+def _draw(panels: dict[str, Tensor], path: Path) -> None:
+    try:
+        from equipoise.report.reconstruction import draw
+    except ImportError as error:
+        missing = (error.name or str(error)).partition(".")[0]
+        raise RunError(f"the picture needs {missing}: pip install 'equipoise[report]'") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw(panels, path)
+
+
+def _told(options: Any, facts: dict[str, Any]) -> dict[str, str]:
+    told = {"run": options.run, "image": options.image, "task": options.task}
+    if "psnr" in facts:
+        told["PSNR"] = f"{facts['psnr']:.2f} dB"
+        told["SSIM"] = "needs scikit-image" if facts["ssim"] is None else f"{facts['ssim']:.4f}"
+    told["not explained"] = f"{facts['rms']:.4f} of a pixel seen, root mean square"
+    told["cost"] = f"{facts['rounds']} rounds, {facts['evals']} calls of the map, {facts['vjps']} products"
+    return {**told, "time": f"{facts['seconds']:.1f} s"}
