@@ -15,9 +15,10 @@ from train.toy import PLAIN
 
 import equipoise as eq
 from equipoise.cli import main
+from equipoise.cli.reconstruct import _kind
 from equipoise.inputs import Envelope
-from equipoise.models import DecoderConfig
-from equipoise.train import Adam, Reconstruct, TrainConfig, fit, load
+from equipoise.models import DecoderConfig, PriorConfig
+from equipoise.train import Adam, Blur, Downsample, Hole, Noise, Reconstruct, TrainConfig, fit, load
 from equipoise.train.tasks import psnr
 
 pytest.importorskip("matplotlib")
@@ -35,6 +36,14 @@ SMALL = TrainConfig(
     stop_after=3,
     tensorboard=False,
 )
+PRIOR = dataclasses.replace(
+    SMALL,
+    model=PriorConfig(image_size=4, fine=4, coarse=4, num_corruptions=3),
+    task=Reconstruct(corruptions=(Noise(std=0.1), Noise(std=0.3), Hole(size=2))),
+    gradient=eq.Implicit(solver=eq.GMRES(max_steps=20, rtol=0.0, atol=1e-2)),
+    solver=eq.Anderson(memory=8, max_steps=20, rtol=1e-3),
+    stop_after=1,
+)
 LATENT = torch.tensor([[1.0, -0.7]])
 
 
@@ -44,6 +53,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("runs")
     torch.set_default_dtype(torch.float32)
     fit(SMALL, run_dir=folder / "decoder")
+    fit(PRIOR, run_dir=folder / "prior")
     with torch.no_grad():
         image = load(folder / "decoder" / "model.safetensors")(LATENT)[0, 0]
     Image.fromarray((image * 255).round().byte().numpy()).save(folder / "clean.png")
@@ -129,6 +139,20 @@ def test_what_makes_no_sense_is_refused(capsys: pytest.CaptureFixture[str], tmp_
     assert "is not a run folder" in refused(capsys, str(tmp_path), "clean.png", "--task", "deblur", code=1)
     Image.fromarray(np.full((4, 4), 255, dtype=np.uint8)).save("white.png")
     assert "nothing was observed" in refused(capsys, *image, "inpaint", "--mask", "white.png", code=2)
+
+
+def test_an_inverse_run_takes_any_size_and_the_weight_of_what_it_was_trained_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Image.fromarray(np.full((10, 21), 90, dtype=np.uint8)).save("photograph.png")
+    words = ["reconstruct", "prior", "photograph.png", "--json", "--task"]
+    assert main([*words, "denoise"]) == 0
+    assert "cut to 20x8" in json.loads(capsys.readouterr().out)["note"]
+    assert main([*words, "superres", "--factor", "2"]) == 0
+    assert "cut to 20x10" in json.loads(capsys.readouterr().out)["note"]
+    asked = {Noise(std=0.12): 0, Noise(std=0.25): 1, Hole(size=5): 2, Blur(): 0, Downsample(): 0}
+    assert isinstance(PRIOR.task, Reconstruct)
+    assert {corruption: _kind(PRIOR.task, corruption) for corruption in asked} == asked
 
 
 @pytest.mark.slow

@@ -304,14 +304,7 @@ def _report_writer() -> Callable[..., Path]:
 
 def read_image(path: Path, config: TrainConfig, invert: bool, *, side: int | None = None) -> tuple[torch.Tensor, str]:
     """An image as the model's data has it, or of another side, and what had to be converted."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    with warnings.catch_warnings():
-        # Pillow warns of large images and refuses huge ones; the first are as good as others here.
-        warnings.filterwarnings("ignore", ".*could be decompression bomb")
-        image = open_image(content, str(path))
+    image = _opened(path)
     channels, size, _ = config.data.shape
     before = f"{image.width}x{image.height} {image.mode}"
     converted = to_mode(image, channels)
@@ -331,6 +324,31 @@ def read_image(path: Path, config: TrainConfig, invert: bool, *, side: int | Non
     elif channels == 1 and not unchanged and float(pixels.float().mean()) > 160:
         note += "; it is mostly light, and the model was trained on light marks on dark ground: try --invert"
     return pixels, note
+
+
+def read_cropped(path: Path, channels: int, invert: bool, *, multiple: int) -> tuple[torch.Tensor, str]:
+    """An image in its own size, cut to a multiple of some pixels, and what had to be converted."""
+    image = _opened(path)
+    pixels = to_tensor(to_mode(image, channels))
+    height, width = (side - side % multiple for side in pixels.shape[1:])
+    if not height or not width:
+        raise DataError(f"{path} has {image.width}x{image.height} pixels, and each side must be at least {multiple}")
+    same = (width, height) == image.size and image.mode == ("RGB" if channels == 3 else "L")
+    kind = "color" if channels == 3 else "grayscale"
+    note = "" if same else f"{image.width}x{image.height} {image.mode} was cut to {width}x{height} {kind}"
+    pixels = pixels[:, :height, :width]
+    return 255 - pixels if invert else pixels, note
+
+
+def _opened(path: Path) -> Any:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    with warnings.catch_warnings():
+        # Pillow warns of large images and refuses huge ones; the first are as good as others here.
+        warnings.filterwarnings("ignore", ".*could be decompression bomb")
+        return open_image(content, str(path))
 
 
 def _recipe(arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -13,15 +14,18 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from equipoise.cli.commands import evaluated, folder_config, read_image, run_folder, run_model
+from equipoise.cli.commands import evaluated, folder_config, read_cropped, read_image, run_folder, run_model
 from equipoise.cli.display import facts_table
 from equipoise.cli.errors import UsageError
 from equipoise.cli.flags import parse
+from equipoise.models import PriorConfig
 from equipoise.train import Blur, Corruption, Downsample, Hole, Noise, Reconstruct, TrainConfig
 from equipoise.train.data import generator
 from equipoise.train.recipes import RECIPES
 from equipoise.train.run import RunError
 from equipoise.train.tasks import explain, psnr
+
+SIDES = 4  # pixels of which the sides of an image are a multiple where a decoder takes any size
 
 DESCRIPTION = """\
 Recover an image from what is left of it: the decoder of a run makes the image, and its latents are optimized, together
@@ -138,25 +142,51 @@ def _corruption(options: Any) -> Corruption:
 
 def _read(options: Any, config: TrainConfig, corruption: Corruption) -> _Problem:
     """The image as the decoder has it, and what was seen of it."""
-    side = config.data.shape[1]
-    small = side
-    if isinstance(corruption, Downsample):
-        if side % corruption.factor:
-            raise UsageError(f"--factor {corruption.factor} does not divide the {side} pixels of the decoder's images")
-        small = side if options.simulate else side // corruption.factor
-    pixels, note = read_image(Path(options.image), config, options.invert, side=small)
+    factor = corruption.factor if isinstance(corruption, Downsample) else 1
+    free = isinstance(config.model, PriorConfig)
+    read = _read_free if free else _read_fixed
+    pixels, note = read(options.image, options.invert, config, factor, options.simulate)
     image = pixels[None].float() / 255
+    size = (image.shape[2], image.shape[3]) if options.simulate else (factor * image.shape[2], factor * image.shape[3])
     mask = torch.ones_like(image)
     if options.mask is not None:
-        marks, _ = read_image(Path(options.mask), config, False, side=side)
+        marks, _ = read(options.mask, False, config, factor, options.simulate)
+        if marks.shape != pixels.shape:
+            raise UsageError(f"{options.mask} has another size than {options.image}; a mask has one pixel for each")
         mask = (marks[None] < 128).float()
         if not bool(mask.any()):
             raise UsageError(f"{options.mask} is white all over: nothing was observed")
     if not options.simulate:
-        return _Problem(image * mask, mask, (side, side), None, note)
+        return _Problem(image * mask, mask, size, None, note)
     if options.mask is not None:
-        return _Problem(image * mask, mask, (side, side), image, note)
-    return _Problem(*corruption.observe(image, generator(options.noise_seed)), (side, side), image, note)
+        return _Problem(image * mask, mask, size, image, note)
+    return _Problem(*corruption.observe(image, generator(options.noise_seed)), size, image, note)
+
+
+def _read_fixed(name: str, invert: bool, config: TrainConfig, factor: int, simulate: bool) -> tuple[Tensor, str]:
+    """For a decoder of images of one size."""
+    side = config.data.shape[1]
+    if side % factor:
+        raise UsageError(f"--factor {factor} does not divide the {side} pixels of the decoder's images")
+    return read_image(Path(name), config, invert, side=side if simulate else side // factor)
+
+
+def _read_free(name: str, invert: bool, config: TrainConfig, factor: int, simulate: bool) -> tuple[Tensor, str]:
+    """For a decoder of images of any size."""
+    multiple = math.lcm(SIDES, factor) if simulate else SIDES // math.gcd(SIDES, factor)
+    return read_cropped(Path(name), config.data.shape[0], invert, multiple=multiple)
+
+
+def _kind(task: Reconstruct, corruption: Corruption) -> int:
+    """Number of the trained corruption that is most like this one, whose data weight is taken.
+
+    What the decoder was not trained for is taken as free of noise, so next to the weakest of what it was.
+    """
+    if isinstance(corruption, Hole) and (holes := [k for k, c in enumerate(task.corruptions) if isinstance(c, Hole)]):
+        return holes[0]
+    wanted = corruption.std if isinstance(corruption, Noise) else 0.0
+    noises = [(abs(c.std - wanted), k) for k, c in enumerate(task.corruptions) if isinstance(c, Noise)]
+    return min(noises)[1] if noises else 0
 
 
 def _solve(
@@ -164,26 +194,29 @@ def _solve(
 ) -> tuple[Tensor, dict[str, Any]]:
     """The answer, of the equilibrium that is solved for once more at the latents that were found."""
     linear = isinstance(corruption, (Blur, Downsample))
+    weighted = isinstance(config.model, PriorConfig)
     solution = explain(
         model,
         problem.observed,
         problem.mask,
         size=problem.size,
+        kinds=torch.tensor([_kind(task, corruption)]) if weighted else None,
         corruption=corruption if linear else None,
         solver=config.solver,
         step_size=None if linear else task.step_size,
         schedule=task.schedule,
-        equilibrium=task.equilibrium,
     )
+    x = solution.value[2]
     with torch.no_grad(), model.deq.using(solver=task.equilibrium):
-        answer = model(solution.value[2])
-    assert solution.cost is not None
+        answer = model(x)
+        seen = corruption.apply(answer) if linear else answer
+    error = (problem.mask * (seen - problem.observed)).square().sum() / problem.mask.sum()
     return answer, {
         "rounds": int(solution.num_steps),
         "evals": solution.num_evals,
         "vjps": solution.num_vjps,
         "converged": bool(solution.converged),
-        "rms": float((solution.cost / problem.mask.sum()).sqrt()),
+        "rms": float(error.sqrt()),
     }
 
 
