@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
+OMNIGLOT = pathlib.Path(os.environ.get("EQUIPOISE_DATA") or ROOT.parent / "shared/data") / "omniglot"
 METHODS = {
     "picard": ("forward_ratio", "evals", "seconds", "peak_states"),
     "anderson": ("forward_ratio", "evals", "seconds", "peak_states"),
@@ -250,3 +252,34 @@ def test_jiio_adversarial(tmp_path: pathlib.Path) -> None:
     again = run("--seeds", "0", "1")
     assert again.returncode == 0, again.stderr
     assert json.loads(target.read_text()) == content, "what is there is not done again"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(not OMNIGLOT.is_dir(), reason="Omniglot is not at hand")
+def test_jiio_meta(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("matplotlib")
+    target, written, picture = (tmp_path / f"meta.{ending}" for ending in ("json", "md", "png"))
+    command = [sys.executable, "benchmarks/jiio_meta.py", "--quick", "--json", str(target)]
+    environment = {**os.environ, "EQUIPOISE_DATA": str(OMNIGLOT.parent)}
+
+    def run(*flags: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250, check=False
+        )
+
+    done = run("--table", str(written), "--plot", str(picture))
+    assert done.returncode == 0, done.stderr
+    results = json.loads(target.read_text())["results"]
+    assert set(results) == {"jiio", "jiio-first-order", "fomaml", "prototypes", "pixels"}
+    for method, seeds in results.items():
+        for kind in ("5-way-1-shot", "5-way-5-shot", "20-way-1-shot", "20-way-5-shot"):
+            assert 0 <= seeds["0"][kind]["accuracy"] <= 1
+        assert 0 <= seeds["0"]["one_shot_runs_error"] <= 1
+        assert f"| {method} | 0 |" in written.read_text()
+    sizes = [results[method]["0"]["parameters"] for method in ("jiio", "fomaml", "prototypes")]
+    assert max(sizes) < 1.02 * min(sizes)
+    assert picture.stat().st_size > 1000
+    again = run("--methods", "jiio")
+    assert again.returncode == 0, again.stderr
+    assert "step" not in again.stdout  # what is there is not done again

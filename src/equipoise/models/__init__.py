@@ -7,6 +7,7 @@ from equipoise.models.config import ClassifierConfig, MDEQConfig, ModelConfig
 from equipoise.models.contraction import Contraction, ScaledLayers, SLLLayers
 from equipoise.models.decoder import DecoderConfig, LatentDecoder
 from equipoise.models.dense import DenseClassifier, DenseConfig
+from equipoise.models.few_shot import FewShotConfig, FewShotLearner
 from equipoise.models.mdeq import MDEQCell
 from equipoise.models.predictor import MDEQPredictor
 from equipoise.models.prior import EquilibriumPrior, PriorConfig
@@ -19,6 +20,8 @@ __all__ = [
     "DenseConfig",
     "EquilibriumClassifier",
     "EquilibriumPrior",
+    "FewShotConfig",
+    "FewShotLearner",
     "LatentDecoder",
     "MDEQCell",
     "MDEQClassifier",

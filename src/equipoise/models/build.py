@@ -9,12 +9,14 @@ from equipoise.models.classifier import MDEQClassifier
 from equipoise.models.config import MDEQConfig, ModelConfig
 from equipoise.models.decoder import DecoderConfig, LatentDecoder
 from equipoise.models.dense import DenseClassifier, DenseConfig
+from equipoise.models.few_shot import FewShotConfig, FewShotLearner
 from equipoise.models.prior import EquilibriumPrior, PriorConfig
 from equipoise.solvers import Anderson, Solver
 
 MODELS: dict[type[ModelConfig], Any] = {
     MDEQConfig: MDEQClassifier,
     DenseConfig: DenseClassifier,
+    FewShotConfig: FewShotLearner,
     DecoderConfig: LatentDecoder,
     PriorConfig: EquilibriumPrior,
 }

@@ -15,10 +15,11 @@ from equipoise.train.corruptions import Blur, Corruption, Downsample, Hole, Nois
 from equipoise.train.data import MNIST5K, Digits, FashionMNIST, HubImages, ImageData
 from equipoise.train.evaluation import evaluate
 from equipoise.train.loop import NonFiniteLoss, Observer, Result, fit
+from equipoise.train.omniglot import Omniglot
 from equipoise.train.penalties import JacobianPenalty, Pretraining, SkipPenalty
 from equipoise.train.photographs import Photographs
 from equipoise.train.run import RunError
-from equipoise.train.tasks import Adversarial, Classify, Objective, Reconstruct, Task
+from equipoise.train.tasks import Adversarial, Classify, FewShot, Objective, Reconstruct, Task
 
 __all__ = [
     "MNIST5K",
@@ -34,6 +35,7 @@ __all__ = [
     "Digits",
     "Downsample",
     "FashionMNIST",
+    "FewShot",
     "Hole",
     "HubImages",
     "ImageData",
@@ -42,6 +44,7 @@ __all__ = [
     "NonFiniteLoss",
     "Objective",
     "Observer",
+    "Omniglot",
     "Optimizer",
     "Photographs",
     "Pretraining",

@@ -1,0 +1,195 @@
+"""A few-shot learner: what it finds is optimal, gradients are exact, classes have no order, and it learns sinusoids."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import equipoise as eq
+from equipoise.models import FewShotConfig, FewShotLearner, build
+from equipoise.models.few_shot import FewShotCell
+
+TIGHT = eq.Anderson(memory=20, max_steps=400, rtol=1e-9, ridge=1e-8)
+SMALL = FewShotConfig(image_size=28, image_channels=1, channels=4, num_groups=2, width=5, context=3)
+EXACT = {"solver": TIGHT, "gradient": eq.Implicit(solver=eq.GMRES(max_steps=300, rtol=0.0, atol=1e-11))}
+
+
+def learner() -> FewShotLearner:
+    torch.manual_seed(3)
+    model: FewShotLearner = build(
+        SMALL,
+        solver=eq.Anderson(max_steps=200, rtol=1e-12),
+        gradient=eq.Implicit(solver=eq.GMRES(atol=1e-12, rtol=0.0)),
+    )
+    with torch.no_grad():
+        model.decay.log_weight.copy_(torch.tensor([0.1, 0.3]).log())
+        model.deq.cell.film.weight.mul_(5)
+    return model
+
+
+def task(tasks: int = 2, ways: int = 3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    source = torch.Generator().manual_seed(5)
+    images = torch.randn(tasks, 2 * ways, 1, 28, 28, generator=source)
+    labels = torch.arange(ways).expand(tasks, -1)
+    return images[:, :ways], labels, images[:, ways:], labels.flip(1)
+
+
+def by_hand(model: FewShotLearner, images: Tensor, x: dict[str, Tensor]) -> Tensor:
+    """Logits by two hundred applications of the formula."""
+    u = model.stem(images.flatten(0, 1)).view(*images.shape[:2], -1)
+    scale, shift = (x["context"] @ model.deq.cell.film.weight.T)[:, None].chunk(2, dim=-1)
+    z = torch.zeros_like(u)
+    for _ in range(200):
+        z = torch.tanh((1 + scale) * (z @ model.deq.cell.state.weight.T) + u + shift)
+    return torch.einsum("bnd,bkd->bnk", z, x["head"]) / math.sqrt(SMALL.width)
+
+
+def test_what_is_found_is_a_stationary_point_of_the_regularized_cost() -> None:
+    model = learner()
+    support, labels, queries, _ = task()
+    found = model.adapt(support, labels, ways=3, **EXACT)
+    assert bool(found.converged.all())
+    x = {name: value.detach().requires_grad_() for name, value in found.value[2].items()}
+    likelihood = by_hand(model, support, x).log_softmax(2).gather(2, labels[..., None]).sum()
+    decay = 0.5 * (0.1 * x["context"].square().sum() + 0.3 * x["head"].square().sum())
+    slopes = torch.autograd.grad(decay - likelihood, list(x.values()))
+    assert max(float(slope.abs().max()) for slope in slopes) < 1e-6
+    assert min(float(value.detach().norm(dim=-1).min()) for value in x.values()) > 1e-3
+    logits, _ = model.classify(queries, x)
+    torch.testing.assert_close(logits, by_hand(model, queries, x), rtol=0, atol=1e-8)
+
+
+def loss(model: FewShotLearner, **changes: Any) -> Tensor:
+    support, labels, queries, wanted = task()
+    found = model.adapt(support, labels, ways=3, **{**EXACT, **changes})
+    logits, _ = model.classify(queries, found.value[2])
+    return nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+
+
+@pytest.mark.parametrize(
+    "name", ["deq.cell.state.weight", "deq.cell.film.weight", "decay.log_weight", "stem.13.weight"]
+)
+def test_the_full_gradient_of_the_query_loss_equals_differences_and_that_of_first_order_does_not(name: str) -> None:
+    model = learner()
+    parameter = model.get_parameter(name)
+    direction = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    (exact,) = torch.autograd.grad(loss(model), parameter)
+    (blind,) = torch.autograd.grad(loss(model, gradient=eq.inputs.FirstOrder()), parameter, allow_unused=True)
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            parameter.add_(direction, alpha=sign * 1e-4)
+            values.append(float(loss(model)))
+            parameter.add_(direction, alpha=-sign * 1e-4)
+    difference = (values[0] - values[1]) / 2e-4
+    assert float((exact * direction).sum()) == pytest.approx(difference, rel=1e-4, abs=1e-8)
+    first_order = 0.0 if blind is None else float((blind * direction).sum())
+    assert first_order != pytest.approx(difference, rel=1e-2)
+
+
+def test_classes_have_no_order_and_any_number() -> None:
+    model = learner()
+    support, labels, queries, _ = task()
+    order = torch.tensor([2, 0, 1])
+    one = model.classify(queries, model.adapt(support, labels, ways=3, **EXACT).value[2])[0]
+    other = model.classify(queries, model.adapt(support, order[labels], ways=3, **EXACT).value[2])[0]
+    torch.testing.assert_close(one, other[:, :, order], rtol=0, atol=1e-6)
+    support, labels, queries, _ = task(tasks=1, ways=5)
+    assert model.classify(queries, model.adapt(support, labels, ways=5).value[2])[0].shape == (1, 5, 5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 0}, "width must be at least 1"),
+        ({"channels": 5}, "channels=5 must be a multiple of num_groups=2"),
+        ({"image_size": 8}, "image_size=8: must be >= 16"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMALL, **changes)
+    with pytest.raises(ValueError, match=r"images must have shape \(B, n, 1, 28, 28\)"):
+        learner().encode(torch.zeros(2, 1, 28, 28))
+
+
+class SineCell(nn.Module):
+    """The few-shot map on numbers, whose task sets a context alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = FewShotCell(FewShotConfig(image_size=16, image_channels=1, width=40, context=8))
+
+    def forward(self, z: Tensor, context: Tensor, u: Tensor) -> Tensor:
+        out: Tensor = self.cell(z, {"context": context}, u)
+        return out
+
+
+class SineCost(nn.Module):
+    """Squared errors of the numbers that a head reads, which the context sets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 40, bias=False)
+
+    def forward(self, z: Tensor, context: Tensor, y: Tensor) -> Tensor:
+        return ((z * self.head(context)[:, None]).sum(2) - y).square().sum(1)
+
+
+class Ridge(nn.Module):
+    def forward(self, context: Tensor) -> Tensor:
+        return 0.05 * context.square().sum(1)
+
+
+@pytest.mark.slow
+def test_a_context_learns_sinusoids_from_ten_points() -> None:
+    """Finn et al. (2017): amplitude in [0.1, 5], phase in [0, pi], inputs in [-5, 5]."""
+    torch.set_default_dtype(torch.float32)
+    source = torch.Generator().manual_seed(0)
+    stem, cell, cost, decay = nn.Linear(1, 40), SineCell(), SineCost(), Ridge()
+    with torch.no_grad():
+        stem.weight.mul_(2)
+        stem.bias.mul_(3)
+    parameters = [*stem.parameters(), *cell.parameters(), *cost.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=1e-2)
+
+    def errors(tasks: int) -> tuple[Tensor, Tensor]:
+        amplitude = 0.1 + 4.9 * torch.rand(tasks, 1, generator=source)
+        phase = math.pi * torch.rand(tasks, 1, generator=source)
+        x = 10 * torch.rand(tasks, 20, generator=source) - 5
+        y = amplitude * torch.sin(x - phase)
+        u = stem(x[..., None])
+        zeros = torch.zeros(tasks, 8)
+        found = eq.optimize_inputs(
+            cell,
+            z0=torch.zeros_like(u[:, :10]),
+            x0=zeros,
+            cost=cost,
+            inputs=(u[:, :10],),
+            targets=(y[:, :10],),
+            regularizer=decay,
+            step_size=0.02,
+            solver=eq.Anderson(memory=10, max_steps=40, rtol=1e-2, ridge=1e-3),
+            gradient=eq.Implicit(solver=eq.GMRES(max_steps=30, rtol=0.0, atol=1e-2)),
+            equilibrium=None,
+        )
+        losses = []
+        for context in (found.value[2], zeros):
+            z = eq.fixed_point(cell, torch.zeros_like(u[:, 10:]), context, u[:, 10:]).value
+            losses.append(cost(z, context, y[:, 10:]).mean() / 10)
+        return losses[0], losses[1]
+
+    for _ in range(60):
+        optimizer.zero_grad()
+        errors(16)[0].backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+    with torch.no_grad():
+        adapted, unadapted = errors(200)
+    assert float(adapted) < 0.25 * float(unadapted)
+    assert float(unadapted) > 1.0
