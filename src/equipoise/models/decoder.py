@@ -105,6 +105,10 @@ class LatentDecoder(nn.Module):
         images: Tensor = self.head(z)
         return images
 
+    def context(self, observed: Tensor, mask: Tensor) -> tuple[()]:
+        """What the map takes beside state and latents: nothing."""
+        return ()
+
     def latents(self, batch: int, height: int, width: int) -> Tensor:
         """Where the search for latents begins: zeros `(batch, latent_size)`.
 

@@ -32,6 +32,16 @@ class Corruption(abc.ABC):
         observed = self.apply(images)
         return observed, torch.ones_like(observed)
 
+    def complete(self, estimate: Tensor, observed: Tensor, mask: Tensor) -> Tensor:
+        """The answer of an estimate of the image: what was seen without noise is kept.
+
+        Args:
+            estimate: `(B, C, H, W)`.
+            observed: as `observe` gives it.
+            mask: likewise.
+        """
+        return estimate
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Noise(Corruption):
@@ -78,6 +88,9 @@ class Hole(Corruption):
         hole = inside[0][:, None, :, None] & inside[1][:, None, None, :]
         mask = (~hole).to(images.dtype).expand_as(images)
         return images * mask, mask
+
+    def complete(self, estimate: Tensor, observed: Tensor, mask: Tensor) -> Tensor:
+        return torch.where(mask > 0, observed, estimate)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from equipoise.gradients import Gradient
+from equipoise.gradients import Gradient, Unrolled
 from equipoise.inputs import Envelope, InputSolution, Nested, Schedule, optimize_inputs
 from equipoise.models import ClassifierConfig, build
-from equipoise.solvers import Anderson, Solver
+from equipoise.solution import Solution
+from equipoise.solvers import Anderson, Picard, Solver
 from equipoise.train.corruptions import Corruption, Hole, Noise
 from equipoise.train.data import generator, mix
 from equipoise.train.penalties import JacobianPenalty, Pretraining, SkipPenalty
@@ -21,6 +22,8 @@ from equipoise.train.tasks.base import Moment, Objective, Task
 if TYPE_CHECKING:
     from equipoise.train.config import TrainConfig
 
+FLOOR = 1e-4  # mean squared errors, of pixels in [0, 1], below which a loss hardly falls further
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reconstruct(Task):
@@ -28,10 +31,13 @@ class Reconstruct(Task):
 
     Without corruptions this trains a generative model: what is minimized over the latents is what is minimized over
     the weights. With some, the latents explain what was observed, and the loss is that of the clean image; a model such
-    as `EquilibriumPrior` then has a data weight for each corruption and a penalty on latents, which are learned, too:
+    as `EquilibriumPrior` then sees the observation, has a penalty on latents, and learns a data weight for each kind:
 
     $$ x^* = \arg\min_x \; \lambda_k \|m \odot (A\, h(z^*(x)) - y)\|^2 + r(x), \qquad
-       L = \operatorname{mean} |h(z^*(x^*)) - \mathrm{image}|^2 $$
+       L = \operatorname{mean} \log \overline{(h(z^*(x^*)) - \mathrm{image})^2} $$
+
+    The logarithm, of the mean over the pixels of an image, lets strong and weak corruptions count alike. What a hole
+    leaves to be seen is kept as it is, and the loss is of what fills it.
     """
 
     scores: ClassVar[tuple[str, ...]] = ("psnr",)
@@ -72,8 +78,10 @@ class Reconstruct(Task):
                 f"model.num_corruptions={weights} must be the number of task.corruptions, {len(self.corruptions)}: the "
                 "model learns a data weight for each"
             )
-        unused = {"penalty": JacobianPenalty(), "skip": SkipPenalty(), "pretraining": Pretraining()}
-        for name, default in {**unused, "label_smoothing": 0.0}.items():
+        unused = {"penalty": JacobianPenalty(), "skip": SkipPenalty(), "label_smoothing": 0.0}
+        if not self.corruptions:
+            unused["pretraining"] = Pretraining()  # with latents of zero all images would be the same
+        for name, default in unused.items():
             if getattr(config, name) != default:
                 raise ValueError(f"{name}={getattr(config, name)!r} has no use in the task Reconstruct; leave it out")
 
@@ -85,7 +93,12 @@ class Reconstruct(Task):
 
     def objective(self, model: Any, config: TrainConfig) -> Objective:
         return Reconstruction(
-            model, task=self, solver=config.solver, gradient=config.gradient, eval_solver=config.eval_solver
+            model,
+            task=self,
+            solver=config.solver,
+            gradient=config.gradient,
+            eval_solver=config.eval_solver,
+            pretraining=config.pretraining,
         )
 
 
@@ -165,6 +178,7 @@ def explain(
         model.deq.cell,
         z0=model.start(x0),
         x0=x0,
+        inputs=model.context(observed, mask),
         cost=ObservationCost(model, corruption),
         targets=(observed, mask) if kinds is None else (observed, mask, kinds),
         regularizer=regularizer if kinds is None else LatentPenalty(model),
@@ -187,14 +201,23 @@ class Reconstruction(Objective):
         solver: of state, adjoint and latents together.
         gradient: through the answer.
         eval_solver: in place of `solver` in evaluation; None: the same.
+        pretraining: first steps, with latents of zero and the map applied a fixed number of times.
     """
 
     def __init__(
-        self, model: Any, *, task: Reconstruct, solver: Solver, gradient: Gradient, eval_solver: Solver | None = None
+        self,
+        model: Any,
+        *,
+        task: Reconstruct,
+        solver: Solver,
+        gradient: Gradient,
+        eval_solver: Solver | None = None,
+        pretraining: Pretraining = Pretraining(),
     ) -> None:
         super().__init__()
         self.model, self.task = model, task
         self.solver, self.gradient, self.eval_solver = solver, gradient, eval_solver
+        self.pretraining = pretraining
 
     @property
     def scores(self) -> tuple[str, ...]:
@@ -202,10 +225,34 @@ class Reconstruction(Objective):
 
     def forward(self, images: Tensor, labels: Tensor, moment: Moment | None = None) -> tuple[Tensor, Tensor]:
         observed, mask = self._observe(images, moment)
+        solution: Solution[Any]
+        if moment is not None and moment.step < self.pretraining.steps:
+            solution = self._guess(observed, mask)
+            z = solution.value
+        else:
+            solution = self._explain(images, observed, mask, moment)
+            z, _, x = solution.value
+            if moment is None:
+                with self.model.deq.using(solver=self.task.equilibrium):
+                    z = self.model.deq(x, *self.model.context(observed, mask), z0=z)
+        found = self._complete(self.model.decode(z), observed, mask)
+        error = (found - images).square().flatten(1).mean(1)
+        loss = (error + FLOOR).log().mean() if self.task.corruptions else error.mean()
+        scores = {"psnr": psnr(found, images).sum()}
+        return loss, self.sums(loss, solution, scores, torch.zeros_like(loss))
+
+    def _guess(self, observed: Tensor, mask: Tensor) -> Solution[Any]:
+        """The state after some applications of the map, with latents of zero."""
+        x = self.model.latents(len(observed), *observed.shape[-2:])
+        with self.model.deq.using(solver=Picard(max_steps=0), gradient=Unrolled(steps=self.pretraining.depth)):
+            guess: Solution[Any] = self.model.deq.solve(x, *self.model.context(observed, mask))
+        return guess
+
+    def _explain(self, images: Tensor, observed: Tensor, mask: Tensor, moment: Moment | None) -> InputSolution:
         corruptions = self.task.corruptions
         weighted = bool(corruptions) and hasattr(self.model, "weights")
         solver = self.solver if moment is not None else self.eval_solver or self.solver
-        solution = explain(
+        return explain(
             self.model,
             observed,
             mask,
@@ -217,14 +264,15 @@ class Reconstruction(Objective):
             step_size=self.task.step_size,
             schedule=self.task.schedule,
         )
-        z, _, x = solution.value
-        if moment is None:
-            with self.model.deq.using(solver=self.task.equilibrium):
-                z = self.model.deq(x, z0=z)
-        found = self.model.decode(z)
-        loss = (found - images).square().mean()
-        scores = {"psnr": psnr(found, images).sum()}
-        return loss, self.sums(loss, solution, scores, torch.zeros_like(loss))
+
+    def _complete(self, estimate: Tensor, observed: Tensor, mask: Tensor) -> Tensor:
+        """The answers to estimates of the images."""
+        if not self.task.corruptions:
+            return estimate
+        answer, count = torch.empty_like(estimate), len(self.task.corruptions)
+        for number, corruption in enumerate(self.task.corruptions):
+            answer[number::count] = corruption.complete(*(t[number::count] for t in (estimate, observed, mask)))
+        return answer
 
     def _observe(self, images: Tensor, moment: Moment | None) -> tuple[Tensor, Tensor]:
         """What is seen of the images, each of which meets the next of the corruptions."""
