@@ -18,7 +18,7 @@ from equipoise.cli import main
 from equipoise.cli.reconstruct import _kind
 from equipoise.inputs import Envelope
 from equipoise.models import DecoderConfig, PriorConfig
-from equipoise.train import Adam, Blur, Downsample, Hole, Noise, Reconstruct, TrainConfig, fit, load
+from equipoise.train import Adam, Corruption, Hole, Noise, Reconstruct, TrainConfig, fit, load
 from equipoise.train.tasks import psnr
 
 pytest.importorskip("matplotlib")
@@ -38,7 +38,7 @@ SMALL = TrainConfig(
 )
 PRIOR = dataclasses.replace(
     SMALL,
-    model=PriorConfig(image_size=4, fine=4, coarse=4, num_corruptions=3),
+    model=PriorConfig(image_size=4, channels=(4, 4), num_corruptions=3),
     task=Reconstruct(corruptions=(Noise(std=0.1), Noise(std=0.3), Hole(size=2))),
     gradient=eq.Implicit(solver=eq.GMRES(max_steps=20, rtol=0.0, atol=1e-2)),
     solver=eq.Anderson(memory=8, max_steps=20, rtol=1e-3),
@@ -147,10 +147,10 @@ def test_an_inverse_run_takes_any_size_and_the_weight_of_what_it_was_trained_for
     Image.fromarray(np.full((10, 21), 90, dtype=np.uint8)).save("photograph.png")
     words = ["reconstruct", "prior", "photograph.png", "--json", "--task"]
     assert main([*words, "denoise"]) == 0
-    assert "cut to 20x8" in json.loads(capsys.readouterr().out)["note"]
-    assert main([*words, "superres", "--factor", "2"]) == 0
     assert "cut to 20x10" in json.loads(capsys.readouterr().out)["note"]
-    asked = {Noise(std=0.12): 0, Noise(std=0.25): 1, Hole(size=5): 2, Blur(): 0, Downsample(): 0}
+    told = refused(capsys, "prior", "photograph.png", "--task", "superres", code=2)
+    assert "has learned to denoise and inpaint; for --task superres take a run of jiio-generative" in told
+    asked: dict[Corruption, int] = {Noise(std=0.12): 0, Noise(std=0.25): 1, Hole(size=5): 2}
     assert isinstance(PRIOR.task, Reconstruct)
     assert {corruption: _kind(PRIOR.task, corruption) for corruption in asked} == asked
 

@@ -15,16 +15,15 @@ usage: equipoise COMMAND ...
 Train, evaluate and use equilibrium models; tune penalties by gradient.
 
 commands:
-  recipes    list the named recipes
-  train      train a recipe, or a configuration file
-  evaluate   accuracy and solver statistics of a run
-  certify    prove from a run's weights that its map contracts, and how fast
-  predict    classify image files with a run
-  attack     change images slightly, such that a run's classifier errs
-  reconstruct
-             recover an image from a noisy, blurred, small or torn one by a decoder
-  tune       tune the penalties of a linear model of a table by gradient
-  report     write report.html into a run's folder: curves, solver, mistakes
+  recipes      list the named recipes
+  train        train a recipe, or a configuration file
+  evaluate     accuracy and solver statistics of a run
+  certify      prove from a run's weights that its map contracts, and how fast
+  predict      classify image files with a run
+  attack       change images slightly, such that a run's classifier errs
+  reconstruct  recover an image from a noisy, blurred, small or torn one by a decoder
+  tune         tune the penalties of a linear model of a table by gradient
+  report       write report.html into a run's folder: curves, solver, mistakes
 
 options:
   -h, --help     show this help; `equipoise COMMAND --help` shows that of a command

@@ -25,8 +25,6 @@ from equipoise.train.recipes import RECIPES
 from equipoise.train.run import RunError
 from equipoise.train.tasks import explain, psnr
 
-SIDES = 4  # pixels of which the sides of an image are a multiple where a decoder takes any size
-
 DESCRIPTION = """\
 Recover an image from what is left of it: the decoder of a run makes the image, and its latents are optimized, together
 with its equilibrium, until that image explains what was observed. The file is taken as observed: noisy, blurred, the
@@ -81,6 +79,10 @@ def reconstruct(arguments: list[str]) -> int:
     )
     corruption = _corruption(options)
     console = Console()
+    if isinstance(found.model, PriorConfig) and options.task in ("deblur", "superres"):
+        raise UsageError(
+            f"{options.run} has learned to denoise and inpaint; for --task {options.task} take a run of jiio-generative"
+        )
     model, _ = run_model(Path(options.run), console, quiet=options.json)
     model.eval().float().requires_grad_(False)
     problem = _read(options, config, corruption)
@@ -173,7 +175,9 @@ def _read_fixed(name: str, invert: bool, config: TrainConfig, factor: int, simul
 
 def _read_free(name: str, invert: bool, config: TrainConfig, factor: int, simulate: bool) -> tuple[Tensor, str]:
     """For a decoder of images of any size."""
-    multiple = math.lcm(SIDES, factor) if simulate else SIDES // math.gcd(SIDES, factor)
+    assert isinstance(config.model, PriorConfig)
+    sides = config.model.stride
+    multiple = math.lcm(sides, factor) if simulate else sides // math.gcd(sides, factor)
     return read_cropped(Path(name), config.data.shape[0], invert, multiple=multiple)
 
 
@@ -208,7 +212,8 @@ def _solve(
     )
     x = solution.value[2]
     with torch.no_grad(), model.deq.using(solver=task.equilibrium):
-        answer = model(x)
+        estimate = model.decode(model.deq(x, *model.context(problem.observed, problem.mask)))
+        answer = corruption.complete(estimate, problem.observed, problem.mask)
         seen = corruption.apply(answer) if linear else answer
     error = (problem.mask * (seen - problem.observed)).square().sum() / problem.mask.sum()
     return answer, {
