@@ -304,3 +304,24 @@ def test_input_optimization(tmp_path: pathlib.Path) -> None:
     assert figures["generative/gd-warm-2/vjps"] == 3 * rounds
     assert figures["generative/joint/evals"] == figures["generative/joint/vjps"]
     assert "| automatic |" in target.with_suffix(".md").read_text()
+
+
+def test_jiio_generative(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("skimage")
+    target = tmp_path / "generative.json"
+    command = [sys.executable, "benchmarks/jiio_generative.py", "--quick", "--json", str(target)]
+    run = subprocess.run(
+        [*command, "--pictures", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    figures = json.loads(target.read_text())["figures"]
+    for name in ("jiio", "vae"):
+        for key in ("mse", "frechet_reconstructions", "frechet_samples", "parameters"):
+            assert figures[f"{name}/{key}"] > 0
+    assert figures["vae/parameters"] > figures["jiio/parameters"]
+    for task in ("deblur", "superres"):
+        # What is counted, not timed, is the same on every machine.
+        assert figures[f"{task}/jiio/evals"] < figures[f"{task}/adam/evals"]
+        assert figures[f"{task}/jiio/psnr"] > 0
+    for name in ("reconstructions", "samples", "deblur", "superres"):
+        assert (tmp_path / f"generative-{name}.png").stat().st_size > 100
