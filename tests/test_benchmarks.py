@@ -306,6 +306,8 @@ def test_input_optimization(tmp_path: pathlib.Path) -> None:
     assert "| automatic |" in target.with_suffix(".md").read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_jiio_generative(tmp_path: pathlib.Path) -> None:
     pytest.importorskip("skimage")
     target = tmp_path / "generative.json"
