@@ -33,6 +33,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import pathlib
 import platform
 import statistics
@@ -97,7 +98,8 @@ class Counts:
         self.evals, self.vjps, self.seconds = 0, 0, 0.0
 
     def adjoint(self, solution: Any) -> None:
-        self.vjps += solution.num_evals
+        self.evals += solution.num_evals  # where rows leave a solve, the map is evaluated anew for the others
+        self.vjps += solution.num_vjps
 
 
 @dataclasses.dataclass
@@ -218,7 +220,7 @@ def summary(runs: dict[str, Any]) -> dict[str, Any]:
     for data, seeds in runs.items():
         for method in METHODS:
             for key in (*SCORES, "seconds", "evals", "vjps"):
-                values = [found[method][key] for found in seeds.values() if method in found]
+                values = [found[method][key] for found in seeds.values() if key in found.get(method, {})]
                 if not values:
                     continue
                 figures[f"{data}/{method}/{key}"] = statistics.fmean(values)
@@ -240,7 +242,8 @@ def table(content: dict[str, Any]) -> Table:
         for method in METHODS:
             if f"{data}/{method}/accuracy" not in figures:
                 continue
-            found = {key: figures[f"{data}/{method}/{key}"] for key in (*SCORES, "evals", "vjps", "seconds")}
+            keys = (*SCORES, "evals", "vjps", "seconds")
+            found = {key: figures.get(f"{data}/{method}/{key}", math.nan) for key in keys}
             spread = figures[f"{data}/{method}/foolbox_std"]
             percent = [f"{100 * found[key]:.1f}" for key in SCORES]
             if spread is not None:
