@@ -249,12 +249,12 @@ def jiio_inverse() -> TrainConfig:
         gradient=Implicit(solver=GMRES(max_steps=20, rtol=0.0, atol=2e-2)),
         eval_solver=Anderson(memory=10, max_steps=30, rtol=1e-3, ridge=1e-3),
         optimizer=Adam(lr=1e-2),
-        epochs=1,
-        stop_after=2_750,
+        epochs=2,
+        stop_after=4_000,
         batch_size=16,
         eval_batch_size=100,
         clip_norm=1.0,
-        pretraining=Pretraining(steps=2_500, depth=6),
+        pretraining=Pretraining(steps=3_700, depth=6),
     )
 
 
