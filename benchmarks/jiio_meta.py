@@ -46,7 +46,7 @@ from equipoise.train.omniglot import Episodes
 METHODS = ("jiio", "fomaml", "prototypes", "pixels", "jiio-first-order")
 KINDS = ((5, 1), (5, 5), (20, 1), (20, 5))  # ways and shots
 RATES = (0.1, 0.4)  # inner ones of MAML that are tried
-TRIED = 30  # steps of such a trial
+TRIED = 15  # steps of such a trial
 Predict = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # support, labels, queries, ways: logits
 
 

@@ -23,7 +23,7 @@ HELD_OUT = (
     *("Phli", "Phlp", "Prti", "Sylo", "Syrc", "Syrn", "Tglg", "Tibt"),
 )
 TOO_LARGE = ("Cans", "Hang", "Hani", "Nshu", "Tang", "Vaii", "Yiii", "Zyyy", "Zinh")  # or no script
-PER_SCRIPT = 12  # letters at most, that none outweighs the others
+PER_SCRIPT = 8  # letters at most, that none outweighs the others
 DRAWINGS = 20  # of each letter, as in Omniglot
 CANVAS = 64  # pixels, before a drawing is shrunk
 FACE = 48  # longer side of a letter on it
@@ -64,7 +64,9 @@ def _faces(folder: Path) -> dict[str, list[Path]]:
         path for path in folder.glob("*.[to]tf") if not any(word in path.stem for word in ("Italic", "Slanted"))
     )
     if not paths:
-        raise DataError(f"{folder} has no fonts (.ttf, .otf); install Debian's fonts-noto-core, or omit data.fonts")
+        raise DataError(
+            f"{folder} has no fonts (.ttf, .otf); install Debian's fonts-noto-core, or set data.fonts to null"
+        )
     faces: defaultdict[str, list[Path]] = defaultdict(list)
     letters: defaultdict[str, set[str]] = defaultdict(set)
     for path in paths:
