@@ -102,6 +102,7 @@ def test_third_derivatives_equal_those_of_a_long_unrolled_iteration() -> None:
     torch.testing.assert_close(third(TIGHT, eq.Implicit(solver=TIGHT)), expected, rtol=1e-9, atol=0)
 
 
+@pytest.mark.slow
 def test_hessian_of_a_minimizer_in_its_data_equals_finite_differences() -> None:
     solver = eq.LBFGS(max_steps=100, memory=100, rtol=0, atol=1e-11)
 
@@ -117,6 +118,7 @@ def test_hessian_of_a_minimizer_in_its_data_equals_finite_differences() -> None:
     torch.autograd.gradgradcheck(minimizer, [x, scale], fast_mode=True)
 
 
+@pytest.mark.slow
 def test_gradient_penalty_trains_like_a_long_unrolled_network() -> None:
     # The usual use: the loss contains a gradient, and .backward() differentiates it.
     def gradients(solver: eq.Solver, gradient: eq.gradients.Gradient) -> list[Tensor]:
@@ -133,6 +135,7 @@ def test_gradient_penalty_trains_like_a_long_unrolled_network() -> None:
     torch.testing.assert_close(implicit, unrolled, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_every_equation_of_a_second_derivative_is_preconditioned_with_the_right_transpose() -> None:
     # First w, with J^T; then, to differentiate w, its own adjoint, with J; then the adjoint of z* anew, with J^T.
     state = np.random.RandomState(0)

@@ -95,6 +95,7 @@ def test_it_is_exact_where_lbfgs_has_learned_all_of_a_quadratic() -> None:
 # --- fallback ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_norm_guard_acts_sample_by_sample_and_reports() -> None:
     problem, solver = toy(3.0), broyden(1e-4)
     masks: list[Tensor] = []
@@ -119,6 +120,7 @@ def test_an_estimate_that_is_not_finite_falls_back() -> None:
     assert masks[0].tolist() == [False, True, True]
 
 
+@pytest.mark.slow
 def test_figures_of_the_norm_guard() -> None:
     # |w| / |g| over 50 seeds at tolerance 1e-4: median 1.02 and largest 1.07 at rho 0.9; 1.30 and 10.1 at rho 3.
     for rho, middle, largest, above in ((0.9, 1.02, 1.07, (0, 0)), (3.0, 1.30, 10.1, (25, 8))):
@@ -137,6 +139,7 @@ def refine(start: eq.gradients.Gradient | Tensor | None, steps: int) -> eq.Impli
     return eq.Implicit(solver=broyden(steps=steps + 1), start=start)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [VANILLA, eq.JacobianFree(), None, "zeros"], ids=["shine", "jf", "g", "zeros"])
 def test_refining_a_linear_adjoint_ends_after_twice_the_dimension(start: eq.gradients.Gradient | str | None) -> None:
     # Gay (1979): Broyden's method solves a linear system of d equations in at most 2 d steps.
@@ -147,6 +150,7 @@ def test_refining_a_linear_adjoint_ends_after_twice_the_dimension(start: eq.grad
     assert float(problem.solve(broyden(1e-4), refine(begin, 5)).error.max()) > 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [VANILLA, eq.Shine(), eq.JacobianFree(), eq.Neumann(steps=2), None, "random"])
 def test_a_full_adjoint_solve_forgets_its_start(start: eq.gradients.Gradient | str | None) -> None:
     problem = toy(3.0, d=20, seeds=8)
@@ -155,6 +159,7 @@ def test_a_full_adjoint_solve_forgets_its_start(start: eq.gradients.Gradient | s
     assert float(answer.error.max()) < 1e-8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rho", [0.9, 3.0])
 def test_refining_never_makes_the_adjoint_residual_larger(rho: float) -> None:
     problem, solver = toy(rho, d=50), broyden(1e-4)
@@ -165,6 +170,7 @@ def test_refining_never_makes_the_adjoint_residual_larger(rho: float) -> None:
         before = after
 
 
+@pytest.mark.slow
 def test_refining_starts_anew_where_the_estimate_fell_back() -> None:
     problem, solver = toy(3.0), broyden(1e-4)
     masks: list[Tensor] = []

@@ -173,6 +173,7 @@ def test_c7_counts_are_exact(schedule: eq.inputs.Schedule, steps: int) -> None:
             assert calls["cost"] == steps + 1  # and once for the cost of the answer
 
 
+@pytest.mark.slow
 def test_c9_no_graph_is_kept_from_round_to_round() -> None:
     problem = fitting()
     alive: list[weakref.ref[Tensor]] = []

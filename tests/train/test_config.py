@@ -113,6 +113,7 @@ def test_layers_that_do_not_contract_make_no_recipe() -> None:
     assert smaller.solver.lipschitz == pytest.approx(0.1255, abs=0.01)
 
 
+@pytest.mark.slow
 def test_the_saved_configuration_reproduces_the_run(tmp_path: pathlib.Path) -> None:
     config = dataclasses.replace(FULL, checkpoint_every=None, epochs=1)
     first = fit(config, run_dir=tmp_path / "first")

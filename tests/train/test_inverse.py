@@ -64,6 +64,7 @@ def test_the_cost_of_each_row_has_its_own_data_weight() -> None:
     assert torch.allclose(found, wanted)
 
 
+@pytest.mark.slow
 def test_the_answer_is_a_minimum_of_misfit_and_penalty() -> None:
     model = drawn()
     observed, mask, kinds = images(2), torch.ones(2, 1, 8, 8), torch.tensor([0, 1])
@@ -86,6 +87,7 @@ def test_the_answer_is_a_minimum_of_misfit_and_penalty() -> None:
         assert bool((total(x - step) > total(x)).all())
 
 
+@pytest.mark.slow
 def test_gradients_are_differences_of_the_solved_loss() -> None:
     model = drawn()
     objective = CONFIG.task.objective(model, CONFIG)

@@ -35,6 +35,7 @@ def exact(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, task=task, solver=solver)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("corruptions", [(), (Noise(std=0.1), Hole(size=3))], ids=["generative", "inverse"])
 def test_training_gradients_are_those_of_the_solved_problem(corruptions: tuple[Noise | Hole, ...]) -> None:
     torch.manual_seed(0)

@@ -77,6 +77,7 @@ def test_the_loss_is_cross_entropy_and_the_weighted_distance(changes: dict[str, 
     assert told(sums)["penalty"] == 0, "evaluation has no penalty"
 
 
+@pytest.mark.slow
 @variants
 @pytest.mark.parametrize("detach_target", [False, True])
 def test_the_equilibrium_is_drawn_to_its_start_unless_it_is_detached(
@@ -90,6 +91,7 @@ def test_the_equilibrium_is_drawn_to_its_start_unless_it_is_detached(
     torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.slow
 @variants
 def test_fixed_depth_steps_are_penalized_too_and_count_their_depth(changes: dict[str, Any]) -> None:
     model, (images, labels) = dense(changes), batch()
