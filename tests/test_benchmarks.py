@@ -245,7 +245,7 @@ def test_jiio_adversarial(tmp_path: pathlib.Path) -> None:
     assert figures["digits/joint/evals"] == steps * 20
     assert figures["digits/joint/vjps"] == steps * 30
     assert figures["digits/pgd/evals"] == steps * 21 * 18
-    assert figures["digits/pgd/vjps"] == steps * 21 * 18
+    assert steps * 21 < figures["digits/pgd/vjps"] <= steps * 21 * 18
     assert figures["digits/pgd-tol/evals"] < figures["digits/pgd/evals"]
     assert "pgd" not in content["runs"]["digits"]["1"], "measured for one seed alone"
     assert figures["digits/pgd/foolbox_std"] is None
