@@ -67,11 +67,20 @@ def parse(
     parser.set_defaults({name: plain[name] for name in fields})
     parsed = parser.parse_args(list(arguments)).as_dict()
     options = argparse.Namespace(**{key: value for key, value in parsed.items() if key not in fields})
-    changed = {name: parsed[name] for name in fields}
+    changed = {name: _dicts(parsed[name]) for name in fields}
     try:
         return from_plain(TrainConfig, {**plain, **changed}), options
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
+
+
+def _dicts(value: Any) -> Any:
+    """Namespaces as dicts, also those in lists, where `as_dict` leaves them."""
+    if isinstance(value, jsonargparse.Namespace):
+        value = value.as_dict()
+    if isinstance(value, dict):
+        return {key: _dicts(item) for key, item in value.items()}
+    return [_dicts(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -176,6 +185,8 @@ def _type_name(hint: Any) -> str:
 
 def _family(hint: Any) -> type | None:
     """The abstract class whose members a field takes, if it is such a field."""
+    if typing.get_origin(hint) is tuple:  # several of them are written as a list
+        return None
     for option in typing.get_args(hint) or (hint,):
         if inspect.isclass(option) and inspect.isabstract(option) and dataclasses.is_dataclass(option):
             return option
