@@ -40,7 +40,7 @@ from torch import Tensor
 
 import equipoise as eq
 from equipoise.inputs import FirstOrder
-from equipoise.train import FashionMNIST, Hole, ImageData, Photographs, TrainConfig, fit, load, recipes
+from equipoise.train import FashionMNIST, Hole, ImageData, Photographs, Reconstruct, TrainConfig, fit, load, recipes
 from equipoise.train.data import Splits, TensorSplit, generator
 from equipoise.train.tasks.reconstruct import LatentPenalty, ObservationCost, explain
 
@@ -82,7 +82,8 @@ def data_of(name: str) -> ImageData:
 def config_of(data: ImageData, seed: int, steps: int, *, first_order: bool = False) -> TrainConfig:
     config = recipes.jiio_inverse()
     if first_order:
-        config = dataclasses.replace(config, gradient=FirstOrder(solver=config.gradient.solver))  # type: ignore[attr-defined]
+        assert isinstance(config.gradient, eq.Implicit)
+        config = dataclasses.replace(config, gradient=FirstOrder(solver=config.gradient.solver))
     return dataclasses.replace(
         config,
         data=FewTests(of=data, flip=True),
@@ -94,6 +95,11 @@ def config_of(data: ImageData, seed: int, steps: int, *, first_order: bool = Fal
         tensorboard=False,
         accelerator="cpu",
     )
+
+
+def task_of(config: TrainConfig) -> Reconstruct:
+    assert isinstance(config.task, Reconstruct)
+    return config.task
 
 
 def trained(config: TrainConfig, folder: pathlib.Path) -> Any:
@@ -110,7 +116,7 @@ def pictures_of(split: Any, count: int, seed: int) -> Tensor:
 
 
 def observed(config: TrainConfig, images: Tensor, task: int, draw: str) -> tuple[Tensor, Tensor]:
-    seen: tuple[Tensor, Tensor] = config.task.corruptions[task].observe(images, generator(DRAWS[draw], task))  # type: ignore[attr-defined]
+    seen: tuple[Tensor, Tensor] = task_of(config).corruptions[task].observe(images, generator(DRAWS[draw], task))
     return seen
 
 
@@ -142,8 +148,8 @@ def joint(model: Any, config: TrainConfig, seen: Tensor, mask: Tensor, task: int
             size=(y.shape[2], y.shape[3]),
             kinds=torch.full((len(y),), task),
             solver=config.eval_solver or config.solver,
-            step_size=config.task.step_size,  # type: ignore[attr-defined]
-            schedule=config.task.schedule,  # type: ignore[attr-defined]
+            step_size=task_of(config).step_size,
+            schedule=task_of(config).schedule,
         )
         answers.append(finished(model.decode(solution.value[0]), y, m))
     return torch.cat(answers)
@@ -186,7 +192,7 @@ def biharmonic(seen: Tensor, mask: Tensor) -> Tensor:
 def classical(config: TrainConfig, images: dict[str, Tensor], task: int) -> tuple[str, Tensor, Any]:
     """Name, answers on the test images, and the setting that validation images chose."""
     seen, mask = observed(config, images["test"], task, "test")
-    if isinstance(config.task.corruptions[task], Hole):  # type: ignore[attr-defined]
+    if isinstance(task_of(config).corruptions[task], Hole):
         return "biharmonic", finished(biharmonic(seen, mask), seen, mask), None
     known, _ = observed(config, images["validation"], task, "validation")
     best = max(TV_WEIGHTS, key=lambda w: scores(tv(known, w).clamp(0, 1), images["validation"])["psnr"])

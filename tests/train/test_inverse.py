@@ -10,11 +10,12 @@ import torch
 
 import equipoise as eq
 from equipoise.inputs import Joint
-from equipoise.models import EquilibriumPrior, PriorConfig
+from equipoise.models import DecoderConfig, EquilibriumPrior, PriorConfig
 from equipoise.train import (
     Adam,
     Blur,
     Digits,
+    Downsample,
     Hole,
     Noise,
     Photographs,
@@ -163,3 +164,9 @@ def test_refusals() -> None:
         dataclasses.replace(CONFIG, task=Reconstruct(corruptions=(Noise(),)))
     with pytest.raises(ValueError, match="train Blur or Downsample alone"):
         dataclasses.replace(CONFIG, task=Reconstruct(corruptions=(Noise(), Blur())))
+    one = dataclasses.replace(CONFIG.model, num_corruptions=1)
+    with pytest.raises(ValueError, match="sees the observation pixel by pixel, and Downsample leaves fewer of them"):
+        dataclasses.replace(CONFIG, model=one, task=Reconstruct(corruptions=(Downsample(factor=2),)))
+    decoder = DecoderConfig(image_size=8, image_channels=1, latent_size=4, width=24)
+    with pytest.raises(ValueError, match=r"pretraining=.* has no use in the task Reconstruct"):
+        dataclasses.replace(CONFIG, model=decoder, pretraining=Pretraining(steps=1))

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from equipoise.gradients import Gradient, Unrolled
 from equipoise.inputs import Envelope, InputSolution, Nested, Schedule, optimize_inputs
-from equipoise.models import ClassifierConfig, build
+from equipoise.models import ClassifierConfig, EquilibriumPrior, PriorConfig, build
 from equipoise.solution import Solution
 from equipoise.solvers import Anderson, Picard, Solver
-from equipoise.train.corruptions import Corruption, Hole, Noise
+from equipoise.train.corruptions import Corruption, Downsample, Hole, Noise
 from equipoise.train.data import generator, mix
 from equipoise.train.penalties import JacobianPenalty, Pretraining, SkipPenalty
 from equipoise.train.tasks.base import Moment, Objective, Task
@@ -72,18 +72,26 @@ class Reconstruct(Task):
                 f"task.corruptions={self.corruptions}: only Noise and Hole, which leave pixels where they are, can be "
                 "trained together; train Blur or Downsample alone"
             )
-        weights = getattr(config.model, "num_corruptions", None)
-        if weights is not None and weights != len(self.corruptions):
-            raise ValueError(
-                f"model.num_corruptions={weights} must be the number of task.corruptions, {len(self.corruptions)}: the "
-                "model learns a data weight for each"
-            )
         unused = {"penalty": JacobianPenalty(), "skip": SkipPenalty(), "label_smoothing": 0.0}
-        if not self.corruptions:
+        if isinstance(config.model, PriorConfig):
+            self._check_prior(config.model)
+        else:
             unused["pretraining"] = Pretraining()  # with latents of zero all images would be the same
         for name, default in unused.items():
             if getattr(config, name) != default:
                 raise ValueError(f"{name}={getattr(config, name)!r} has no use in the task Reconstruct; leave it out")
+
+    def _check_prior(self, model: PriorConfig) -> None:
+        if model.num_corruptions != len(self.corruptions):
+            raise ValueError(
+                f"model.num_corruptions={model.num_corruptions} must be the number of task.corruptions, "
+                f"{len(self.corruptions)}: the model learns a data weight for each"
+            )
+        if any(isinstance(corruption, Downsample) for corruption in self.corruptions):
+            raise ValueError(
+                f"task.corruptions={self.corruptions}: a PriorConfig sees the observation pixel by pixel, and "
+                "Downsample leaves fewer of them; take a DecoderConfig"
+            )
 
     def forward_solver(self, config: TrainConfig) -> Solver:
         return self.equilibrium
@@ -250,7 +258,7 @@ class Reconstruction(Objective):
 
     def _explain(self, images: Tensor, observed: Tensor, mask: Tensor, moment: Moment | None) -> InputSolution:
         corruptions = self.task.corruptions
-        weighted = bool(corruptions) and hasattr(self.model, "weights")
+        weighted = isinstance(self.model, EquilibriumPrior)
         solver = self.solver if moment is not None else self.eval_solver or self.solver
         return explain(
             self.model,
