@@ -52,7 +52,7 @@ from equipoise.train.tasks import Moment, ObservationCost, explain, psnr
 TASKS: dict[str, Corruption] = {"deblur": Blur(sigma=1.5), "superres": Downsample(factor=4)}
 ADAM_STEPS = 50
 PLAIN = Anderson(max_steps=40, rtol=1e-4)
-RATES = {"jiio": (0.05, 0.2, 0.8), "adam": (0.03, 0.1, 0.3)}
+RATES = {"jiio": (0.0125, 0.05, 0.2, 0.8), "adam": (0.1, 0.3, 1.0)}
 WEIGHTS = (0.0, 0.01, 0.1)
 
 
