@@ -140,11 +140,13 @@ class Cold(Loop):
 class Warm(Loop):
     """State and adjoint go on from the update before: so many plain steps, or plain steps to a tolerance.
 
-    With `steps=0` state, adjoint and input move at once, by one evaluation and one product: the plain joint iteration.
+    With `merged` the last pass backward gives the last product of the adjoint and the slope at once, as in `Nested`;
+    with one step all three move by one evaluation and one product: the plain joint iteration.
     """
 
     steps: int = 1
     rtol: float = 0.0
+    merged: bool = False
 
     def slope(self, problem: Problem, work: Work, z: Tensor, mu: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         at = (x, *problem.inputs)
@@ -160,16 +162,15 @@ class Warm(Loop):
             cost = problem.cost(z, leaf, *problem.targets).sum()
             pulls = torch.autograd.grad(cost, (z, leaf), materialize_grads=True)
         work.evals += 1
-        if self.steps == 0:
-            work.vjps += 1
-            products = torch.autograd.grad(image, (z, leaf), mu)
-            return image.detach(), products[0] + pulls[0], products[1] + pulls[1]
-        for _ in range(limit):
+        for _ in range(limit - self.merged):
             before, mu = mu, torch.autograd.grad(image, z, mu, retain_graph=True)[0] + pulls[0]
             work.vjps += 1
             if self._met(mu, before):
                 break
         work.vjps += 1
+        if self.merged:
+            products = torch.autograd.grad(image, (z, leaf), mu)
+            return image.detach(), products[0] + pulls[0], products[1] + pulls[1]
         return image.detach(), mu, torch.autograd.grad(image, leaf, mu)[0] + pulls[1]
 
     def _met(self, new: Tensor, old: Tensor) -> bool:

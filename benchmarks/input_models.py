@@ -18,12 +18,12 @@ import equipoise as eq
 from equipoise.constraints import Constraint, L2Ball
 from equipoise.inputs import Envelope
 
-SIZE = 128  # of a state
+SIZE = 512  # of a state: an evaluation of 64 rows takes a millisecond, several times a solver's bookkeeping
 POINTS = 10  # of a few-shot task
 EQUILIBRIUM = eq.Anderson(memory=10, max_steps=400, rtol=1e-5)  # judges inputs
 ROUNDS = eq.Anderson(memory=5, max_steps=24, rtol=0.0, ridge=1e-3)  # of the joint solves of training
 STEP = 0.05
-RATE = 3e-3
+RATE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,8 +217,8 @@ def meta(*, context: int = 16) -> Problem:
     amplitude, phase = 0.1 + 4.9 * torch.rand(rows, 1, 1), torch.pi * torch.rand(rows, 1, 1)
     points = 10 * torch.rand(rows, POINTS, 1) - 5
     y = amplitude * torch.sin(points + phase) / 5
-    z0, x0 = torch.zeros(rows, POINTS, 64), torch.zeros(rows, context)
-    return Problem(Layer(context + 1, 64), Fit(1, ridge=0.01, size=64), z0, x0, inputs=(points,), targets=(y,))
+    z0, x0 = torch.zeros(rows, POINTS, 128), torch.zeros(rows, context)
+    return Problem(Layer(context + 1, 128), Fit(1, ridge=0.01, size=128), z0, x0, inputs=(points,), targets=(y,))
 
 
 def slow(*, inputs: int = 16, radius: float = 1.03) -> Problem:

@@ -13,13 +13,15 @@ cost of a sample is the least that long descents with many small steps found. Ea
 serves it best on other samples; how many rounds it needs is then counted on the samples that are reported. `lost` is
 the share of samples with an excess above 5 % after three times as many, most of them at other stationary points.
 
-    joint, gauss-seidel, nested-K    `optimize_inputs` with `Joint()`, `Nested(steps=1)`, `Nested(steps=K)`
+    joint, gauss-seidel, nested-K    `optimize_inputs` with `Joint()`, `GaussSeidel()`, `Nested(steps=K)`
     automatic                        `optimize_inputs` as it is: the step is measured, and the measuring is counted
     R-cold-paper                     gradient descent, Adam or steps of fixed length (R: gd, adam, pgd), with 18 steps
                                      of Broyden's method forward and 18 backward, from zero, for each
     gd-cold-tolerance                the same by Anderson acceleration to a relative residual of 1e-3
     R-warm-K                         the same with K plain steps of state and adjoint that go on from those before, K
-                                     evaluations and K + 1 products; with K = 0 all three move at once, by one of each
+                                     evaluations and K + 1 products
+    gd-merged-K                      that with the trick of `Nested`: the last pass backward gives two products, K in
+                                     all; with K = 1 it is the plain joint iteration
 
     seconds               of processor time, median of runs that take turns, one thread
     evals, vjps           of the layer, for the whole batch, and products with its Jacobian
@@ -52,7 +54,7 @@ from input_models import Problem
 from torch import Tensor
 
 import equipoise as eq
-from equipoise.inputs import Joint, Nested
+from equipoise.inputs import GaussSeidel, Joint, Nested
 
 WITHIN = 0.01  # excess of the median sample at the goal, relative to what there is to gain
 LOST = 0.05  # excess of a sample that has ended elsewhere
@@ -89,13 +91,14 @@ TASKS = {
 def methods(problem: Problem, quick: bool) -> dict[str, Method]:
     """All that are compared; what moves by gradients scaled to length one is for bounded inputs."""
     rules = [Rule(name="gd"), Rule(name="adam"), *([Rule(name="pgd")] if problem.radius is not None else [])]
-    found: dict[str, Method] = {"joint": Ours(schedule=Joint()), "gauss-seidel": Ours(schedule=Nested(steps=1))}
+    found: dict[str, Method] = {"joint": Ours(schedule=Joint()), "gauss-seidel": Ours(schedule=GaussSeidel())}
     found |= {f"nested-{k}": Ours(schedule=Nested(steps=k)) for k in ((2,) if quick else (2, 4, 8))}
     found["automatic"] = Ours(measured=True)
     for rule in rules[:1] if quick else rules:
-        inner = (2,) if quick else (0, 1, 2, 4, 8) if rule.name == "gd" else (2, 4, 8)
+        inner = (2,) if quick else (1, 2, 4, 8) if rule.name == "gd" else (2, 4, 8)
         found |= {f"{rule.name}-warm-{k}": Warm(rule=rule, steps=k) for k in inner}
         found[f"{rule.name}-cold-paper"] = Cold(rule=rule)
+    found |= {f"gd-merged-{k}": Warm(rule=rules[0], steps=k, merged=True) for k in ((1,) if quick else (1, 2, 4, 8))}
     found["gd-cold-tolerance"] = Cold(rule=rules[0], rtol=1e-3)
     return found
 

@@ -53,7 +53,7 @@ TASKS: dict[str, Corruption] = {"deblur": Blur(sigma=1.5), "superres": Downsampl
 ADAM_STEPS = 50
 PLAIN = Anderson(max_steps=40, rtol=1e-4)
 RATES = {"jiio": (0.0125, 0.05, 0.2, 0.8), "adam": (0.1, 0.3, 1.0)}
-WEIGHTS = (0.0, 0.01, 0.1)
+WEIGHTS = (0.0, 0.01, 0.1, 0.3)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from equipoise.linalg import readable
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Constraint(abc.ABC):
@@ -64,7 +66,9 @@ class Box(Constraint):
             raise ValueError(f"{type(self).__name__}: a lower bound exceeds the upper one; exchange them")
 
     def project(self, x: Tensor) -> Tensor:
-        return torch.minimum(torch.maximum(x, _like(self.lower, x)), _like(self.upper, x))
+        if isinstance(self.lower, Tensor) or isinstance(self.upper, Tensor):
+            return torch.minimum(torch.maximum(x, _like(self.lower, x)), _like(self.upper, x))
+        return x.clamp(self.lower, self.upper)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -139,26 +143,30 @@ class L2Ball(_Ball):
 
     def project(self, x: Tensor) -> Tensor:
         center, rows = _like(self.center, x), (-1, *(1,) * (x.ndim - 1))
+        near = super().project(x)
+        inside = (near - center).square().flatten(1).sum(1) <= self.radius**2
+        # Sorting is what takes time, and iterates are often projected twice. On a device the host would wait to know.
+        if readable(x) and bool(inside.all()):
+            return near
         offset = x - center
-        ahead = torch.where(offset > 0, _like(self.upper, x) - center, _like(self.lower, x) - center)
-        # Infinity times zero would be the slope of a bound that is not there.
-        room = torch.where(ahead.isfinite(), torch.where(ahead.isfinite(), ahead, 0.0).square(), torch.inf)
-        length, room = offset.square().flatten(1), room.expand_as(x).flatten(1)
+        length, room = offset.square().flatten(1), self._room(offset, center).flatten(1)
         # What is rounded when the center is added must not lead out of the ball.
         eps = torch.finfo(x.dtype).eps
         slack = eps * (2 * self.radius + torch.linalg.vector_norm(center.detach().expand_as(x).flatten(1), dim=1))
-        radius = (self.radius - slack).clamp_min(0)
-        inside = torch.minimum(length, room).sum(1) <= self.radius**2
-        # Sorting is what takes time, and iterates are often projected twice. On a device the host would wait to know.
-        if x.device.type == "cpu" and not torch.compiler.is_compiling() and bool(inside.all()):
-            return super().project(x)
-        clipped = self._clipped(length.detach(), room.detach(), radius.square())
-        left = (radius.square() - torch.where(clipped, room, 0.0).sum(1)).clamp_min(0)
+        square = (self.radius - slack).clamp_min(0).square()
+        clipped = self._clipped(length.detach(), room.detach(), square)
+        left = (square - torch.where(clipped, room, 0.0).sum(1)).clamp_min(0)
         free = torch.where(clipped, 0.0, length).sum(1)
         moved = ~inside & (left > 0) & (free > 0)  # the root has no slope at zero, where the set is a point
-        share = (torch.where(moved, left, 1.0) / torch.where(moved, free, 1.0)).sqrt()
-        point = center + torch.where(moved, share, 0.0).view(rows) * offset
-        return super().project(torch.where(inside.view(rows), x, point))
+        share = torch.where(moved, (torch.where(moved, left, 1.0) / torch.where(moved, free, 1.0)).sqrt(), 0.0)
+        point = super().project(center + share.view(rows) * offset)
+        return torch.where(inside.view(rows), near, point)
+
+    def _room(self, offset: Tensor, center: Tensor) -> Tensor:
+        """Squared way to the bound ahead of each number, like `offset`."""
+        ahead = torch.where(offset > 0, _like(self.upper, offset) - center, _like(self.lower, offset) - center)
+        # Infinity times zero would be the slope of a bound that is not there.
+        return torch.where(ahead.isfinite(), torch.where(ahead.isfinite(), ahead, 0.0).square(), torch.inf)
 
     def _clipped(self, length: Tensor, room: Tensor, square: Tensor) -> Tensor:
         """Numbers that have reached their bound where the squared distance from the center is `square`, `(B, p)`."""

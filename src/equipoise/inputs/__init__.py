@@ -2,6 +2,6 @@
 
 from equipoise.inputs.gradients import Envelope, FirstOrder
 from equipoise.inputs.optimize import InputSolution, optimize_inputs
-from equipoise.inputs.schedules import Joint, Nested, Schedule
+from equipoise.inputs.schedules import GaussSeidel, Joint, Nested, Schedule
 
-__all__ = ["Envelope", "FirstOrder", "InputSolution", "Joint", "Nested", "Schedule", "optimize_inputs"]
+__all__ = ["Envelope", "FirstOrder", "GaussSeidel", "InputSolution", "Joint", "Nested", "Schedule", "optimize_inputs"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.constraints import Constraint, Proximal
-from equipoise.inputs.schedules import Held, Joint, Linearization, Schedule
+from equipoise.inputs.schedules import Held, Linearization, Schedule
 from equipoise.map import Counts, Map
 from equipoise.state import InputLayout, Layout
 
@@ -56,7 +56,7 @@ class JointModule(nn.Module):
         """`(z, mu, x)`, each flat, after a round, without the projection."""
         problem = Rows(self, tensors)
         z, mu, slope = self.schedule.advance(problem, *state)
-        x = state[2] - step * slope
+        x = torch.addcmul(state[2], step, slope, value=-1)
         if isinstance(self.constraint, Proximal):
             spread = step.view(-1, *(1,) * len(self.states[1].shapes[0]))
             x = self.constraint.operator(problem.input(x), spread).flatten(1)
@@ -71,8 +71,8 @@ class JointModule(nn.Module):
         return torch.cat([v[:, :-size], x], dim=1)
 
     def parts(self, state: tuple[Tensor, Tensor, Tensor], step: Tensor, *tensors: Tensor) -> Tensor:
-        r"""$(f(z, x),\; J_z^\top \mu + \nabla_z c,\; J_x^\top \mu + \nabla_x (c + r))$ side by side, `(b, 2n + p)`."""
-        return torch.cat(Joint().advance(Rows(self, tensors), *state), dim=1)
+        """State and adjoint after a round, and the slope of the input, side by side, `(b, 2n + p)`."""
+        return torch.cat(self.schedule.advance(Rows(self, tensors), *state), dim=1)
 
     def objective(self, state: tuple[Tensor, Tensor, Tensor], step: Tensor, *tensors: Tensor) -> Tensor:
         """Cost, regularizer and the penalty of a proximal operator, `(b,)`."""
@@ -152,9 +152,12 @@ class Rows:
         with torch.enable_grad():
             z, x = (t if tracked and t.requires_grad else t.detach().requires_grad_() for t in (z, x))
             image, cost = self.image(z, x), self.cost(z, x)
-            slopes: tuple[Tensor, ...] = (torch.zeros_like(z), torch.zeros_like(x))
+            slopes: tuple[Tensor, ...]
             if cost.requires_grad:
-                slopes = torch.autograd.grad(cost.sum(), (z, x), create_graph=second, materialize_grads=True)
+                ones = torch.ones_like(cost)
+                slopes = torch.autograd.grad(cost, (z, x), ones, create_graph=second, materialize_grads=True)
+            else:  # it ignores its arguments
+                slopes = torch.zeros_like(z), torch.zeros_like(x)
         return Linearization(z, x, image, slopes, self.joint.counts, second)
 
 

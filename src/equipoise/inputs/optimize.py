@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from equipoise.constraints import Constraint, Proximal
 from equipoise.gradients import Gradient, Implicit
-from equipoise.inputs.curvature import RESPOND, SETTLE, Probe
+from equipoise.inputs.curvature import Probe, measure
 from equipoise.inputs.gradients import StateOnly
 from equipoise.inputs.joint import JointMap, JointModule
 from equipoise.inputs.schedules import Held, Joint, Nested, Schedule
@@ -86,8 +86,8 @@ def optimize_inputs(
         targets: tensors `(B, ...)` that the cost takes.
         regularizer: `r(x) -> (B,)`.
         constraint: the set $X$ (`L2Ball`, `LInfBall`, `Box`), or a `Proximal` penalty; then `x0` is one tensor.
-        step_size: $\alpha$, a number or `(B,)`, say the `step_size` of an earlier solution; None: the inverse of the
-            curvature, half of it for `Joint()`, measured for each sample at the start by some ten evaluations. With a
+        step_size: $\alpha$, a number or `(B,)`, say the `step_size` of an earlier solution; None: by the curvature,
+            measured for each sample at the start with six evaluations and products. With a
             given one the curvature is measured at the end, and a sample that converged only because its step is short
             is called STALLED.
         solver: of the joint fixed point; its tolerance holds for each block.
@@ -153,9 +153,8 @@ def optimize_inputs(
         v = f.on([t.detach() for t in f.tensors]).project(free)
         moved, size = (torch.linalg.vector_norm(t[:, -f.size :], dim=1) for t in (v - free, free))
         if step_size is None:
-            v = SETTLE.solve(f.variant(Held()), v).value
-            probe = Probe(f, v)
-            f.tensors[0] = schedule.stride * probe.inverse_curvature(probe.slope)
+            v, step = measure(f, v)
+            f.tensors[0] = schedule.stride * step
         solution = solver.solve(f.variant(schedule), v, trace=trace)
         looked = _look_again(f, v, solution, solver, equilibrium, checked=step_size is not None)
         joint_cost = f.variant(Held()).ask(joint.objective, looked.value)
@@ -214,7 +213,7 @@ def _look_again(
     claimed = status == Status.CONVERGED
     if checked and bool(claimed.any()):
         probe = Probe(f, settled)
-        longer = torch.maximum(probe.inverse_curvature((settled - start)[:, -f.size :], probes=2, solver=RESPOND), step)
+        longer = torch.maximum(probe.inverse_curvature((settled - start)[:, -f.size :]), step)
         allowed = SLACK * solver.tolerance(torch.linalg.vector_norm(probe.x, dim=1))
         short = torch.linalg.vector_norm(_moved(f, settled, longer), dim=1) > allowed
         status = torch.where(short & claimed, int(Status.STALLED), status)

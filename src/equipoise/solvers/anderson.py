@@ -104,31 +104,31 @@ class Anderson(Solver):
         images, residuals = memory.images[:, :used], memory.residuals[:, :used]
         gram = memory.gram[..., :used, :used]
         if point.blocks is None:
-            gram[:, 0, slot] = gram[:, 0, :, slot] = row_dots(point.r, residuals).to(gram.dtype)
+            gram[:, 0, slot] = gram[:, 0, :, slot] = row_dots(point.r, residuals)
         else:
             parts = zip(point.r.split(point.blocks, dim=1), residuals.split(point.blocks, dim=2), strict=True)
             products = torch.stack([row_dots(r, block) for r, block in parts], dim=1)
-            gram[:, :, slot] = gram[..., slot] = products.to(gram.dtype)
+            gram[:, :, slot] = gram[..., slot] = products
         weights = self._weights(gram, slot, torch.finfo(images.dtype).eps)
         z = row_sums(weights, images)
         return z if self.mixing == 1 else z.sub_(row_sums(weights * (1 - self.mixing), residuals))
 
     def _weights(self, gram: Tensor, slot: int, eps: float) -> Tensor:
         """Weights `(b, used)` of the next step; samples whose residual grew too much restart, in `gram` as well."""
-        matrix = gram[:, 0] if gram.shape[1] == 1 else _balanced(gram)
-        squares = matrix.diagonal(dim1=1, dim2=2)
+        matrix = gram[:, 0].clone() if gram.shape[1] == 1 else _balanced(gram)
+        diagonal = matrix.diagonal(dim1=1, dim2=2)
+        squares = diagonal.clone()
         if self.lipschitz is None:
             restart = ~(squares[:, slot] <= self.growth**2 * squares.amin(dim=1))
-            if self.memory > 2:
+            if self.memory > 2 and not (readable(gram) and not bool(restart.any())):
                 # Of two points the newer is the step of the older: to go back there would be to repeat it.
                 restart = restart & ((squares < FORGOTTEN).sum(dim=1) != 2)
         else:
             others = squares.clone()
             others[:, slot] = torch.inf
             restart = ~(squares[:, slot] <= self.lipschitz**2 * others.amin(dim=1))
-        # Relative to each column, and no finer than the rounding of the products.
-        ridge = torch.diag_embed((self.ridge + 4 * eps) * squares)
-        factor, info = torch.linalg.cholesky_ex(matrix + ridge)
+        diagonal.mul_(1 + self.ridge + 4 * eps)  # relative to each column, no finer than the rounding of the products
+        factor, info = torch.linalg.cholesky_ex(matrix)
         weights = torch.cholesky_solve(torch.ones_like(squares)[..., None], factor)[..., 0]
         weights = weights / weights.sum(dim=1, keepdim=True)
         restart = restart | (info != 0)

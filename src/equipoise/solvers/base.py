@@ -123,8 +123,8 @@ class Solver(abc.ABC):
         allowed = self.tolerance(images)
         size = torch.linalg.vector_norm(sizes, dim=0)
         # A block may rest at zero, where nothing is allowed; a single one that does so has converged.
-        errors = torch.where(sizes == 0, 0.0, self._error(sizes, allowed))
-        return size, errors.amax(dim=0), (sizes <= allowed).all(dim=0)
+        error = self._error(sizes, allowed.clamp_min(torch.finfo(allowed.dtype).tiny)).amax(dim=0)
+        return size, error, (sizes <= allowed).all(dim=0)
 
     def _error(self, size: Tensor, allowed: Tensor) -> Tensor:
         # The least residual need not be the least error: f(z), and so the tolerance, differs from point to point.
@@ -206,7 +206,7 @@ class _Record:
         self.best_step = torch.zeros_like(self.num_steps)
         self.best_size = torch.full((b,), torch.inf, dtype=z0.dtype, device=device)
         self.best_error = torch.full_like(self.best_size, torch.inf)
-        self.first = self.limit = self.best_size
+        self.bound = self.limit = self.best_size
         self.failures = torch.zeros_like(self.num_steps)  # unsound points in a row
         self.left: list[tuple[Tensor, tuple[Tensor, ...], LowRank | None]] = []
         self.trace: list[Tensor] | None = [] if trace else None
@@ -215,15 +215,14 @@ class _Record:
         """Judge a point: error in units of the tolerance, best iterate, status; flags are read on the host only."""
         size, error, met = self.solver.measure(point.r, point.fz, point.blocks)
         if step == 1:
-            self.first = size
             top = torch.finfo(size.dtype).max
             self.limit = torch.where(size.isfinite(), (size * DIVERGED_AT).clamp_max(top), torch.nan)
+            # Where an iteration blows up, f(z) does, too, and the error relative to it may fall: not better than the
+            # start. The blocks of a joint state may have to move apart before they close in together.
+            self.bound = size if point.blocks is None else size * APART
         sound = size <= self.limit  # False for NaN, too
-        converged = met & point.running & size.isfinite()  # an infinite residual is within a share of infinity
-        # Where an iteration blows up, f(z) does, too, and the error relative to it may fall: not better than the start.
-        # The blocks of a joint state may have to move apart before they close in together.
-        bound = self.first if point.blocks is None else self.first * APART
-        better = (error < self.best_error) & (size <= bound) & point.running | converged
+        converged = met & point.running & (size < torch.inf)  # an infinite residual is within a share of infinity
+        better = (error < self.best_error) & (size <= self.bound) & point.running | converged
         if step == 1:
             better |= sound
         self._keep(point, step, better, size, error)
@@ -248,11 +247,12 @@ class _Record:
                 self.num_running = int(self.running.sum())
 
     def _keep(self, point: Point, step: int, better: Tensor, size: Tensor, error: Tensor) -> None:
-        if self.on_host and bool(better.all()):
+        count = int(better.sum()) if self.on_host else None
+        if count == len(better):
             # Points are never written again: the best iterates can be the point itself instead of a copy.
             self.best_z, self.best_size, self.best_error = point.z, size, error
             self.best_step = torch.full_like(self.best_step, step)
-        elif not (self.on_host and not bool(better.any())):
+        elif count != 0:
             self.best_z = torch.where(better[:, None], point.z, self.best_z)
             self.best_size = torch.where(better, size, self.best_size)
             self.best_error = torch.where(better, error, self.best_error)
@@ -283,7 +283,7 @@ class _Record:
         results += self._statistics(parted, gone.shape[0])
         self.left.append((self.rows[gone], results, self._inverse(parted, self.best_step[gone])))
         for name in (
-            "rows", "running", "status", "num_steps", "best_z", "best_step", "best_size", "best_error", "first",
+            "rows", "running", "status", "num_steps", "best_z", "best_step", "best_size", "best_error", "bound",
             "limit", "failures",
         ):  # fmt: skip
             setattr(self, name, getattr(self, name)[keep])
