@@ -354,8 +354,14 @@ def test_what_an_observer_is_told(tmp_path: pathlib.Path) -> None:
         def logged(self, line: dict[str, Any]) -> None:
             heard.append(line["split"])
 
+        def evaluating(self, split: str, done: int, total: int) -> None:
+            heard.append((split, done, total))
+
         def finished(self, result: loop.Result) -> None:
             heard.append(result)
 
-    result = fit(dataclasses.replace(PLAIN, stop_after=2), run_dir=tmp_path, observer=Ears())
-    assert heard == [(tmp_path, 2, 0), 1, 2, "train", "test", result]
+    config = dataclasses.replace(PLAIN, stop_after=2)
+    result = fit(config, run_dir=tmp_path, observer=Ears())
+    total, size = result.history[-1]["count"], config.eval_batch_size
+    evaluated = [("test", min(done, total), total) for done in range(size, total + size, size)]
+    assert heard == [(tmp_path, 2, 0), 1, 2, "train", *evaluated, "test", result]

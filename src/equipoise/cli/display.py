@@ -88,6 +88,9 @@ class LiveDisplay(PlainDisplay):
             f"converged {line['converged']:.0%}",
         )
 
+    def evaluating(self, split: str, done: int, total: int) -> None:
+        self.progress.update(self.task, figures=f"{split} images: {done:,} of {total:,}")
+
     def finished(self, result: Result) -> None:
         self.stop()
         super().finished(result)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from equipoise.cli.commands import evaluated, folder_config, read_cropped, read_image, run_folder, run_model
@@ -87,9 +88,11 @@ def reconstruct(arguments: list[str]) -> int:
     model.eval().float().requires_grad_(False)
     problem = _read(options, config, corruption)
     start = time.perf_counter()
-    told = "optimizing latents and equilibrium together"
-    with console.status(told) if console.is_terminal and not options.json else console.capture():
-        answer, facts = _solve(model, config, found.task, problem, corruption)
+    columns = TextColumn("optimizing latents and equilibrium together"), BarColumn(bar_width=None), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, disable=options.json or not console.is_terminal) as bar:
+        told = bar.add_task("solve", total=_most_calls(found.task, config))
+        with model.deq.cell.register_forward_hook(lambda *_: bar.advance(told)):
+            answer, facts = _solve(model, config, found.task, problem, corruption)
     facts["seconds"] = time.perf_counter() - start
     path = Path(options.out or f"{Path(options.image).stem}-{options.task}.png")
     panels = {"observed": _shown(problem, options.task), "answer": answer[0]}
@@ -191,6 +194,11 @@ def _kind(task: Reconstruct, corruption: Corruption) -> int:
     wanted = corruption.std if isinstance(corruption, Noise) else 0.0
     noises = [(abs(c.std - wanted), k) for k, c in enumerate(task.corruptions) if isinstance(c, Noise)]
     return min(noises)[1] if noises else 0
+
+
+def _most_calls(task: Reconstruct, config: TrainConfig) -> int:
+    """Evaluations of the map that `_solve` takes at most, but for those that measure a step."""
+    return config.solver.max_steps * getattr(task.schedule, "steps", 1) + task.equilibrium.max_steps
 
 
 def _solve(

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -67,16 +67,22 @@ def certified(model: Any, split: Split, config: TrainConfig, device: torch.devic
 
 
 @torch.no_grad()
-def evaluate_sums(fabric: Any, objective: Objective, split: Split, config: TrainConfig) -> Tensor:
-    """Sums of an objective over a split, over all processes."""
+def evaluate_sums(
+    fabric: Any, objective: Objective, split: Split, config: TrainConfig, told: Callable[[int], None] | None = None
+) -> Tensor:
+    """Sums of an objective over a split, over all processes; `told` hears how many images are done."""
     objective.eval()
+    done = 0
     total = torch.zeros(len(objective.names), dtype=torch.float64, device=fabric.device)
     batches = split.batches(config.eval_batch_size, rank=fabric.global_rank, world_size=fabric.world_size)
     for images, labels in batches:
+        done += len(labels) * fabric.world_size
         if len(labels):
             images, labels = to_device(config, images, labels, fabric.device)
             with fabric.autocast():
                 total += objective(images, labels)[1]
+        if told is not None:
+            told(min(done, len(split)))
     return fabric.all_reduce(total, reduce_op="sum") if fabric.world_size > 1 else total
 
 

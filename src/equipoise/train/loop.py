@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Iterator
@@ -47,6 +48,9 @@ class Observer:
 
     def stepped(self, line: dict[str, Any]) -> None:
         """The loss was read; the line has what `metrics.jsonl` has."""
+
+    def evaluating(self, split: str, done: int, total: int) -> None:
+        """So many of the images of a split are done."""
 
     def logged(self, line: dict[str, Any]) -> None:
         """An epoch's training, or an evaluation, is over."""
@@ -305,7 +309,8 @@ class _Trainer:
         if self.fabric.world_size > 1:  # batch statistics differ; those of the first process are saved
             for buffer in self.model.buffers():
                 torch.distributed.broadcast(buffer, 0)
-        sums = evaluate_sums(self.fabric, self.objective, split, self.config)
+        told = functools.partial(self.observer.evaluating, name, total=len(split))
+        sums = evaluate_sums(self.fabric, self.objective, split, self.config, told)
         if not sums.isfinite().all():
             self._stop(f"the loss of the {name} images after {self.place.step} steps")
         start_of_line = self.place.seconds, self.place.backward_seconds
