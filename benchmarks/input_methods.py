@@ -46,6 +46,7 @@ class Method(abc.ABC):
 class Ours(Method):
     """`optimize_inputs`; without a step, it is measured."""
 
+    solver: eq.solvers.Solver = DEFAULT
     schedule: Schedule = Nested()
     measured: bool = False
 
@@ -60,7 +61,7 @@ class Ours(Method):
             cost=problem.cost,
             constraint=problem.constraint,
             step_size=None if self.measured else self.step,
-            solver=dataclasses.replace(DEFAULT, max_steps=rounds, rtol=0.0),
+            solver=dataclasses.replace(self.solver, max_steps=rounds, rtol=0.0),
             schedule=self.schedule,
             equilibrium=None,
         )

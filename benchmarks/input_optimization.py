@@ -15,6 +15,7 @@ the share of samples with an excess above 5 % after three times as many, most of
 
     joint, gauss-seidel, nested-K    `optimize_inputs` with `Joint()`, `GaussSeidel()`, `Nested(steps=K)`
     automatic                        `optimize_inputs` as it is: the step is measured, and the measuring is counted
+    plain                            the same with `Picard()`, advised where answers lie on the border of a set
     R-cold-paper                     gradient descent, Adam or steps of fixed length (R: gd, adam, pgd), with 18 steps
                                      of Broyden's method forward and 18 backward, from zero, for each
     gd-cold-tolerance                the same by Anderson acceleration to a relative residual of 1e-3
@@ -94,6 +95,8 @@ def methods(problem: Problem, quick: bool) -> dict[str, Method]:
     found: dict[str, Method] = {"joint": Ours(schedule=Joint()), "gauss-seidel": Ours(schedule=GaussSeidel())}
     found |= {f"nested-{k}": Ours(schedule=Nested(steps=k)) for k in ((2,) if quick else (2, 4, 8))}
     found["automatic"] = Ours(measured=True)
+    if problem.radius is not None:
+        found["plain"] = Ours(measured=True, solver=eq.Picard())
     for rule in rules[:1] if quick else rules:
         inner = (2,) if quick else (1, 2, 4, 8) if rule.name == "gd" else (2, 4, 8)
         found |= {f"{rule.name}-warm-{k}": Warm(rule=rule, steps=k) for k in inner}
@@ -199,7 +202,7 @@ def compare(name: str, quick: bool) -> tuple[dict[str, float | None], dict[str, 
         reached[label] = judge.reach(chosen[label])
         after = chosen[label].run(rows[1], 3 * (reached[label].rounds or 10)).x
         details[label] = {
-            "step": None if label == "automatic" else chosen[label].step,
+            "step": None if measured else chosen[label].step,
             "rounds": reached[label].rounds,
             "lost": float((judge.excess(after) > LOST).double().mean()),
         }
