@@ -133,7 +133,12 @@ class Margin(nn.Module):
 
 
 def train(
-    problem: Problem, loss: Callable[[Problem], tuple[Tensor, Tensor, Tensor]], steps: int, *, steady: float
+    problem: Problem,
+    loss: Callable[[Problem], tuple[Tensor, Tensor, Tensor]],
+    steps: int,
+    *,
+    steady: float,
+    rate: float = RATE,
 ) -> list[float]:
     """Train layer and head by Adam on batches of 64 rows; the loss of each step.
 
@@ -142,8 +147,9 @@ def train(
         loss: of a batch: the number to minimize, and state and input where the layer is to contract.
         steps: of Adam.
         steady: weight of `|J_z|^2 / n`, without which the layers cease to contract.
+        rate: of Adam.
     """
-    optimizer = torch.optim.Adam(problem.weights, lr=RATE)
+    optimizer = torch.optim.Adam(problem.weights, lr=rate)
     generator = torch.Generator().manual_seed(0)
     probes = torch.Generator().manual_seed(1)
     rows = len(problem.z0)
@@ -195,12 +201,13 @@ def digits() -> tuple[Tensor, Tensor]:
     return images[order], torch.tensor(data.target)[order]
 
 
-def generative(*, latents: int = 8) -> Problem:
+def generative(*, latents: int = 8, size: int = SIZE) -> Problem:
     """Find the latents of a digit's image."""
     torch.manual_seed(0)
     images, _ = digits()
     rows = len(images)
-    return Problem(Layer(latents), Fit(64), torch.zeros(rows, SIZE), torch.zeros(rows, latents), targets=(images,))
+    cell, cost = Layer(latents, size), Fit(64, size=size)
+    return Problem(cell, cost, torch.zeros(rows, size), torch.zeros(rows, latents), targets=(images,))
 
 
 def adversarial() -> Problem:
