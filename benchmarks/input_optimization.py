@@ -82,7 +82,7 @@ class Task:
 
 
 TASKS = {
-    "generative": Task(models.generative, models.jointly, 200, 4.0, 0.1),
+    "generative": Task(models.generative, models.jointly, 200, 4.0, 0.05),
     "adversarial": Task(models.adversarial, models.classified, 200, 20.0, 0.1),
     "meta": Task(models.meta, models.jointly, 120, 2.0, 0.03),
     "slow-layer": Task(models.slow, guess=2.0),

@@ -199,7 +199,7 @@ def jiio_adversarial() -> TrainConfig:
         name="jiio-adversarial",
         data=Digits(mean=(0.0,), std=(1.0,)),
         model=DenseConfig(image_size=8, image_channels=1, num_classes=10, cap=0.8),
-        task=Adversarial(),
+        task=Adversarial(step_size=3.0, schedule=Nested(steps=3)),
         solver=Picard(max_steps=10, rtol=1e-2),
         gradient=Envelope(),
         eval_solver=Picard(max_steps=40, rtol=1e-3),
@@ -216,6 +216,7 @@ def jiio_adversarial_fashion_mnist() -> TrainConfig:
         name="jiio-adversarial-fashion-mnist",
         data=FashionMNIST(validation_fraction=0.05, mean=(0.0,), std=(1.0,)),
         model=DenseConfig(image_size=28, image_channels=1, num_classes=10, cap=0.8),
+        task=Adversarial(),
         optimizer=Adam(lr=2e-3),
         epochs=2,
     )
