@@ -1,6 +1,6 @@
 """What it takes to optimize the input of an equilibrium, to equal cost: jointly, or by gradient steps around solves.
 
-    python benchmarks/input_optimization.py [--quick] [--problem NAME ...] --json FILE
+    python benchmarks/input_optimization.py [--quick] [--problem NAME ...] [--again] --json FILE
 
     generative    latents of a decoder of digits, a fast layer
     adversarial   an L2 ball of radius 1 within [0, 1] around digits, a fast layer; the cost is a margin
@@ -30,7 +30,7 @@ the share of samples with an excess above 5 % after three times as many, most of
     ratio_to_best_warm    the time of the method over that of the fastest R-warm-K
 
 null: the goal was not reached within 284 rounds (100 of `optimize_inputs` and of cold loops). With --problem, figures
-of other problems that FILE holds are kept.
+of other problems that FILE holds are kept. With --again, methods are only timed, by the steps and rounds in FILE.
 """
 
 from __future__ import annotations
@@ -207,7 +207,20 @@ def compare(name: str, quick: bool) -> tuple[dict[str, float | None], dict[str, 
             "lost": float((judge.excess(after) > LOST).double().mean()),
         }
         print(f"{time.strftime('%H:%M:%S')} {name}/{label}: {details[label]}", flush=True)
-    seconds = timed(chosen, reached, rows[1], 2 if quick else 3)
+    figures = summary(name, reached, timed(chosen, reached, rows[1], 2 if quick else 3))
+    radius = eq.nn.spectral_radius(rows[1].equilibrium(judge_best(rows[1], chosen, reached)))
+    details["layer"] = {
+        "spectral_radius_median": float(radius.median()),
+        "training_seconds": trained,
+        "samples": len(rows[1].z0),
+        "start_cost": float(judge.start.mean()),
+        "best_cost": float(judge.best.mean()),
+    }
+    return figures, details
+
+
+def summary(name: str, reached: Mapping[str, Reach], seconds: Mapping[str, float]) -> dict[str, float | None]:
+    """The figures of one problem."""
     figures: dict[str, float | None] = {}
     cold, warm = (
         min((s for label, s in seconds.items() if kind in label), default=None) for kind in ("-cold-paper", "-warm-")
@@ -221,15 +234,21 @@ def compare(name: str, quick: bool) -> tuple[dict[str, float | None], dict[str, 
             f"{name}/{label}/speedup_over_cold": cold / taken if taken and cold else None,
             f"{name}/{label}/ratio_to_best_warm": taken / warm if taken and warm else None,
         }
-    radius = eq.nn.spectral_radius(rows[1].equilibrium(judge_best(rows[1], chosen, reached)))
-    details["layer"] = {
-        "spectral_radius_median": float(radius.median()),
-        "training_seconds": trained,
-        "samples": len(rows[1].z0),
-        "start_cost": float(judge.start.mean()),
-        "best_cost": float(judge.best.mean()),
-    }
-    return figures, details
+    return figures
+
+
+def time_again(name: str, quick: bool, content: Mapping[str, Any]) -> dict[str, float | None]:
+    """The figures of one problem with times taken anew."""
+    problem = TASKS[name].build(quick)
+    found = content["details"][name]
+    chosen, reached = {}, {}
+    for label, method in methods(problem, quick).items():
+        step, rounds = found[label]["step"], found[label]["rounds"]
+        chosen[label] = method if step is None else dataclasses.replace(method, step=step)
+        counts = (content[f"{name}/{label}/{key}"] or 0 for key in ("evals", "vjps"))
+        reached[label] = Reach(rounds, *counts)
+    rows = problem.rows(QUICK if quick else MEASURED)
+    return summary(name, reached, timed(chosen, reached, rows, 3 if quick else 7))
 
 
 def judge_best(problem: Problem, chosen: Mapping[str, Method], reached: Mapping[str, Reach]) -> Tensor:
@@ -281,6 +300,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="hardly trained layers, few methods, two repeats")
     parser.add_argument("--problem", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--again", action="store_true", help="take steps and rounds from FILE, and time them anew")
     parser.add_argument("--json", type=pathlib.Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -291,7 +311,10 @@ def main() -> None:
     figures: dict[str, float | None] = {key: value for key, value in before.items() if key.count("/") == 2}
     details: dict[str, Any] = before["details"]
     for name in args.problem:
-        found, details[name] = compare(name, args.quick)
+        if args.again:
+            found = time_again(name, args.quick, before)
+        else:
+            found, details[name] = compare(name, args.quick)
         figures = {key: value for key, value in figures.items() if not key.startswith(f"{name}/")} | found
         settings = {
             "date": time.strftime("%Y-%m-%d"),
