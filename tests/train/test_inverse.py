@@ -125,6 +125,34 @@ def test_fixed_depth_steps_are_those_of_latents_of_zero() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("corruption", [Noise(std=0.2), Hole(size=3)], ids=str)
+def test_what_is_seen_in_evaluation_does_not_depend_on_the_batch(
+    corruption: Noise | Hole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = PriorConfig(image_size=8, channels=(6, 8), latent_channels=2, num_corruptions=1)
+    task = dataclasses.replace(CONFIG.task, corruptions=(corruption,))
+    config = dataclasses.replace(
+        CONFIG, model=model, task=task, solver=eq.Anderson(max_steps=1), eval_solver=eq.Anderson(max_steps=1)
+    )
+    objective = task.objective(drawn(model), config).eval()
+    seen: list[torch.Tensor] = []
+    context = objective.model.context
+
+    def watch(observed: torch.Tensor, mask: torch.Tensor) -> object:
+        seen.append(observed)
+        return context(observed, mask)
+
+    monkeypatch.setattr(objective.model, "context", watch)
+    with torch.no_grad():
+        whole = images(4)
+        objective(whole, torch.zeros(4))
+        objective(whole[1:3], torch.zeros(2))
+    first, second = (next(t for t in seen if len(t) == size) for size in (4, 2))
+    assert torch.equal(first[1:3], second)
+    changes = (first - whole).flatten(1)
+    assert not any(torch.equal(changes[0], other) for other in changes[1:])
+
+
 def test_training_beats_the_observation(tmp_path: pathlib.Path) -> None:
     config = dataclasses.replace(
         CONFIG,

@@ -283,11 +283,21 @@ class Reconstruction(Objective):
         return answer
 
     def _observe(self, images: Tensor, moment: Moment | None) -> tuple[Tensor, Tensor]:
-        """What is seen of the images, each of which meets the next of the corruptions."""
+        """What is seen of the images, each of which meets the next of the corruptions.
+
+        In evaluation what is random follows from the image, whatever else is in the batch.
+        """
         if not self.task.corruptions:
             return images, torch.ones_like(images)
-        source = generator(0) if moment is None else generator(mix(moment.seed, moment.step, 5))
         count = len(self.task.corruptions)
+        if moment is None:
+            parts = []
+            for number, image in enumerate(images):
+                source = generator(*(255 * image).round().int().flatten().tolist())
+                parts.append(self.task.corruptions[number % count].observe(image[None], source))
+            observed, mask = (torch.cat(part) for part in zip(*parts, strict=True))
+            return observed, mask
+        source = generator(mix(moment.seed, moment.step, 5))
         if count == 1:
             return self.task.corruptions[0].observe(images, source)
         observed, mask = torch.empty_like(images), torch.empty_like(images)
