@@ -210,7 +210,7 @@ def jiio_adversarial() -> TrainConfig:
 
 
 def jiio_adversarial_fashion_mnist() -> TrainConfig:
-    """Adversarial training on Fashion-MNIST, radius 1 in L2: a minute or two."""
+    """Adversarial training on Fashion-MNIST, radius 1 in L2: a few minutes."""
     return dataclasses.replace(
         jiio_adversarial(),
         name="jiio-adversarial-fashion-mnist",
