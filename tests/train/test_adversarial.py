@@ -33,8 +33,17 @@ def test_in_training_the_loss_is_that_of_the_joint_iterate() -> None:
     objective.train()
     loss, sums = objective(x, labels, Moment(0, 0, 0))
     found = dict(zip(objective.names, sums.tolist(), strict=True))
-    ball = RECIPE.task.constraint(x)
-    z, _, changed = attack(model, x, labels, constraint=ball, solver=RECIPE.solver, equilibrium=None).value
+    task = RECIPE.task
+    z, _, changed = attack(
+        model,
+        x,
+        labels,
+        constraint=task.constraint(x),
+        solver=RECIPE.solver,
+        step_size=task.step_size,
+        schedule=task.schedule,
+        equilibrium=None,
+    ).value
     torch.testing.assert_close(loss, F.cross_entropy(model.head(z), labels))
     assert (changed - x).flatten(1).norm(dim=1).max() <= 1 + 1e-6
     assert objective.scores == ("robust_accuracy",)
