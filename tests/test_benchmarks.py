@@ -242,13 +242,11 @@ def test_jiio_adversarial(tmp_path: pathlib.Path) -> None:
         for key in ("accuracy", "foolbox", "joint_attack", "foolbox_long", "foolbox_radius_4"):
             assert 0 <= figures[f"digits/{method}/{key}"] <= 1
     steps = 11
-    assert figures["digits/joint/evals"] == steps * 20
-    assert figures["digits/joint/vjps"] == steps * 30
+    assert figures["digits/joint/evals"] == figures["digits/joint/vjps"] == steps * 10 * 3  # rounds, and steps of each
     assert figures["digits/pgd/evals"] == steps * 21 * 18
     assert steps * 21 < figures["digits/pgd/vjps"] <= steps * 21 * 18
     assert figures["digits/pgd-tol/evals"] < figures["digits/pgd/evals"]
-    assert "pgd" not in content["runs"]["digits"]["1"], "measured for one seed alone"
-    assert figures["digits/pgd/foolbox_std"] is None
+    assert figures["digits/pgd/foolbox_std"] >= 0
     again = run("--seeds", "0", "1")
     assert again.returncode == 0, again.stderr
     assert json.loads(target.read_text()) == content, "what is there is not done again"

@@ -247,8 +247,8 @@ class _Record:
                 self.num_running = int(self.running.sum())
 
     def _keep(self, point: Point, step: int, better: Tensor, size: Tensor, error: Tensor) -> None:
-        count = int(better.sum()) if self.on_host else None
-        if count == len(better):
+        count = int(better.sum()) if self.on_host else -1
+        if self.on_host and count == better.shape[0]:
             # Points are never written again: the best iterates can be the point itself instead of a copy.
             self.best_z, self.best_size, self.best_error = point.z, size, error
             self.best_step = torch.full_like(self.best_step, step)
