@@ -291,3 +291,18 @@ def test_nothing_is_promised_in_bf16() -> None:
 def test_a_bound_is_rounded_up() -> None:
     facts = dict.fromkeys(FACTS) | {"certified_lipschitz": 0.99961, "predicted_evaluations": 3}
     assert "L = 0.9997" in summarize(facts)
+
+
+@pytest.mark.parametrize(
+    ("reason", "line"),
+    [
+        (
+            "Cell has no method block_matrix(training) that bounds it; see docs/extending.md",
+            "(training) that bounds it",
+        ),
+        ("its layers may expand (cap=1.2; lower it)", "may expand (cap=1.2)"),
+        ("bf16-mixed rounds more than a proof allows", "more than a proof allows"),
+    ],
+)
+def test_the_line_of_what_is_not_certified_closes_its_parentheses(reason: str, line: str) -> None:
+    assert summarize({"not_certified": reason}).endswith(line)

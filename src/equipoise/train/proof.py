@@ -122,8 +122,8 @@ def summarize(facts: Mapping[str, Any], max_steps: int | None = None) -> str:
         max_steps: of the solver, if it may end before what is predicted.
     """
     if facts["not_certified"] is not None:
-        reason, advice, _ = facts["not_certified"].partition("; ")
-        return f"not certified: {reason}{')' if advice and '(' in reason else ''}"
+        reason = facts["not_certified"].partition("; ")[0]  # the advice may begin within a parenthesis
+        return f"not certified: {reason}{')' if reason.count('(') > reason.count(')') else ''}"
     constant = math.ceil(facts["certified_lipschitz"] * 1e4) / 1e4  # a bound is rounded up
     text = f"contracts: L = {constant:.4g}"
     if facts["measured_lipschitz"] is not None:
