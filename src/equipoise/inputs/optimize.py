@@ -86,11 +86,12 @@ def optimize_inputs(
         targets: tensors `(B, ...)` that the cost takes.
         regularizer: `r(x) -> (B,)`.
         constraint: the set $X$ (`L2Ball`, `LInfBall`, `Box`), or a `Proximal` penalty; then `x0` is one tensor.
-        step_size: $\alpha$, a number or `(B,)`, say the `step_size` of an earlier solution; None: by the curvature,
-            measured for each sample at the start with six evaluations and products. With a
-            given one the curvature is measured at the end, and a sample that converged only because its step is short
-            is called STALLED.
-        solver: of the joint fixed point; its tolerance holds for each block.
+        step_size: $\alpha$, a number or `(B,)`, say the `step_size` of an earlier solution; None: 1.5 over the
+            curvature (1 for `GaussSeidel()`, half for `Joint()`), measured for each sample at the start with six
+            evaluations and products. With a given one the curvature is measured at the end, and a sample that
+            converged only because its step is short is called STALLED.
+        solver: of the joint fixed point; its tolerance holds for each block. Where answers lie on the border of a small
+            set, `Picard()` ends less often elsewhere.
         schedule: of a round. `Nested()` bears longer steps and ends less often at another stationary point than the
             paper's `Joint()`, whose rounds cost less.
         gradient: of `value` in parameters, inputs and targets. `Implicit()` is exact, active constraints included;

@@ -120,7 +120,7 @@ class Anderson(Solver):
         squares = diagonal.clone()
         if self.lipschitz is None:
             restart = ~(squares[:, slot] <= self.growth**2 * squares.amin(dim=1))
-            if self.memory > 2 and not (readable(gram) and not bool(restart.any())):
+            if self.memory > 2:
                 # Of two points the newer is the step of the older: to go back there would be to repeat it.
                 restart = restart & ((squares < FORGOTTEN).sum(dim=1) != 2)
         else:
