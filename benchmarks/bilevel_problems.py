@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from equipoise.bilevel import InnerLoss
+from equipoise.core.function_map import DescentMap
+from equipoise.core.solution import Solution
 from equipoise.estimators.design import Design
 from equipoise.estimators.linear import GroupPenalty, LogisticLoss, MultinomialLoss
 from equipoise.estimators.tables import read_table
 from equipoise.fixed_point import solve_map
 from equipoise.gradients import JacobianFree
-from equipoise.map import DescentMap
-from equipoise.solution import Solution
 from equipoise.solvers import LBFGS
 
 BOX = (-12.0, 12.0)

@@ -45,8 +45,8 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 import equipoise as eq
+from equipoise.core.function_map import DescentMap
 from equipoise.files import write_atomic
-from equipoise.map import DescentMap
 from equipoise.models import EquilibriumClassifier, build
 from equipoise.models.mdeq import MDEQCell
 from equipoise.train import recipes

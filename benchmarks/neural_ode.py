@@ -13,7 +13,7 @@ from torch import Tensor
 from torchdiffeq import odeint, odeint_adjoint
 
 import equipoise as eq
-from equipoise.map import Map
+from equipoise.core.function_map import Map
 
 METHODS: dict[str, dict[str, Any]] = {
     f"{method}, {way}": {"method": method, "adjoint": way == "adjoint"}

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import equipoise as eq
-from equipoise.certificate import jacobian_norm
+from equipoise.contraction import CappedConv2d
+from equipoise.contraction.certificate import jacobian_norm
 from equipoise.models import Contraction, MDEQCell, MDEQClassifier, MDEQConfig, ScaledLayers, SLLLayers
-from equipoise.nn import CappedConv2d
 
 State = tuple[Tensor, ...]
 SMALL = MDEQConfig(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from equipoise.linalg import InverseEstimate, LowRank, row_dots, row_sums
+from equipoise.core.linalg import InverseEstimate, LowRank, row_dots, row_sums
 
 BATCH, SIZE = 5, 7
 Make = Callable[[], tuple[InverseEstimate, Tensor]]

@@ -11,8 +11,8 @@ from problems import TanhCell, affine
 from torch import Tensor, nn
 
 import equipoise as eq
+from equipoise.core.function_map import DescentMap, Map, SeededLayer
 from equipoise.fixed_point import solve_map
-from equipoise.map import DescentMap, Map, SeededLayer
 
 BATCH, SIZE = 4, 6
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from equipoise.map import Map
-from equipoise.state import InputLayout, Layout
+from equipoise.core.function_map import Map
+from equipoise.core.state import InputLayout, Layout
 
 zeros = functools.partial(torch.zeros, dtype=torch.float64)  # parameters are made before the default is set
 BATCHES = st.integers(1, 4)

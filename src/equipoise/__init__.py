@@ -1,14 +1,14 @@
 """Equilibrium models in PyTorch: solve, differentiate, train and certify fixed points."""
 
-from equipoise import bilevel, constraints, inputs, nn
+from equipoise import bilevel, constraints, contraction, inputs, nn
 from equipoise.bilevel import minimize_outer
-from equipoise.certificate import Certificate, CertificateError, certify, contraction_solver, jacobian_norm
+from equipoise.contraction.certificate import Certificate, CertificateError, certify, contraction_solver, jacobian_norm
+from equipoise.core.function_map import Map, Point
+from equipoise.core.linalg import InverseEstimate
+from equipoise.core.solution import ConvergenceError, Solution, Status
 from equipoise.fixed_point import fixed_point
 from equipoise.gradients import Gradient, Implicit, JacobianFree, Neumann, Phantom, Shine, Unrolled
 from equipoise.inputs import optimize_inputs
-from equipoise.linalg import InverseEstimate
-from equipoise.map import Map, Point
-from equipoise.solution import ConvergenceError, Solution, Status
 from equipoise.solvers import CG, GMRES, LBFGS, AdjointBroyden, Anderson, Broyden, Picard, Solver, SteadyState
 
 __version__ = "0.1.0"
@@ -41,6 +41,7 @@ __all__ = [
     "bilevel",
     "certify",
     "constraints",
+    "contraction",
     "contraction_solver",
     "fixed_point",
     "inputs",

@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from equipoise.linalg import readable
+from equipoise.core.linalg import readable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from equipoise.core.function_map import Map
+from equipoise.core.solution import Solution
 from equipoise.gradients import Gradient, Implicit
-from equipoise.map import Map
-from equipoise.solution import Solution
 from equipoise.solvers import Anderson, Solver
 
 S = TypeVar("S")

@@ -15,9 +15,9 @@ from sklearn.metrics import log_loss
 from torch import Tensor
 
 import equipoise as eq
+from equipoise.core.function_map import DescentMap
 from equipoise.estimators.linear import Design, GroupPenalty, LogisticLoss, MultinomialLoss, SigmoidLoss, SquaredLoss
 from equipoise.fixed_point import solve_map
-from equipoise.map import DescentMap
 
 N, D, K = 7, 4, 3
 

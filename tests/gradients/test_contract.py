@@ -14,8 +14,8 @@ from problems import TanhCell
 from torch import Tensor, nn
 
 import equipoise as eq
+from equipoise.core.function_map import DescentMap
 from equipoise.fixed_point import solve_map
-from equipoise.map import DescentMap
 
 TIGHT = eq.Anderson(max_steps=200, rtol=1e-13)
 SOLVERS = {

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 import equipoise as eq
-from equipoise.linalg import LowRank
+from equipoise.core.linalg import LowRank
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

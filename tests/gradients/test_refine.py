@@ -11,10 +11,10 @@ from problems import VANILLA, Toy, broyden, median, toy
 from torch import Tensor
 
 import equipoise as eq
+from equipoise.core.function_map import DescentMap
+from equipoise.core.linalg import InverseEstimate
 from equipoise.fixed_point import solve_map
 from equipoise.gradients.base import AdjointMap
-from equipoise.linalg import InverseEstimate
-from equipoise.map import DescentMap
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,8 @@ from problems import TanhCell
 from torch import Tensor
 
 import equipoise as eq
+from equipoise.core.function_map import DescentMap
 from equipoise.fixed_point import solve_map
-from equipoise.map import DescentMap
 
 SOLVERS = {
     "Picard": eq.Picard(max_steps=300, rtol=1e-13),

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 import equipoise as eq
+from equipoise.core.function_map import DescentMap
 from equipoise.fixed_point import solve_map
-from equipoise.map import DescentMap
 
 # --- identities ----------------------------------------------------------------------------------------------------
 

@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, softplus
 
 import equipoise as eq
+from equipoise.core.function_map import DescentMap
 from equipoise.fixed_point import solve_map
-from equipoise.map import DescentMap
 
 SIZE = 30
 VANILLA = eq.Shine(fallback_ratio=math.inf)

@@ -11,8 +11,9 @@ from problems import conv_matrix
 from torch import Tensor, nn
 
 import equipoise as eq
+from equipoise.contraction import CappedConv2d, conv_norm_bound
 from equipoise.models import Contraction, MDEQCell, MDEQClassifier, MDEQConfig, ScaledLayers, SLLLayers
-from equipoise.nn import CappedConv2d, VariationalDropout, conv_norm_bound
+from equipoise.nn import VariationalDropout
 
 RELEASED = ScaledLayers()
 TINY = MDEQConfig(
@@ -105,7 +106,7 @@ def test_the_norm_of_the_reshaped_kernel_proves_nothing() -> None:
     """Negative control: capped so, kernels may have three times the norm, two times with stride 2, and M has 6.11."""
     s, block = 0.4, 0.4 * (0.5 + 0.5 * 6 * 0.4 * 6)
     assert block == pytest.approx(3.08)
-    share = eq.nn.LevelWeights(4, "softmax", exchange=0.3)()
+    share = eq.contraction.LevelWeights(4, "softmax", exchange=0.3)()
     matrix = torch.empty(4, 4)
     for i in range(4):
         for j in range(4):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import equipoise as eq
-from equipoise.map import Map
+from equipoise.core.function_map import Map
 
 D = 5
 TIGHT = eq.Anderson(max_steps=200, rtol=1e-12)

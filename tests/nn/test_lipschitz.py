@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, parametrizations, vector_to_parameters
 
 import equipoise as eq
-from equipoise.nn import (
+from equipoise.contraction import (
     CappedConv2d,
     IsometricUpsample,
     LevelWeights,
@@ -24,10 +24,10 @@ from equipoise.nn import (
     ScaledReLU,
     SLLBlock,
     UnknownConstant,
-    VariationalDropout,
     conv_norm_bound,
     lipschitz_bound,
 )
+from equipoise.nn import VariationalDropout
 
 
 def jacobian(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from problems import conv_matrix
 from torch import Tensor
 
-from equipoise.nn import conv_norm_bound
-from equipoise.nn.operator_norm import SQUARINGS, conv_power_iteration, conv_transpose
+from equipoise.contraction import conv_norm_bound
+from equipoise.contraction.operator_norm import SQUARINGS, conv_power_iteration, conv_transpose
 
 CASES = [  # C_out, C_in, kernel, image, stride, padding
     (3, 2, 3, (4, 4), 1, 1),

@@ -12,7 +12,7 @@ from problems import TanhCell, affine, spectral
 from torch import Tensor, nn
 
 import equipoise as eq
-from equipoise.map import Map
+from equipoise.core.function_map import Map
 
 B, D = 4, 5
 TIGHT = eq.Anderson(max_steps=200, rtol=1e-12)

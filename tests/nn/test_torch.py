@@ -17,7 +17,7 @@ from problems import TanhCell
 from torch import Tensor, nn
 
 import equipoise as eq
-from equipoise.linalg import readable
+from equipoise.core.linalg import readable
 
 B, D = 6, 6
 TIGHT = eq.Anderson(max_steps=100, rtol=1e-11)

@@ -12,7 +12,7 @@ from problems import spectral, toy
 from torch import Tensor
 
 import equipoise as eq
-from equipoise.linalg import InverseEstimate
+from equipoise.core.linalg import InverseEstimate
 
 Field = Callable[[Tensor], Tensor]
 Loss = Callable[[Any, Tensor], Tensor]

@@ -15,7 +15,7 @@ from problems import Problem
 from torch import Tensor
 
 import equipoise as eq
-from equipoise.map import DescentMap, Map
+from equipoise.core.function_map import DescentMap, Map
 
 SOLVERS: tuple[eq.Solver, ...] = (
     eq.Picard(),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import equipoise as eq
-from equipoise.map import Map
+from equipoise.core.function_map import Map
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import equipoise as eq
-from equipoise.map import DescentMap
+from equipoise.core.function_map import DescentMap
 from equipoise.solvers import base, lbfgs
 
 Objective = Callable[[Tensor], Tensor]

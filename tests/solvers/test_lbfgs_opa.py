@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, softplus
 
 import equipoise as eq
-from equipoise.map import DescentMap
+from equipoise.core.function_map import DescentMap
 from equipoise.solvers import base, lbfgs
 
 SIZE = 30

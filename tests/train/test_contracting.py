@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import equipoise as eq
+from equipoise.contraction import CappedConv2d
 from equipoise.models import MDEQClassifier
-from equipoise.nn import CappedConv2d
 from equipoise.train import TrainConfig, fit, recipes
 
 pytestmark = pytest.mark.slow

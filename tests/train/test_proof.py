@@ -13,8 +13,8 @@ from train.toy import FULL, PLAIN, Run, contracting_toys
 
 import equipoise as eq
 from equipoise import CertificateError, files, train
+from equipoise.contraction.capped import _Cap
 from equipoise.models import MDEQClassifier, ScaledLayers, SLLLayers
-from equipoise.nn.capped import _Cap
 from equipoise.train import CheckpointError, TrainConfig, checkpoint, evaluate, fit, loop, recipes
 from equipoise.train.evaluation import certified
 from equipoise.train.loop import Average

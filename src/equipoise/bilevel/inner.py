@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from equipoise.map import DescentMap, Map
+from equipoise.core.function_map import DescentMap, Map
 from equipoise.solvers import LBFGS, AdjointBroyden, Solver
 
 

@@ -15,11 +15,11 @@ from equipoise.bilevel.hyper import HyperLayout
 from equipoise.bilevel.inner import Inner, InnerLoss, InnerMap
 from equipoise.bilevel.solution import OuterSolution, OuterStatus, OuterStep
 from equipoise.bilevel.steps import StepRule, Trial
+from equipoise.core.function_map import Map
+from equipoise.core.solution import Solution, Status
 from equipoise.fixed_point import solve_map
 from equipoise.gradients import Gradient, Implicit, JacobianFree, Unrolled
 from equipoise.gradients.base import AdjointMap
-from equipoise.map import Map
-from equipoise.solution import Solution, Status
 from equipoise.solvers import LBFGS, AdjointBroyden, Solver
 
 MOST_MISSING = 0.1  # of the outer loss: what may be put down to an inexact inner solve

@@ -17,14 +17,14 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from equipoise.certificate import Certificate
 from equipoise.cli.commands import folder_config, run_folder, run_model
 from equipoise.cli.display import facts_table
 from equipoise.cli.errors import UsageError
 from equipoise.cli.flags import parse
+from equipoise.contraction.certificate import Certificate
+from equipoise.core.solution import Solution
 from equipoise.gradients import Implicit
 from equipoise.models import EquilibriumClassifier, MDEQConfig
-from equipoise.solution import Solution
 from equipoise.train.evaluation import to_device
 from equipoise.train.proof import Proof, prove
 from equipoise.train.recipes import RECIPES

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from equipoise.linalg import InverseEstimate
-from equipoise.map import Map, Point
-from equipoise.solution import Solution
+from equipoise.core.function_map import Map, Point
+from equipoise.core.linalg import InverseEstimate
+from equipoise.core.solution import Solution
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from equipoise.core.linalg import InverseEstimate
+from equipoise.core.solution import Solution
 from equipoise.gradients.base import AdjointMap, Gradient
-from equipoise.linalg import InverseEstimate
-from equipoise.solution import Solution
 from equipoise.solvers import Anderson, Solver
 
 

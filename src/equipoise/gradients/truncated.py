@@ -6,8 +6,8 @@ import dataclasses
 
 from torch import Tensor
 
+from equipoise.core.solution import Solution
 from equipoise.gradients.base import AdjointMap, Gradient
-from equipoise.solution import Solution
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

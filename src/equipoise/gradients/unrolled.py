@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from equipoise.core.function_map import Map
+from equipoise.core.solution import Solution
 from equipoise.gradients.base import AdjointMap, Gradient
-from equipoise.map import Map
-from equipoise.solution import Solution
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from equipoise.core.function_map import Map
 from equipoise.inputs.joint import JointMap
 from equipoise.inputs.schedules import Held, Joint, Nested
-from equipoise.map import Map
 from equipoise.solvers import Anderson
 
 NUDGE = 1e-2  # length of a probing step, relative to 1 + |x|

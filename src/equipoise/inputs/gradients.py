@@ -8,9 +8,9 @@ import warnings
 import torch
 from torch import Tensor
 
+from equipoise.core.solution import Solution
 from equipoise.gradients import Gradient
 from equipoise.gradients.base import AdjointMap
-from equipoise.solution import Solution
 from equipoise.solvers import GMRES, Solver
 
 ALIKE = 0.99  # cosine of two slopes that are taken for those of the same loss

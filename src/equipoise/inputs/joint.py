@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.constraints import Constraint, Proximal
+from equipoise.core.function_map import Counts, Map
+from equipoise.core.state import InputLayout, Layout
 from equipoise.inputs.schedules import Held, Linearization, Schedule
-from equipoise.map import Counts, Map
-from equipoise.state import InputLayout, Layout
 
 
 class JointModule(nn.Module):

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.constraints import Constraint, Proximal
+from equipoise.core.solution import Solution, Status
+from equipoise.core.state import InputLayout, Layout
 from equipoise.gradients import Gradient, Implicit
 from equipoise.inputs.curvature import Probe, measure
 from equipoise.inputs.gradients import StateOnly
 from equipoise.inputs.joint import JointMap, JointModule
 from equipoise.inputs.schedules import Held, Joint, Nested, Schedule
-from equipoise.solution import Solution, Status
 from equipoise.solvers import GMRES, Anderson, Solver
-from equipoise.state import InputLayout, Layout
 
 WORSE = 1e-3  # relative excess of the cost over that of the start above which an answer is none
 SLACK = 10.0  # by which an answer may miss the tolerance at a step that was measured

@@ -7,13 +7,13 @@ import itertools
 import torch
 from torch import Tensor, nn
 
+from equipoise.core.solution import Solution
 from equipoise.gradients import Gradient, Implicit
 from equipoise.models.config import ClassifierConfig, MDEQConfig
 from equipoise.models.contraction import SLLLayers
 from equipoise.models.mdeq import MDEQCell, MDEQEncoder, MDEQStem, conv1x1, conv3x3, initialize
 from equipoise.models.predictor import MDEQPredictor
 from equipoise.nn.deq import DEQ
-from equipoise.solution import Solution
 from equipoise.solvers import Anderson, Solver
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from equipoise.nn import LevelWeights
+from equipoise.contraction import LevelWeights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

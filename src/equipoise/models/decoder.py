@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from equipoise.gradients import Gradient, Implicit
 from equipoise.models.config import ModelConfig
 from equipoise.nn.deq import DEQ
-from equipoise.nn.layers import spectral_norm
+from equipoise.nn.norms import spectral_norm
 from equipoise.solvers import Anderson, Solver
 
 

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from equipoise.core.solution import Solution
 from equipoise.gradients import Gradient, Implicit
 from equipoise.inputs import InputSolution, Joint, Schedule, optimize_inputs
 from equipoise.models.config import ModelConfig
 from equipoise.nn.deq import DEQ
-from equipoise.solution import Solution
 from equipoise.solvers import GMRES, Anderson, Solver
 
 Adapted = dict[str, Tensor]  # what a task sets: "context" (B, context) and "head" (B, ways, width)

@@ -19,9 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from equipoise.models.config import MDEQConfig
-from equipoise.models.contraction import ScaledLayers, SLLLayers
-from equipoise.nn import (
+from equipoise.contraction import (
     CappedConv2d,
     IsometricUpsample,
     LevelWeights,
@@ -30,10 +28,11 @@ from equipoise.nn import (
     NearestUpsample,
     ScaledReLU,
     SLLBlock,
-    VariationalDropout,
     lipschitz_bound,
-    weight_norm,
 )
+from equipoise.models.config import MDEQConfig
+from equipoise.models.contraction import ScaledLayers, SLLLayers
+from equipoise.nn import VariationalDropout, weight_norm
 
 
 class ResidualBlock(nn.Module):

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from equipoise.core.function_map import Map
+from equipoise.core.solution import Solution
 from equipoise.fixed_point import solve_map
 from equipoise.gradients import Gradient, Implicit
-from equipoise.map import Map
-from equipoise.solution import Solution
 from equipoise.solvers import Anderson, Solver
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from equipoise.map import Map
-from equipoise.solution import Solution
+from equipoise.core.function_map import Map
+from equipoise.core.solution import Solution
 
 
 def jacobian_penalty(solution: Solution, num_probes: int = 1) -> Tensor:

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from equipoise.linalg import InverseEstimate, LowRank, readable
-from equipoise.map import Map, Point
-from equipoise.solution import Solution, Status
+from equipoise.core.function_map import Map, Point
+from equipoise.core.linalg import InverseEstimate, LowRank, readable
+from equipoise.core.solution import Solution, Status
 
 DIVERGED_AT = 1e8  # times the first residual
 APART = 10.0  # times the first residual, up to which an iterate of several blocks may be better than the start

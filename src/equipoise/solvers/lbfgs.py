@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from equipoise.linalg import readable
-from equipoise.map import Point
-from equipoise.solution import Solution
+from equipoise.core.function_map import Point
+from equipoise.core.linalg import readable
+from equipoise.core.solution import Solution
 from equipoise.solvers.base import Solver
 from equipoise.solvers.pairs import NEVER, Pairs, SecantInverse, dots
 
@@ -82,7 +82,7 @@ class LBFGS(Solver):
     Example:
         >>> import torch, equipoise as eq
         >>> from equipoise.fixed_point import solve_map
-        >>> from equipoise.map import DescentMap
+        >>> from equipoise.core.function_map import DescentMap
         >>> z0 = torch.zeros(1, 2, dtype=torch.float64)
         >>> f = DescentMap(lambda z: (z - 1).pow(4).sum(1) + z[:, 0] ** 2, z0, params=())
         >>> solution = solve_map(f, z0, solver=eq.LBFGS(max_steps=60, rtol=1e-9), gradient=eq.Implicit())

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from equipoise.linalg import LowRank, row_dots
+from equipoise.core.linalg import LowRank, row_dots
 
 NEVER = torch.iinfo(torch.int64).max
 

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from equipoise.linalg import row_sums
-from equipoise.map import Point
+from equipoise.core.function_map import Point
+from equipoise.core.linalg import row_sums
 from equipoise.solvers.base import Solver
 from equipoise.solvers.steppers import SHRINK, VCAB3, Classical, Stepper, Track, where_rows
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from equipoise.certificate import ROUNDING, Certificate, CertificateError, UnprovedConstant, certify
+from equipoise.contraction.certificate import ROUNDING, Certificate, CertificateError, UnprovedConstant, certify
 from equipoise.models import EquilibriumClassifier
 from equipoise.solvers import Solver
 from equipoise.train.config import TrainConfig

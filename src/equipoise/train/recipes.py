@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from equipoise.certificate import contraction_solver
+from equipoise.contraction.certificate import contraction_solver
 from equipoise.gradients import Implicit, Shine
 from equipoise.inputs import Envelope, Joint, Nested
 from equipoise.models import (

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from equipoise.core.solution import Solution
 from equipoise.models import build
-from equipoise.solution import Solution
 from equipoise.solvers import Solver
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from equipoise.core.solution import Solution
 from equipoise.gradients import Unrolled
 from equipoise.models import ClassifierConfig, EquilibriumClassifier
 from equipoise.nn import frozen, jacobian_penalty, skip_penalty
-from equipoise.solution import Solution
 from equipoise.solvers import AdjointBroyden, Picard, Solver
 from equipoise.train.penalties import JacobianPenalty, Pretraining, SkipPenalty
 from equipoise.train.tasks.base import Moment, Objective, Task

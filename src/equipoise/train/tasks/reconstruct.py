@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from equipoise.core.solution import Solution
 from equipoise.gradients import Gradient, Unrolled
 from equipoise.inputs import Envelope, InputSolution, Nested, Schedule, optimize_inputs
 from equipoise.models import ClassifierConfig, EquilibriumPrior, PriorConfig, build
-from equipoise.solution import Solution
 from equipoise.solvers import Anderson, Picard, Solver
 from equipoise.train.corruptions import Corruption, Downsample, Hole, Noise
 from equipoise.train.data import generator, mix

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from equipoise.nn.lipschitz import UnknownConstant
-from equipoise.nn.operator_norm import conv_norm_bound, conv_power_iteration
+from equipoise.contraction.bounds import UnknownConstant
+from equipoise.contraction.operator_norm import conv_norm_bound, conv_power_iteration
 
 MOVED = 0.05  # share of a kernel whose change calls for its bound
 
@@ -41,7 +41,7 @@ class CappedConv2d(nn.Conv2d):
 
     Example:
         >>> import torch
-        >>> from equipoise.nn import CappedConv2d, lipschitz_bound
+        >>> from equipoise.contraction import CappedConv2d, lipschitz_bound
         >>> conv = CappedConv2d(4, 8, 3, cap=0.5, size=8).eval()
         >>> lipschitz_bound(conv) <= 0.5 * (1 + 1e-6)
         True

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from equipoise.linalg import InverseEstimate
+from equipoise.core.linalg import InverseEstimate
 
 S = TypeVar("S")
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from equipoise.linalg import readable
-from equipoise.state import InputLayout, Layout
+from equipoise.core.linalg import readable
+from equipoise.core.state import InputLayout, Layout
 
 
 class SeededLayer(nn.Module):

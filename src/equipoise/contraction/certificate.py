@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from equipoise.map import Map
-from equipoise.nn import DEQ, UnknownConstant
-from equipoise.nn.lipschitz import require_own
-from equipoise.solution import Solution
+from equipoise.contraction.bounds import UnknownConstant, require_own
+from equipoise.core.function_map import Map
+from equipoise.core.solution import Solution
+from equipoise.nn import DEQ
 from equipoise.solvers import Anderson, Picard, Solver
 
 PICARD_UP_TO = 0.6  # a contraction this strong gains nothing from acceleration

@@ -37,7 +37,7 @@ def conv_norm_bound(
 
     Example:
         >>> import torch
-        >>> from equipoise.nn import conv_norm_bound
+        >>> from equipoise.contraction import conv_norm_bound
         >>> box = torch.ones(1, 1, 3, 3) / 9  # a mean of nine pixels enlarges nothing
         >>> round(float(conv_norm_bound(box, (16, 16), padding=1, exact=True)), 6)
         1.0

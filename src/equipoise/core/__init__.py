@@ -1,0 +1,1 @@
+"""State, map and solution: what solvers and gradients share."""
