@@ -56,7 +56,7 @@ def quadratic(problem: Toy) -> Toy:
 )
 def test_error_after_refining(rho: float, variant: str, errors: tuple[float, ...]) -> None:
     # After 0, 1, 2, 5, 10 products from SHINE's vector. The rows of Broyden's method with SHINE's matrix, from g and
-    # from zero are in test_shine.py.
+    # from zero are in `test_shine.py`.
     problem = toy(rho)
     start = VANILLA if "preconditioned" in variant else ALONE
     for products, expected in zip((0, 1, 2, 5, 10), errors, strict=True):
