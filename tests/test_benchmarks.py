@@ -29,7 +29,7 @@ METHODS = {
 def test_solver_cost(tmp_path: pathlib.Path) -> None:
     pytest.importorskip("torchdeq")
     target = tmp_path / "cost.json"
-    command = [sys.executable, "benchmarks/solver_cost.py", "--quick", "--json", str(target)]
+    command = [sys.executable, "-m", "benchmarks.solver_cost.run", "--quick", "--json", str(target)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert run.returncode == 0, run.stderr
     figures = json.loads(target.read_text())
@@ -52,7 +52,16 @@ def test_backward_cost(tmp_path: pathlib.Path) -> None:
     pytest.importorskip("matplotlib")
     pytest.importorskip("sklearn")
     target, picture = tmp_path / "backward.json", tmp_path / "backward.png"
-    command = [sys.executable, "benchmarks/backward_cost.py", "--quick", "--json", str(target), "--plot", str(picture)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.backward_cost.run",
+        "--quick",
+        "--json",
+        str(target),
+        "--plot",
+        str(picture),
+    ]
     early = subprocess.run([*command, "--show"], cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert early.returncode == 2
     assert f"--show: {target} does not exist" in early.stderr
@@ -85,7 +94,16 @@ def test_inversion_quality(tmp_path: pathlib.Path) -> None:
     for package in ("matplotlib", "sklearn", "lightning_fabric"):
         pytest.importorskip(package)
     target, plot = tmp_path / "quality.json", tmp_path / "quality.png"
-    command = [sys.executable, "benchmarks/inversion_quality.py", "--quick", "--json", str(target), "--plot", str(plot)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.inversion_quality.run",
+        "--quick",
+        "--json",
+        str(target),
+        "--plot",
+        str(plot),
+    ]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert run.returncode == 0, run.stderr
     figures = json.loads(target.read_text())
@@ -107,7 +125,7 @@ def test_bilevel_speed(tmp_path: pathlib.Path) -> None:
     for module in ("optuna", "sklearn", "matplotlib"):
         pytest.importorskip(module)
     target, picture = tmp_path / "speed.json", tmp_path / "plots" / "speed.png"
-    command = [sys.executable, "benchmarks/bilevel_speed.py", "--quick", "--json", str(target), "--plot", str(picture)]
+    command = [sys.executable, "-m", "benchmarks.bilevel.run", "--quick", "--json", str(target), "--plot", str(picture)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert run.returncode == 0, run.stderr
     figures = json.loads(target.read_text())
@@ -131,8 +149,8 @@ def test_lipschitz_speed(tmp_path: pathlib.Path) -> None:
     for package in ("matplotlib", "sklearn", "lightning_fabric"):
         pytest.importorskip(package)
     target, picture = tmp_path / "lipschitz.json", tmp_path / "lipschitz.png"
-    script = "benchmarks/lipschitz_speed.py"
-    command = [sys.executable, script, "--quick", "--json", str(target), "--plot", str(picture)]
+    script = "benchmarks.lipschitz.run"
+    command = [sys.executable, "-m", script, "--quick", "--json", str(target), "--plot", str(picture)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
     assert run.returncode == 0, run.stderr
     figures = json.loads(target.read_text())
@@ -157,7 +175,7 @@ def test_continuous_skip(tmp_path: pathlib.Path) -> None:
     for package in ("matplotlib", "sklearn", "torchdiffeq", "rich"):
         pytest.importorskip(package)
     target, picture = tmp_path / "skip.json", tmp_path / "skip.png"
-    command = [sys.executable, "benchmarks/continuous_skip.py", "--quick", "--data", "mnist", "multiscale", "--json"]
+    command = [sys.executable, "-m", "benchmarks.continuous.run", "--quick", "--data", "mnist", "multiscale", "--json"]
 
     def run(*flags: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
@@ -208,7 +226,16 @@ def test_jiio_inverse(tmp_path: pathlib.Path) -> None:
     for package in ("matplotlib", "skimage", "sklearn", "lightning_fabric"):
         pytest.importorskip(package)
     target, picture = tmp_path / "inverse.json", tmp_path / "inverse.png"
-    command = [sys.executable, "benchmarks/jiio_inverse.py", "--quick", "--data", "photographs", "--json", str(target)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.inverse.run",
+        "--quick",
+        "--data",
+        "photographs",
+        "--json",
+        str(target),
+    ]
     command += ["--pictures", str(picture)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert run.returncode == 0, run.stderr
@@ -226,7 +253,7 @@ def test_jiio_adversarial(tmp_path: pathlib.Path) -> None:
     for package in ("foolbox", "sklearn", "lightning_fabric", "rich"):
         pytest.importorskip(package)
     target = tmp_path / "adversarial.json"
-    command = [sys.executable, "benchmarks/jiio_adversarial.py", "--quick", "--data", "digits", "--json", str(target)]
+    command = [sys.executable, "-m", "benchmarks.adversarial.run", "--quick", "--data", "digits", "--json", str(target)]
 
     def run(*flags: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
@@ -258,7 +285,7 @@ def test_jiio_adversarial(tmp_path: pathlib.Path) -> None:
 def test_jiio_meta(tmp_path: pathlib.Path) -> None:
     pytest.importorskip("matplotlib")
     target, written, picture = (tmp_path / f"meta.{ending}" for ending in ("json", "md", "png"))
-    command = [sys.executable, "benchmarks/jiio_meta.py", "--quick", "--json", str(target)]
+    command = [sys.executable, "-m", "benchmarks.few_shot.run", "--quick", "--json", str(target)]
     environment = {**os.environ, "EQUIPOISE_DATA": str(OMNIGLOT.parent)}
 
     def run(*flags: str) -> subprocess.CompletedProcess[str]:
@@ -287,7 +314,7 @@ def test_jiio_meta(tmp_path: pathlib.Path) -> None:
 def test_input_optimization(tmp_path: pathlib.Path) -> None:
     pytest.importorskip("sklearn")
     target = tmp_path / "inputs.json"
-    command = [sys.executable, "benchmarks/input_optimization.py", "--quick", "--problem", "generative"]
+    command = [sys.executable, "-m", "benchmarks.input_optimization.run", "--quick", "--problem", "generative"]
     run = subprocess.run(
         [*command, "--json", str(target)], cwd=ROOT, capture_output=True, text=True, timeout=280, check=False
     )
@@ -311,7 +338,7 @@ def test_input_optimization(tmp_path: pathlib.Path) -> None:
 def test_jiio_generative(tmp_path: pathlib.Path) -> None:
     pytest.importorskip("skimage")
     target = tmp_path / "generative.json"
-    command = [sys.executable, "benchmarks/jiio_generative.py", "--quick", "--json", str(target)]
+    command = [sys.executable, "-m", "benchmarks.generative.run", "--quick", "--json", str(target)]
     run = subprocess.run(
         [*command, "--pictures", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=280, check=False
     )

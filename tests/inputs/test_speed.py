@@ -16,10 +16,10 @@ import equipoise as eq
 
 pytest.importorskip("sklearn")
 
-import input_models
-from input_methods import Cold, Method, Ours, Rule, Warm
-from input_models import Problem
-from input_optimization import Judge
+from benchmarks.input_optimization import models as input_models
+from benchmarks.input_optimization.methods import Cold, Method, Ours, Rule, Warm
+from benchmarks.input_optimization.models import Problem
+from benchmarks.input_optimization.run import Judge
 
 STEPS = (0.05, 0.1, 0.2)
 

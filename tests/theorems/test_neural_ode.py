@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import equipoise as eq
 
 odeint = pytest.importorskip("torchdiffeq").odeint
-from neural_ode import METHODS, NeuralODE  # noqa: E402
+from benchmarks.continuous.neural_ode import METHODS, NeuralODE  # noqa: E402
 
 TIGHT = {"rtol": 1e-6, "atol": 1e-6}
 EVERY = [pytest.param(s, id=n, marks=[] if "dopri5" in n else pytest.mark.slow) for n, s in METHODS.items()]

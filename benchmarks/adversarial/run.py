@@ -1,6 +1,6 @@
 """What adversarial training by joint attacks gives and costs, beside training by projected gradient ascent.
 
-    python benchmarks/jiio_adversarial.py [--quick] [--data digits fashion-mnist] [--seeds 0 1 2] [--show] --json FILE
+    python -m benchmarks.adversarial.run [--quick] [--data digits fashion-mnist] [--seeds 0 1 2] [--show] --json FILE
 
 Claim of the paper (Gurumurthy, Bai, Manchester and Kolter 2021): as robust as training by projected gradient ascent
 (PGD), three times faster. The model is that of the recipes `jiio-adversarial` and `jiio-adversarial-fashion-mnist`: a

@@ -1,4 +1,4 @@
-"""What continuous_skip.py tells: means and standard deviations, tables, which variants reach what, the figure."""
+"""Report of the continuous benchmark: means and standard deviations, tables, which variants reach what, the figure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import matplotlib
-from continuous_settings import MILD, SWEPT
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -15,6 +14,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentF
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.continuous.settings import MILD, SWEPT
 from equipoise.report.figures import BLUE, GRAY, GREEN, INK, RED, STYLE
 
 FIGURES = (

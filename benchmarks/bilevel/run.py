@@ -1,6 +1,6 @@
 """How fast penalties are tuned: SHINE against HOAG, searches, scikit-learn and Optuna.
 
-    python benchmarks/bilevel_speed.py [--quick] [--workers N] --json FILE [--plot PNG]
+    python -m benchmarks.bilevel.run [--quick] [--workers N] --json FILE [--plot PNG]
 
 Logistic regression on 90 % of the rows, sum of losses plus 0.5 exp(l) |z|^2, no intercept; l within [-12, 12] is chosen
 by the loss on 5 %, the other 5 % are the test. Starts: z0 ~ N(0, I), l = 0. Five splits, seeds 0 to 4; float64, one
@@ -54,14 +54,14 @@ import numpy as np
 import optuna
 import sklearn
 import torch
-from bilevel_problems import BOX, Problem, Run, Stopwatch, Visit, load
-from bilevel_report import plain, plot, restored, show, summary
 from rich.console import Console
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.model_selection import PredefinedSplit
 from torch import Tensor
 
 import equipoise as eq
+from benchmarks.bilevel.problems import BOX, Problem, Run, Stopwatch, Visit, load
+from benchmarks.bilevel.report import plain, plot, restored, show, summary
 from equipoise.bilevel import Exponential, HoagStep, OuterStep, StepRule, TrustRegion, minimize_outer
 from equipoise.files import write_atomic
 

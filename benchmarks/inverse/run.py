@@ -1,6 +1,6 @@
 """Denoising and inpainting by a decoder whose latents are optimized, beside what needs no training.
 
-    python benchmarks/jiio_inverse.py [--quick] [--data fashion-mnist|photographs] [--seeds N] [--images N]
+    python -m benchmarks.inverse.run [--quick] [--data fashion-mnist|photographs] [--seeds N] [--images N]
         [--first-order] --json FILE [--pictures PNG]
 
 One `EquilibriumPrior` is trained for Gaussian noise of 0.1 and 0.2 and for a missing square of 9x9 pixels, by the

@@ -1,6 +1,6 @@
 """What a solve costs beside the bare evaluations it makes, and beside torchdeq 0.1.0.
 
-    python benchmarks/solver_cost.py [--quick] [--device cpu|cuda] [--threads N] --json FILE
+    python -m benchmarks.solver_cost.run [--quick] [--device cpu|cuda] [--threads N] --json FILE
 
 Three cells (cells.py), float32, eager, relative residual 1e-4 for every sample. All calls run in one process,
 interleaved with the bare calls they are compared with; figures are medians of paired ratios.
@@ -37,11 +37,11 @@ from typing import Any
 
 import torch
 import torchdeq
-from cells import CELLS
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import equipoise as eq
+from benchmarks.solver_cost.cells import CELLS
 
 RTOL = 1e-4
 SOLVERS: dict[str, eq.Solver] = {

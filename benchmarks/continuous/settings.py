@@ -1,4 +1,4 @@
-"""Data, models and variants of continuous_skip.py."""
+"""Data, models and variants of the continuous benchmark."""
 
 from __future__ import annotations
 

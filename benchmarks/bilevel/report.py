@@ -1,4 +1,4 @@
-"""What bilevel_speed.py tells: metrics of each seed, medians, the table and the figure."""
+"""Report of the bilevel benchmark: metrics of each seed, medians, the table and the figure."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from bilevel_problems import Run, Visit
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.bilevel.problems import Run, Visit
 
 WITHIN = 1.01  # of the best held-out loss
 Results = Mapping[str, Mapping[int, Mapping[str, Run]]]  # by data set, seed and method

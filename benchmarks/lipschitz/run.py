@@ -1,6 +1,6 @@
 """What a proof of convergence costs in accuracy, and what it saves in evaluations and time.
 
-    python benchmarks/lipschitz_speed.py [--quick] [--seeds N] [--workers N] [--show] --json FILE [--plot PNG]
+    python -m benchmarks.lipschitz.run [--quick] [--seeds N] [--workers N] [--show] --json FILE [--plot PNG]
 
 Claim of the paper (Sato and Iiduka 2026): up to 4.75 times faster than MDEQ with a minor loss of accuracy. One small
 MDEQ on Fashion-MNIST, the same widths, epochs, optimizer, data and tolerance (relative residual 1e-3) for all:

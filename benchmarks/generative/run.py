@@ -1,6 +1,6 @@
 """A decoder trained by optimizing latents (JIIO) beside a VAE, and its use on images that are blurred or too small.
 
-    python benchmarks/jiio_generative.py [--quick] [--seeds N] [--pictures FOLDER] --json FILE
+    python -m benchmarks.generative.run [--quick] [--seeds N] [--pictures FOLDER] --json FILE
 
 The recipe `jiio-generative` on Fashion-MNIST, one thread. The VAE has the same decoder, an encoder besides, and as many
 seconds; its divergence is annealed as by the authors of JIIO. Test images are read once, at the end.
@@ -35,13 +35,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jiio_vae import VAE, batches, frechet, train_features, train_vae
 from PIL import Image
 from skimage.metrics import structural_similarity
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 import equipoise as eq
+from benchmarks.generative.rivals import VAE, batches, frechet, train_features, train_vae
 from equipoise.files import write_atomic
 from equipoise.models import DecoderConfig, LatentDecoder
 from equipoise.solvers import Anderson

@@ -1,6 +1,6 @@
 """How well a shared inverse estimate inverts, in the direction that the outer loss asks about.
 
-    python benchmarks/inversion_quality.py [--quick] [--threads N] --json FILE [--plot PNG]
+    python -m benchmarks.inversion_quality.run [--quick] [--threads N] --json FILE [--plot PNG]
 
 Claim: with outer-problem awareness (OPA) the estimate that the forward solver holds is right in the prescribed
 direction, at a few more evaluations (L-BFGS) or products (adjoint Broyden), where without it it is right in the

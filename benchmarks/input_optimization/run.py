@@ -1,6 +1,6 @@
 """What it takes to optimize the input of an equilibrium, to equal cost: jointly, or by gradient steps around solves.
 
-    python benchmarks/input_optimization.py [--quick] [--problem NAME ...] [--again] --json FILE
+    python -m benchmarks.input_optimization.run [--quick] [--problem NAME ...] [--again] --json FILE
 
     generative    latents of a decoder of digits, a fast layer
     adversarial   an L2 ball of radius 1 within [0, 1] around digits, a fast layer; the cost is a margin
@@ -48,13 +48,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import input_models as models
 import torch
-from input_methods import Cold, Loop, Method, Ours, Rule, Warm, Work
-from input_models import Problem
 from torch import Tensor
 
 import equipoise as eq
+from benchmarks.input_optimization import models
+from benchmarks.input_optimization.methods import Cold, Loop, Method, Ours, Rule, Warm, Work
+from benchmarks.input_optimization.models import Problem
 from equipoise.inputs import GaussSeidel, Joint, Nested
 
 WITHIN = 0.01  # excess of the median sample at the goal, relative to what there is to gain

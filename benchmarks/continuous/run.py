@@ -1,6 +1,6 @@
 """What the flow and a guessed start of an equilibrium cost and save, beside a Neural ODE.
 
-    python benchmarks/continuous_skip.py [--quick] [--seeds N] [--workers N] [--data NAME ...] [--train-only]
+    python -m benchmarks.continuous.run [--quick] [--seeds N] [--workers N] [--data NAME ...] [--train-only]
         [--time-only] [--multiscale cifar10 --device cuda] [--add FILE ...] [--show] --json FILE [--plot PNG]
 
 Claims of the paper (Pal, Edelman and Rackauckas 2022): a continuous DEQ trains 2 to 4 times faster than a Neural ODE,
@@ -56,12 +56,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from continuous_report import plot, show, summary
-from continuous_settings import Settings, Variant, splits, variants
-from neural_ode import METHODS, NeuralODE
 from torch import Tensor
 
 import equipoise as eq
+from benchmarks.continuous.neural_ode import METHODS, NeuralODE
+from benchmarks.continuous.report import plot, show, summary
+from benchmarks.continuous.settings import Settings, Variant, splits, variants
 from equipoise import models
 from equipoise.files import read_tensors, write_atomic, write_tensors
 from equipoise.models import EquilibriumClassifier

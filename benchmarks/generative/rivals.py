@@ -1,4 +1,4 @@
-"""What `jiio_generative.py` compares with: a variational autoencoder, and distances on a classifier's features."""
+"""Rival of the generative benchmark: a variational autoencoder; and distances on the features of a classifier."""
 
 from __future__ import annotations
 

@@ -8,10 +8,10 @@ import itertools
 from collections.abc import Iterator
 
 import torch
-from input_models import Problem
 from torch import Tensor
 
 import equipoise as eq
+from benchmarks.input_optimization.models import Problem
 from equipoise.inputs import Nested, Schedule
 
 DEFAULT = eq.Anderson(memory=10, max_steps=100, rtol=1e-4, ridge=1e-2)  # that of `optimize_inputs`

@@ -1,6 +1,6 @@
 """What the gradient of an equilibrium costs in the backward pass, and what it is worth in test accuracy.
 
-    python benchmarks/backward_cost.py [--data fashion-mnist|cifar10] [--device cpu|cuda] [--seeds N] [--threads N]
+    python -m benchmarks.backward_cost.run [--data fashion-mnist|cifar10] [--device cpu|cuda] [--seeds N] [--threads N]
         [--quick] [--show] --json FILE [--plot PNG]
 
 Question, after the third figure of the SHINE paper (Ramzi et al. 2022): how much accuracy does each gradient give up

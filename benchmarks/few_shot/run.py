@@ -1,6 +1,6 @@
 """Few-shot learning of characters by optimized inputs, beside first-order MAML, prototypes and pixels.
 
-    python benchmarks/jiio_meta.py [--quick] [--seeds N] [--methods NAME ...] [--steps N] [--kinds N ...] --json FILE
+    python -m benchmarks.few_shot.run [--quick] [--seeds N] [--methods NAME ...] [--steps N] [--kinds N ...] --json FILE
         [--table FILE] [--plot PNG]
 
 All methods that learn have the encoder of the recipe `jiio-meta`, and train on the same tasks in the same order, 8 at
@@ -33,10 +33,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from few_shot_baselines import FirstOrderMAML, Network, Pixels, Prototypes
 from torch import Tensor, nn
 
 import equipoise as eq
+from benchmarks.few_shot.rivals import FirstOrderMAML, Network, Pixels, Prototypes
 from equipoise.files import read_tensors, write_atomic, write_tensors
 from equipoise.models import FewShotConfig, FewShotLearner
 from equipoise.train import Omniglot, TrainConfig, recipes

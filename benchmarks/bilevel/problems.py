@@ -1,4 +1,4 @@
-"""The bilevel problems of bilevel_speed.py: real data, splits, losses; and what a method visited on its way."""
+"""Bilevel problems: real data, splits, losses; and what a method visited on its way."""
 
 from __future__ import annotations
 
