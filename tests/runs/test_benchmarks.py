@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 OMNIGLOT = pathlib.Path(os.environ.get("EQUIPOISE_DATA") or ROOT.parent / "shared/data") / "omniglot"
 METHODS = {
     "picard": ("forward_ratio", "evals", "seconds", "peak_states"),
