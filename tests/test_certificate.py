@@ -471,7 +471,7 @@ def test_a_map_with_a_forward_pass_of_its_own_needs_a_bound_of_its_own() -> None
     wrapped = eq.certify(torch.compile(model.deq.cell))
     assert wrapped == eq.certify(model)
     model.deq.cell = Skipping(model.config).eval()
-    with pytest.raises(eq.CertificateError, match=r"^deq\.cell \(Skipping: its forward is its own and block_matrix in"):
+    with pytest.raises(eq.CertificateError, match=r"^deq\.cell \(Skipping: it overrides forward and inherits block_m"):
         eq.certify(model)
 
 

@@ -193,14 +193,14 @@ class Doubled(nn.ReLU):
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (nn.BatchNorm2d(4), "BatchNorm2d: batch statistics have no place in a map; use MeanOnlyGroupNorm"),
+        (nn.BatchNorm2d(4), "BatchNorm2d: batch statistics make a sample depend on its batch; use MeanOnlyGroupNorm"),
         (nn.GroupNorm(2, 4), "GroupNorm: a division by the standard deviation .* use MeanOnlyGroupNorm"),
         (nn.LayerNorm(4), "LayerNorm: a division by the standard deviation"),
         (nn.Conv2d(2, 2, 3), "Conv2d: its norm is not bounded, and depends on the size of the image; use CappedConv2d"),
         (nn.Sequential(nn.ReLU(), nn.SiLU()), "SiLU: no Lipschitz constant is known"),
         (Residual(ScaledReLU(0.5)), "Residual: no Lipschitz constant is known"),
         (Doubled(), "Doubled: no Lipschitz constant is known"),
-        (ResidualReLU(0.5), "ResidualReLU: its forward is its own and lipschitz_bound inherited; give it lipschitz_b"),
+        (ResidualReLU(0.5), "ResidualReLU: it overrides forward and inherits lipschitz_bound; define lipschitz_bound"),
         (Undropped(0.5), "Undropped: no Lipschitz constant is known"),
     ],
     ids=lambda value: type(value).__name__,
@@ -224,7 +224,7 @@ def test_layers_without_a_known_constant_are_refused(layer: nn.Module, message: 
         (lambda: CappedConv2d(2, 2, 3, cap=0.0, size=4), "cap=0.0 and size=4 must be > 0"),
         (lambda: CappedConv2d(2, 2, 3, cap=1.0, size=(4, 0)), r"cap=1.0 and size=\(4, 0\) must be > 0"),
         (lambda: SLLBlock(2, 4, 2), "kernel_size=2: must be odd"),
-        (lambda: LevelWeights(2, "mean"), "mode='mean': must be sum, softmax, uniform or learned"),
+        (lambda: LevelWeights(2, "mean"), "mode='mean': must be softmax, uniform or learned"),
         (lambda: LevelWeights(2, "softmax", exchange=1.5), r"exchange=1.5: must lie in \[0, 1\]"),
     ],
 )
@@ -601,7 +601,6 @@ def test_shares_of_the_softmax_are_those_of_the_released_code() -> None:
     torch.testing.assert_close(layer().sum(1), torch.ones(4))
     uniform = LevelWeights(4, "uniform", exchange=0.3)()
     torch.testing.assert_close(uniform, 0.6 * torch.eye(4) + 0.1)
-    torch.testing.assert_close(LevelWeights(3, "sum")(), torch.ones(3, 3))
     torch.testing.assert_close(LevelWeights(2, "softmax", exchange=0.0)(), torch.eye(2))
     for mode in ("softmax", "uniform", "learned"):
         assert LevelWeights(1, mode)().tolist() == [[1.0]]

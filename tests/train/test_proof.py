@@ -297,7 +297,7 @@ def test_a_bound_is_rounded_up() -> None:
     ("reason", "line"),
     [
         (
-            "Cell has no method block_matrix(training) that bounds it; see docs/extending.md",
+            "Cell has no method block_matrix(training) that bounds it; define one",
             "(training) that bounds it",
         ),
         ("its layers may expand (cap=1.2; lower it)", "may expand (cap=1.2)"),

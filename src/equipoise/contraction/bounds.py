@@ -12,24 +12,23 @@ from equipoise.nn.dropout import VariationalDropout
 
 M = TypeVar("M", bound=nn.Module)
 
-
-NONEXPANSIVE = (
-    nn.Identity,
-    nn.ReLU,
-    nn.Tanh,
-    nn.Sigmoid,
-    nn.PixelShuffle,
-    nn.PixelUnshuffle,
-    nn.Flatten,
-)
+NONEXPANSIVE = (nn.Identity, nn.ReLU, nn.Tanh, nn.Sigmoid, nn.PixelShuffle, nn.PixelUnshuffle, nn.Flatten)
+# Reason and remedy for layers without a useful constant; the last entry takes every module.
+UNBOUNDED = {
+    nn.modules.conv._ConvNd: "its norm is not bounded, and depends on the size of the image; use CappedConv2d",
+    nn.modules.batchnorm._BatchNorm: "batch statistics make a sample depend on its batch; use MeanOnlyGroupNorm",
+    (nn.GroupNorm, nn.LayerNorm): "a division by the standard deviation has no useful constant; use MeanOnlyGroupNorm",
+    nn.Module: "no Lipschitz constant is known; use layers of equipoise.contraction, or define "
+    "lipschitz_bound(training)",
+}
 
 
 class UnknownConstant(ValueError):
-    """A layer that has no Lipschitz constant, or none that is known.
+    """Error for a layer without a Lipschitz constant, or without a known one.
 
     Args:
         module: the layer.
-        reason: why, and what to use in its place.
+        reason: reason and remedy.
     """
 
     def __init__(self, module: nn.Module, reason: str) -> None:
@@ -39,19 +38,19 @@ class UnknownConstant(ValueError):
 
 
 def lipschitz_bound(module: nn.Module, *, training: bool = False) -> float:
-    """Lipschitz constant of a layer or chain of layers, with its present weights.
+    """Bound the Lipschitz constant of a layer or chain of layers at its present weights.
 
     Args:
-        module: one of the layers of this file, a linear layer, a non-expansive activation, `VariationalDropout`, a
+        module: a layer of `equipoise.contraction`, a linear layer, a non-expansive activation, `VariationalDropout`, a
             `Sequential` of these, or any module with a method `lipschitz_bound(training)`.
-        training: count dropout as it is in training, where what is kept is enlarged.
+        training: count dropout as in training, which scales up the kept values.
 
     Returns:
-        An upper bound of the constant, for images up to the size that the layer was made for.
+        An upper bound, valid for images up to the size that the layer was built for.
 
     Raises:
-        UnknownConstant: a layer is of another kind, or has no finite constant, or inherits one that was proved for
-            another `forward`.
+        UnknownConstant: a layer of another kind, without a finite constant, or with a constant inherited from a class
+            whose `forward` it overrides.
 
     Example:
         >>> import torch
@@ -73,36 +72,25 @@ def lipschitz_bound(module: nn.Module, *, training: bool = False) -> float:
         return 1 / (1 - module.p) if training else 1.0
     if _plain(module, nn.Linear):
         return float(torch.linalg.matrix_norm(module.weight.detach().double(), ord=2))
-    if isinstance(module, nn.modules.conv._ConvNd):
-        raise UnknownConstant(module, "its norm is not bounded, and depends on the size of the image; use CappedConv2d")
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        raise UnknownConstant(module, "batch statistics have no place in a map; use MeanOnlyGroupNorm")
-    if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
-        raise UnknownConstant(
-            module, "a division by the standard deviation has no useful constant; use MeanOnlyGroupNorm"
-        )
-    raise UnknownConstant(
-        module, "no Lipschitz constant is known; use the layers of equipoise.nn, or give it lipschitz_bound(training)"
-    )
+    raise UnknownConstant(module, next(reason for kinds, reason in UNBOUNDED.items() if isinstance(module, kinds)))
 
 
 def require_own(module: nn.Module, name: str) -> None:
-    """Refuse a bound that was proved for the forward pass of a base class.
+    """Check that a bound belongs to the module's own forward pass.
 
     Args:
-        module: that has the method.
-        name: of the method that bounds `forward`.
+        module: has the method.
+        name: name of the method that bounds `forward`.
 
     Raises:
-        UnknownConstant: a subclass has overridden `forward` since.
+        UnknownConstant: a subclass overrides `forward` and inherits the bound.
     """
-    for kind in type(module).__mro__:
-        if name in vars(kind) or kind is nn.Module:  # the latter: a wrapper passes on the method of what it wraps
-            return
-        if "forward" in vars(kind):
-            raise UnknownConstant(module, f"its forward is its own and {name} inherited; give it {name}(training), too")
+    # A wrapper, such as a compiled module, defines neither: it forwards the method of the wrapped module.
+    kind = next((kind for kind in type(module).__mro__ if {name, "forward"} & vars(kind).keys()), nn.Module)
+    if kind is not nn.Module and name not in vars(kind):
+        raise UnknownConstant(module, f"it overrides forward and inherits {name}; define {name}(training), too")
 
 
 def _plain(module: nn.Module, *kinds: type[M]) -> TypeGuard[M]:
-    """Whether a module is of one of these kinds and computes what they do: a subclass may add a skip connection."""
+    """Whether a module is of one of these kinds and uses its forward pass; a subclass may add a skip connection."""
     return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)

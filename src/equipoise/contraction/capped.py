@@ -1,4 +1,4 @@
-"""The convolution whose norm as an operator is capped, by a re-parametrisation that a solve computes once."""
+"""Convolution with a capped operator norm, by a parametrization that is computed once per solve."""
 
 from __future__ import annotations
 
@@ -11,33 +11,34 @@ from torch.nn.utils import parametrize
 from equipoise.contraction.bounds import UnknownConstant
 from equipoise.contraction.operator_norm import conv_norm_bound, conv_power_iteration
 
-MOVED = 0.05  # share of a kernel whose change calls for its bound
+MOVED = 0.05  # relative change of a kernel after which its bound is renewed
 
 
 class CappedConv2d(nn.Conv2d):
-    r"""Convolution with zero padding whose operator norm is at most `cap`.
+    r"""Zero-padded convolution with an operator norm of at most `cap`.
 
     $$ W = K \min(1, c / \|K\|) $$
 
     The weight is computed from the kernel once per solve. In evaluation mode $\|K\|$ is the bound of
-    `conv_norm_bound`, so the cap is proved. In training mode, where that would cost too much in every step, power
-    iteration on the operator follows the kernel, two iterations each time that the kernel has changed, times its
-    ratio to the bound. Ratio and bound are renewed whenever the kernel has moved by a twentieth of itself, in the
-    Frobenius norm (by more where it is far below its cap), and the norm in use never falls below the last bound. So the
-    cap is proved at a renewal, too, and in between it is exceeded by what a small change adds unseen; the tests hold it
-    to a tenth. The gradient is that of the leading singular value in either mode.
+    `conv_norm_bound`, so the cap is proved. In training mode that would be too expensive in every step, and $\|K\|$ is
+    an estimate: two power iterations whenever the kernel has changed, times the ratio of the bound to the estimate at
+    the last renewal. A renewal takes place when the kernel has moved by a twentieth of itself in the Frobenius norm
+    (later if it is far below its cap), and the estimate never falls below the last bound. So the cap is proved at a
+    renewal; in between, small changes can exceed it, in the tests by at most a tenth. The gradient is that of the
+    leading singular value in either mode.
 
     Args:
-        in_channels: of the input.
-        out_channels: of the output.
-        kernel_size: odd.
-        stride: of the convolution.
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_size: an odd number.
+        stride: stride of the convolution.
         cap: $c$.
-        size: largest height and width of the input images: norms grow with it.
-        bias: whether there is a bias.
+        size: largest height and width of the input images; norms grow with them.
+        bias: learn a bias.
 
     Raises:
-        ValueError: a cap or size that is not positive, an even kernel; in the forward pass, a larger image.
+        ValueError: `cap` or `size` is not positive, or `kernel_size` is even; in the forward pass, an image is larger
+            than `size`.
 
     Example:
         >>> import torch
@@ -67,31 +68,33 @@ class CappedConv2d(nn.Conv2d):
         if not cap > 0 or min(self.size) < 1:
             raise ValueError(f"cap={cap!r} and size={size!r} must be > 0")
         self.cap = cap
-        # The norm of a 1x1 convolution does not depend on the image; one pixel shows it.
-        seen = self.size if kernel_size > 1 else (1, 1)
-        limit = _Cap(self.weight, cap, seen, stride if kernel_size > 1 else 1, kernel_size // 2)
-        parametrize.register_parametrization(self, "weight", limit)
+        # The norm of a 1x1 convolution does not depend on the image, so one pixel is enough.
+        image, step = (self.size, stride) if kernel_size > 1 else ((1, 1), 1)
+        parametrize.register_parametrization(self, "weight", _Cap(self.weight, cap, image, step, kernel_size // 2))
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, C_in, H, W) -> (B, C_out, ceil(H / stride), ceil(W / stride))`."""
         if x.shape[-2] > self.size[0] or x.shape[-1] > self.size[1]:
-            raise ValueError(f"an image of {tuple(x.shape[-2:])} pixels is larger than size={self.size} of this layer")
+            raise ValueError(
+                f"an image of {tuple(x.shape[-2:])} pixels is larger than size={self.size} of this layer; crop it, or "
+                "build the layer with a larger size"
+            )
         return super().forward(x)
 
     def lipschitz_bound(self, training: bool) -> float:
-        """Bound of the norm with the weight of the present mode, computed afresh in 64-bit arithmetic."""
+        """Bound the norm of the weight of the present mode, in 64-bit arithmetic."""
         if parametrize.is_parametrized(self, "weight") and len(self.parametrizations.weight) > 1:  # type: ignore[union-attr, arg-type]
             raise UnknownConstant(self, "another parametrization, such as weight_norm, undoes its cap; remove it")
         weight = self.weight.detach().double()
         return float(conv_norm_bound(weight, self.size, stride=self.stride[0], padding=int(self.padding[0])))
 
     def train(self, mode: bool = True) -> CappedConv2d:
-        """Switch the mode; on the way to evaluation the power iteration is compared with the bound."""
-        if parametrize.is_parametrized(self, "weight"):  # unless somebody has removed the cap
+        """Switch the mode; a switch to evaluation renews the bound."""
+        if parametrize.is_parametrized(self, "weight"):  # a user may have removed the cap
             parts: Any = self.parametrizations["weight"]  # type: ignore[index]
-            if parts[0].steering and not mode:
+            if parts[0].following and not mode:
                 parts[0].renew(parts.original)
-            parts[0].steering = mode
+            parts[0].following = mode
         return super().train(mode)
 
     def extra_repr(self) -> str:
@@ -99,38 +102,31 @@ class CappedConv2d(nn.Conv2d):
 
 
 class _Cap(nn.Module):
-    """Divides a kernel by its norm over the cap, where the norm is larger.
+    """Parametrization that scales a kernel down to its cap.
 
-    Whether a kernel has changed is told by its values: PyTorch does not count what fused optimizers write.
+    Changes of the kernel are found by its values: PyTorch's version counters miss the writes of fused optimizers.
     """
-
-    vector: Tensor
-    followed: Tensor
-    bound: Tensor
-    slack: Tensor
-    probe: Tensor
-    sketch: Tensor
 
     def __init__(self, kernel: Tensor, cap: float, size: tuple[int, int], stride: int, padding: int) -> None:
         super().__init__()
         self.cap, self.size, self.stride, self.padding = cap, size, stride, padding
-        # Unlike `training`, which a backward pass turns off although it must meet the same weights.
-        self.steering = True
+        # Not `training`, which a backward pass switches off although it needs the weights of the forward pass.
+        self.following = True
         self.known: tuple[Tensor, Tensor] | None = None  # a kernel and its bound
         with torch.no_grad():
             image = torch.randn(1, kernel.shape[1], *size, dtype=kernel.dtype, device=kernel.device)
             norm, image = self._iterate(kernel, image, 20)
-            self.register_buffer("vector", image)
-            # The kernel that the vector was last adapted to.
-            self.register_buffer("followed", torch.full_like(kernel, torch.nan), persistent=False)
-            # The bound when it was last looked at, and its ratio to the power iteration.
-            self.register_buffer("bound", self._bound(kernel).to(kernel.dtype))
-            self.register_buffer("slack", _ratio(self.bound, norm))
-            # Products with a few random vectors stand for the kernel of that bound: distances are nearly kept, and a
-            # checkpoint need not hold a second kernel.
+            self.vector = nn.Buffer(image)
+            # Kernel of the last power iteration.
+            self.followed = nn.Buffer(torch.full_like(kernel, torch.nan), persistent=False)
+            # Bound at the last renewal, and its ratio to the estimate.
+            self.bound = nn.Buffer(self._bound(kernel).to(kernel.dtype))
+            self.slack = nn.Buffer(_ratio(self.bound, norm))
+            # Random projections of the kernel of that bound nearly preserve distances, so a checkpoint need not hold
+            # a second kernel.
             signs = torch.randint(2, (kernel[0].numel(), 4), generator=torch.Generator().manual_seed(0), device="cpu")
-            self.register_buffer("probe", (2 * signs - 1).to(kernel), persistent=False)
-            self.register_buffer("sketch", kernel.flatten(1) @ self.probe)
+            self.probe = nn.Buffer((2 * signs - 1).to(kernel), persistent=False)
+            self.sketch = nn.Buffer(kernel.flatten(1) @ self.probe)
 
     def forward(self, kernel: Tensor) -> Tensor:
         with torch.autocast(kernel.device.type, enabled=False):
@@ -140,23 +136,24 @@ class _Cap(nn.Module):
         return weight
 
     def _norm(self, kernel: Tensor) -> Tensor:
-        """The norm by which the kernel is judged, with the derivative of the leading singular value."""
-        if self.steering and self.training:
+        """Estimate or bound the norm, with the derivative of the leading singular value."""
+        if self.following and self.training:
             self._follow(kernel)
-        if not self.steering and not torch.is_grad_enabled():
+        if not self.following and not torch.is_grad_enabled():
             return self._bound(kernel)
         norm, _ = self._iterate(kernel, self.vector.clone(), 0)
-        if self.steering:
+        if self.following:
             norm = norm * self.slack
-            if torch.compiler.is_compiling():  # in a traced graph nothing is renewed
+            if torch.compiler.is_compiling():  # a traced graph has no renewals
                 return norm
-            # Where another singular vector overtakes the one that is followed, the norm that is found falls.
+            # The estimate can fall while another singular value overtakes the followed one.
             return norm + (self.bound - norm.detach()).clamp_min(0)
         bound, found = self._bound(kernel), norm.detach()
         return bound + (norm - found) * _ratio(bound, found)
 
     @torch.no_grad()
     def _follow(self, kernel: Tensor) -> None:
+        """Adapt the power iteration to a kernel that has changed, and renew the bound if it is due."""
         changed = (kernel != self.followed).any()
         tracing = torch.compiler.is_compiling()
         if not tracing and not bool(changed):
@@ -165,14 +162,14 @@ class _Cap(nn.Module):
         self.vector.copy_(torch.where(changed, image, self.vector))
         self.followed.copy_(kernel)
         moved = (kernel.flatten(1) @ self.probe - self.sketch).norm()
-        # A kernel far below its cap is left as it is, and may move by a quarter of what is missing.
+        # A kernel far below its cap is not scaled, and may move by a quarter of its distance to the cap.
         allowed = ((self.cap / self.bound - 1) / 4).clamp_min(MOVED) * self.sketch.norm()
         if not tracing and not bool(moved <= allowed):
             self.renew(kernel)
 
     @torch.no_grad()
     def renew(self, kernel: Tensor) -> None:
-        """Compare the power iteration with the bound, after some more iterations."""
+        """Renew the bound and its ratio to the power iteration, after four more iterations."""
         norm, image = self._iterate(kernel, self.vector, 4)
         self.vector.copy_(image)
         self.bound.copy_(self._bound(kernel))
@@ -194,10 +191,10 @@ class _Cap(nn.Module):
         return conv_power_iteration(kernel, image, stride=self.stride, padding=self.padding, iterations=iterations)
 
     def _apply(self, fn: Any, recurse: bool = True) -> _Cap:
-        self.known = None  # it may be of another type or device
+        self.known = None  # the type or device may change
         return super()._apply(fn, recurse)
 
 
 def _ratio(bound: Tensor, norm: Tensor) -> Tensor:
-    """How far a bound is above a norm; 1 for a kernel of zeros."""
+    """Ratio of a bound to a norm; 1 for a kernel of zeros."""
     return torch.where(norm > 0, bound / norm, 1.0)

@@ -1,4 +1,4 @@
-"""Certificates: proofs from the weights that the map of a model contracts, and what follows from them."""
+"""Certificates: proofs from the weights that the map of a model contracts, with rates and step counts."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from equipoise.core.solution import Solution
 from equipoise.nn import DEQ
 from equipoise.solvers import Anderson, Picard, Solver
 
-PICARD_UP_TO = 0.6  # a contraction this strong gains nothing from acceleration
-ROUNDING = 1e-5  # relative, of weights that were divided by their norms in 32-bit arithmetic
+PICARD_UP_TO = 0.6  # Lipschitz constant up to which acceleration saves no evaluations
+ROUNDING = 1e-5  # relative rounding error of weights normalized in 32-bit arithmetic
 
 
 class CertificateError(ValueError):
-    """A model whose contraction cannot be proved; the message names the module and the reason."""
+    """Error for a model without a proof of contraction; the message names the module and the reason."""
 
 
 class UnprovedConstant(CertificateError):
-    """A solver that was given a Lipschitz constant which the weights do not prove."""
+    """Error for a solver with a Lipschitz constant that the weights do not prove."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Certificate:
-    r"""What the weights of a model prove about its map.
+    r"""Lipschitz bounds of a map, proved from the weights of its model.
 
     The blocks of the state obey $\|f_i(z) - f_i(z')\| \le \sum_j M_{ij} \|z_j - z'_j\|$. So $f$ contracts in the
-    Euclidean norm if $\|M\|_2 < 1$, and in some norm that weights the blocks if the Perron radius $\rho(M) < 1$; the
-    latter is the sharpest statement that $M$ allows. Then there is one equilibrium for every input, Picard iteration
-    reaches it from every start, and the adjoint system is solved as fast.
+    Euclidean norm if $\|M\|_2 < 1$, and in a norm with weights on the blocks if the Perron radius $\rho(M) < 1$; the
+    latter is the sharpest statement that $M$ allows. Then every input has one equilibrium, Picard iteration converges
+    to it from every start, and the adjoint system is solved at the same rate.
 
     Args:
         block_matrix: $M$, row by row.
-        training: whether dropout is counted.
+        training: whether the bounds count dropout.
         norm: $\|M\|_2$.
         radius: $\rho(M)$.
         weights: $d > 0$ with $\|D M D^{-1}\|_2 = \rho(M)$: the Euclidean norm of $(d_i z_i)$ contracts by $\rho$.
-        measured: largest norm of the Jacobian found at samples; None: none were looked at.
+        measured: largest norm of the Jacobian at samples; None: not measured.
 
     Source: standard arguments of Banach and Perron; see `docs/math.md`.
     """
@@ -56,34 +56,34 @@ class Certificate:
 
     @property
     def contracts(self) -> bool:
-        """Whether the map is proved to contract, in the weighted norm at least."""
+        """Whether the map is proved to contract, at least in the weighted norm."""
         return self.radius < 1
 
     @property
     def lipschitz(self) -> float | None:
-        """The constant that is proved: in the Euclidean norm, or, where that is 1 or more, in the weighted one."""
+        """The proved constant: in the Euclidean norm, or in the weighted one if the Euclidean is 1 or more."""
         return None if not self.contracts else self.norm if self.norm < 1 else self.radius
 
     @property
     def tightness(self) -> float | None:
-        """Share of the Euclidean bound that was found at samples."""
+        """Ratio of the measured norm to the Euclidean bound."""
         return None if self.measured is None or self.norm == 0 else self.measured / self.norm
 
     @property
     def condition(self) -> float:
-        """Ratio of the largest to the smallest weight: what the weighted norm costs in the Euclidean one."""
+        """Ratio of the largest to the smallest weight, the condition number of the weighted norm."""
         return max(self.weights) / min(self.weights)
 
     def evaluations(self, rtol: float, *, lipschitz: float | None = None) -> int:
-        r"""Evaluations after which Picard iteration from zero has stopped, for every input, forward and backward.
+        r"""Bound the evaluations of Picard iteration from zero, for every input, forward and backward.
 
         A sample stops when $|f(z) - z| \le \mathrm{rtol}\,|f(z)|$. With the constant $L$ in a norm of condition
-        $\kappa$ this holds after $k + 1$ evaluations if $\kappa L^k (1 + L) \le \mathrm{rtol}\,(1 - L^{k+1})$: the
-        least over both norms. Evaluations in practice are fewer, by the tightness of the bound.
+        $\kappa$ this holds after $k + 1$ evaluations if $\kappa L^k (1 + L) \le \mathrm{rtol}\,(1 - L^{k+1})$; the
+        result is the smaller count of both norms. In practice a solve takes fewer, as the bound is not tight.
 
         Args:
-            rtol: of the solver.
-            lipschitz: the constant that the solver was given, if it bounds the error: it then asks for the residual
+            rtol: relative tolerance of the solver.
+            lipschitz: constant $L$ of a solver that bounds the error, which lowers the tolerance to
                 $(1 - L)\,\mathrm{rtol}\,|f(z)|$.
 
         Returns:
@@ -103,22 +103,20 @@ class Certificate:
             raise ValueError(f"rtol={rtol!r}: must be > 0")
         self.require()
         wanted = rtol if lipschitz is None else rtol * (1 - lipschitz)
-        found = [_evaluations(self.radius, self.condition, wanted)]
-        if self.norm < 1:
-            found.append(_evaluations(self.norm, 1.0, wanted))
-        return min(found)
+        rates = ((self.radius, self.condition), (self.norm, 1.0))
+        return min(_evaluations(rate, condition, wanted) for rate, condition in rates if rate < 1)
 
     def evaluations_of(self, solver: Solver) -> int | None:
-        """Evaluations after which a solver has stopped if its `max_steps` let it, for every input.
+        """Bound the evaluations of a solver whose `max_steps` is large enough, for every input.
 
         Args:
-            solver: any.
+            solver: any solver.
 
         Returns:
-            The number; None where nothing is proved: the map, or this kind of solver, which need not converge.
+            The number of evaluations; None without a proof that the map contracts or that the solver converges.
         """
-        told = getattr(solver, "lipschitz", None)
-        if not self.contracts or solver.rtol == 0 or (told is not None and self.norm > told * (1 + ROUNDING)):
+        claimed = getattr(solver, "lipschitz", None)
+        if not self.contracts or solver.rtol == 0 or (claimed is not None and self.norm > claimed * (1 + ROUNDING)):
             return None
         if isinstance(solver, Picard) and solver.step == 1:
             return self.evaluations(solver.rtol, lipschitz=solver.lipschitz)
@@ -127,15 +125,15 @@ class Certificate:
         return None
 
     def solver(self, *, rtol: float = 1e-3) -> Solver:
-        r"""A solver that reaches the equilibrium of every input, with a proof: that of `contraction_solver`.
+        r"""Return a solver that provably converges for every input: `contraction_solver` at the proved norm.
 
-        Where only the weighted norm contracts, Picard iteration on the residual.
+        If only the weighted norm contracts, the solver is Picard iteration with a tolerance of the residual.
 
         Args:
             rtol: relative error.
 
         Returns:
-            The solver; its `max_steps` is what the proof needs.
+            The solver, with the `max_steps` that the proof requires.
 
         Raises:
             CertificateError: the map is not proved to contract.
@@ -147,10 +145,10 @@ class Certificate:
         return contraction_solver(self.norm, rtol=rtol)
 
     def require(self) -> Certificate:
-        """This certificate, if the map contracts.
+        """Return this certificate if it proves that the map contracts.
 
         Raises:
-            CertificateError: it is not proved to.
+            CertificateError: there is no proof.
         """
         if not self.contracts:
             raise CertificateError(
@@ -160,21 +158,21 @@ class Certificate:
         return self
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, for files."""
+        """Return the certificate as plain data."""
         return {**dataclasses.asdict(self), "contracts": self.contracts, "tightness": self.tightness}
 
 
 def contraction_solver(lipschitz: float, *, rtol: float = 1e-3, max_steps: int | None = None) -> Solver:
-    r"""The solver for a map with a Lipschitz constant $L < 1$, forward and, as $J^T$ has the same, backward.
+    r"""Return the solver for a map with a Lipschitz constant $L < 1$, forward and backward.
 
-    Up to $L = 0.6$ Picard iteration, above it Anderson acceleration that goes back to Picard's step wherever it
-    contracts less than $L$ promises. Both bound the error by `rtol`, $\|f(z) - z\| / (1 - L) \le
-    \mathrm{rtol}\,\|f(z)\|$.
+    Up to $L = 0.6$ it is Picard iteration, above that Anderson acceleration with Picard's step as a safeguard: it
+    replaces a step that contracts less than by $L$. Both bound the error by `rtol`, $\|f(z) - z\| / (1 - L) \le
+    \mathrm{rtol}\,\|f(z)\|$. The backward solve has the same constant, as $\|J^T\| = \|J\|$.
 
     Args:
-        lipschitz: $L$: a certificate's `norm`, or before training what the layers allow, `Contraction.constant`.
+        lipschitz: $L$: a certificate's `norm`, or before training the bound of the layers, `Contraction.constant`.
         rtol: relative error.
-        max_steps: most evaluations; None: as many as the proof needs.
+        max_steps: largest number of evaluations; None: the number that the proof requires.
 
     Returns:
         The solver.
@@ -188,7 +186,7 @@ def contraction_solver(lipschitz: float, *, rtol: float = 1e-3, max_steps: int |
         13
     """
     if not 0 <= lipschitz < 1:
-        raise ValueError(f"lipschitz={lipschitz!r}: must lie in [0, 1); only a contraction has such a solver")
+        raise ValueError(f"lipschitz={lipschitz!r}: must lie in [0, 1); lower the constants of the layers")
     if not rtol > 0:
         raise ValueError(f"rtol={rtol!r}: must be > 0")
     picard = lipschitz <= PICARD_UP_TO
@@ -198,21 +196,21 @@ def contraction_solver(lipschitz: float, *, rtol: float = 1e-3, max_steps: int |
 
 
 def certify(model: nn.Module, *, training: bool | None = None, solution: Solution | None = None) -> Certificate:
-    r"""Prove from the present weights how much a model's map contracts.
+    r"""Bound the Lipschitz constant of a model's map from its present weights.
 
     Args:
-        model: a `DEQ`, or a model with one in `model.deq`, whose cell has a method `block_matrix(training)`; or such
-            a cell.
-        training: count dropout as it is in training; None: as in the model's mode. The weights are those of the
-            model's mode in either case: steered by power iteration in training, proved to obey caps in evaluation.
-        solution: of a solve of the model; the norm of the Jacobian is measured at each of its samples, from below.
+        model: a cell with a method `block_matrix(training)`, a `DEQ` of such a cell, or a model with such a `DEQ` in
+            `model.deq`.
+        training: count dropout as in training; None: as in the model's mode. The weights are those of the model's
+            mode in either case: power iteration scales them in training, a proved bound in evaluation.
+        solution: solution of the model, at whose samples the norm of the Jacobian is measured.
 
     Returns:
         The certificate, whether the map contracts or not.
 
     Raises:
-        CertificateError: a layer inside the map has no known constant, and is named; or the solver was given a
-            constant that the weights do not prove.
+        CertificateError: a layer of the map has no known constant, or a solver of the model has a constant that the
+            weights do not prove.
 
     Example:
         >>> import dataclasses, equipoise as eq
@@ -225,9 +223,7 @@ def certify(model: nn.Module, *, training: bool | None = None, solution: Solutio
     deq = model if isinstance(model, DEQ) else getattr(model, "deq", None)
     cell: Any = deq.cell if isinstance(deq, DEQ) else model
     if not hasattr(cell, "block_matrix"):
-        raise CertificateError(
-            f"{type(cell).__name__} has no method block_matrix(training) that bounds it; see docs/extending.md"
-        )
+        raise CertificateError(f"{type(cell).__name__} has no method block_matrix(training) that bounds it; define one")
     for name, value in cell.named_parameters():
         if value.is_floating_point() and value.dtype.itemsize < 4:
             raise CertificateError(f"{name} is {value.dtype}, which rounds more than a proof allows; use model.float()")
@@ -266,17 +262,17 @@ def certify(model: nn.Module, *, training: bool | None = None, solution: Solutio
 
 
 def jacobian_norm(solution: Solution, num_iterations: int = 30) -> Tensor:
-    r"""Norm of the Jacobian $\|J\|_2$ at each sample's equilibrium, by power iteration on $J^T J$.
+    r"""Bound the norm of the Jacobian at each sample's equilibrium from below, by power iteration on $J^T J$.
 
     Args:
-        solution: of a solve.
-        num_iterations: products with $J$ and $J^T$.
+        solution: solution of `DEQ.solve` or `fixed_point`.
+        num_iterations: number of products with $J$ and with $J^T$.
 
     Returns:
-        `(B,)` lower bounds.
+        Lower bounds of $\|J\|_2$, `(B,)`.
 
     Raises:
-        ValueError: a solution without its map, or fewer than one iteration.
+        ValueError: the solution has no map, or `num_iterations` is below 1.
     """
     if num_iterations < 1:
         raise ValueError(f"num_iterations={num_iterations!r}: must be >= 1")
@@ -288,7 +284,7 @@ def jacobian_norm(solution: Solution, num_iterations: int = 30) -> Tensor:
         fz = f.on([t.detach() for t in f.tensors]).call(z)
         if not fz.requires_grad:  # the map ignores its state
             return torch.zeros(z.shape[0], dtype=z.dtype, device=z.device)
-        # J v is the derivative of J^T w by w.
+        # J v is the derivative of J^T w in w.
         w = torch.zeros_like(fz, requires_grad=True)
         (back,) = torch.autograd.grad(fz, z, w, create_graph=True, materialize_grads=True)
         generator = torch.Generator().manual_seed(0)
@@ -301,32 +297,32 @@ def jacobian_norm(solution: Solution, num_iterations: int = 30) -> Tensor:
 
 
 def _evaluations(lipschitz: float, condition: float, rtol: float) -> int:
-    # The inequality is one of the power L^k alone.
+    """Solve the inequality of `Certificate.evaluations` for the power L^k, and count the steps."""
     return _steps(lipschitz, rtol / (condition * (1 + lipschitz) + rtol * lipschitz)) + 1
 
 
 def _accelerated(lipschitz: float, rtol: float) -> int:
-    """Evaluations after which safeguarded Anderson acceleration from zero has stopped.
+    r"""Bound the evaluations of safeguarded Anderson acceleration from zero.
 
-    A step that is taken back costs an evaluation, and the Picard step after it contracts: after $2 k + 1$ evaluations
-    $|r| \\le L^k |r_0|$. And $|f(z)| \\ge |z^*| - L |z - z^*| \\ge |r_0| / (1 + L) - L |r| / (1 - L)$.
+    A rejected step costs an evaluation, and the Picard step after it contracts: after $2 k + 1$ evaluations
+    $|r| \le L^k |r_0|$. And $|f(z)| \ge |z^*| - L |z - z^*| \ge |r_0| / (1 + L) - L |r| / (1 - L)$.
     """
     return 2 * _steps(lipschitz, rtol * (1 - lipschitz) / ((1 + rtol * lipschitz) * (1 + lipschitz))) + 1
 
 
 def _steps(lipschitz: float, power: float) -> int:
-    """The least k with L^k at most as large as a power."""
+    """Return the least k with L^k <= power."""
     if power >= 1:
         return 0
     k = 1 if lipschitz == 0 else math.ceil(math.log(power) / math.log(lipschitz))
-    return k + (lipschitz**k > power)  # logarithms are rounded
+    return k + (lipschitz**k > power)  # corrects the rounding of the logarithms
 
 
 def _perron(matrix: Tensor) -> tuple[float, tuple[float, ...]]:
-    """Radius of a nonnegative matrix, and weights in whose Euclidean norm it is that large."""
+    """Return the Perron radius of a nonnegative matrix, and the weights of a norm that attains it."""
     if not bool(matrix.isfinite().all()):
         return math.inf, (1.0,) * len(matrix)
-    # Positive entries make both vectors positive, and a matrix that is larger has a larger radius: still a bound.
+    # Positive entries make both vectors positive; they increase the radius, which stays a bound.
     positive = matrix + 1e-12 * matrix.amax().clamp_min(1e-300)
     right, left = _leading(positive), _leading(positive.T)
     d = (left / right).sqrt()

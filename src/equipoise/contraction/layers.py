@@ -1,7 +1,7 @@
 r"""Layers with known Lipschitz constants, in the Euclidean norm of one sample.
 
-Each has a method `lipschitz_bound(training)`; `lipschitz_bound(module)` multiplies those of a chain. From such layers
-a map is built that contracts, and `equipoise.certify` proves it.
+Each layer has a method `lipschitz_bound(training)`; the function `lipschitz_bound(module)` multiplies the constants of
+a chain. A map made of such layers can contract, and `equipoise.certify` proves it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from equipoise.contraction.bounds import UnknownConstant
 
 
 class _Clip(torch.autograd.Function):
-    """Clipping whose gradient vanishes only where following it would lead further outside."""
+    """Clipping whose gradient vanishes only where a descent step would move a weight further outside."""
 
     @staticmethod
     def forward(weight: Tensor, bound: float) -> Tensor:
@@ -36,6 +36,8 @@ class _Clip(torch.autograd.Function):
 
 
 class _Clipped(nn.Module):
+    """Parametrization by `_Clip`."""
+
     def __init__(self, bound: float) -> None:
         super().__init__()
         self.bound = bound
@@ -48,21 +50,21 @@ class _Clipped(nn.Module):
 
 
 class MeanOnlyGroupNorm(nn.Module):
-    r"""Group normalisation that subtracts the mean and divides by nothing.
+    r"""Group normalization without the division by the standard deviation.
 
     $$ y = \gamma\,(x - \mathrm{mean}_{\text{group}}(x)) + \delta, \qquad |\gamma| \le \gamma_{\max} $$
 
-    Its constant is the largest $|\gamma|$: centring is an orthogonal projection. The division that is left out has no
-    useful constant, as the standard deviation may vanish.
+    Its constant is the largest $|\gamma|$, as centering is an orthogonal projection. The division has no useful
+    constant, as the standard deviation may vanish.
 
     Args:
-        num_groups: of channels that share a mean, over the image, too.
+        num_groups: number of groups of channels; a group shares one mean, taken over its channels and pixels.
         num_channels: a multiple of `num_groups`.
-        max_gamma: $\gamma_{\max}$. Weights beyond are clipped in the forward pass, and their gradients may lead back.
-        affine: whether there are $\gamma$, which starts at the smaller of 1 and its bound, and $\delta$.
+        max_gamma: $\gamma_{\max}$. The forward pass clips larger weights; their gradients may still reduce them.
+        affine: learn $\gamma$, which starts at $\min(1, \gamma_{\max})$, and $\delta$.
 
     Raises:
-        ValueError: the groups do not divide the channels, or a bound that is not positive.
+        ValueError: the groups do not divide the channels, or a bound is not positive.
 
     Source: Sato and Iiduka, "Lipschitz Multiscale Deep Equilibrium Models", AISTATS 2026, in the released code.
     """
@@ -98,13 +100,13 @@ class MeanOnlyGroupNorm(nn.Module):
 
 
 class ScaledReLU(nn.Module):
-    r"""$s \max(x, 0)$ with a fixed slope, which is its constant.
+    r"""The activation $s \max(x, 0)$ with a fixed slope, which is its constant.
 
     Args:
         slope: $s$ in (0, 1].
 
     Raises:
-        ValueError: the slope is outside.
+        ValueError: `slope` is out of range.
 
     Source: as `MeanOnlyGroupNorm`.
     """
@@ -128,7 +130,7 @@ class ScaledReLU(nn.Module):
 
 
 class MaxMin(nn.Module):
-    """Sorts channels in pairs, the larger first: an activation that keeps the norm of every vector; constant 1.
+    """Activation that sorts pairs of channels, the larger first; it preserves norms, so its constant is 1.
 
     Raises:
         ValueError: in the forward pass, for an odd number of channels.
@@ -149,16 +151,16 @@ class MaxMin(nn.Module):
 
 
 class IsometricUpsample(nn.Module):
-    """Nearest up-sampling divided by its factor, which keeps the norm; constant 1.
+    """Nearest-neighbor upsampling divided by its factor; it preserves norms, so its constant is 1.
 
-    Every value is copied to `factor^2` pixels, so up-sampling alone multiplies the norm by `factor`. Its counterpart
-    is `torch.nn.PixelUnshuffle`, which moves pixels into channels.
+    Every value is copied to `factor^2` pixels, so upsampling alone multiplies the norm by `factor`. The counterpart
+    for downsampling is `torch.nn.PixelUnshuffle`, which moves pixels into channels.
 
     Args:
-        factor: by which height and width grow.
+        factor: ratio of the new height and width to the old.
 
     Raises:
-        ValueError: a factor below 1.
+        ValueError: `factor` is below 1.
     """
 
     def __init__(self, factor: int) -> None:
@@ -180,10 +182,10 @@ class IsometricUpsample(nn.Module):
 
 
 class NearestUpsample(nn.Upsample):
-    """Nearest up-sampling by an integer factor, which is its constant.
+    """Nearest-neighbor upsampling by an integer factor, which is its constant.
 
     Args:
-        factor: by which height and width grow.
+        factor: ratio of the new height and width to the old.
     """
 
     def __init__(self, factor: int) -> None:
@@ -195,21 +197,21 @@ class NearestUpsample(nn.Upsample):
 
 
 class SLLBlock(nn.Module):
-    r"""Residual block with constant 1, its skip connection included.
+    r"""Residual block with constant 1, including its skip connection: the SDP-based Lipschitz layer (SLL).
 
     $$ y = z - 2 L^T \mathrm{ReLU}(L z + a), \qquad L = T^{-1/2} K, \qquad
        T_c = \sum_{c'} \sum_{\text{offsets}} |(K \star K)_{c c'}|\, q_{c'} / q_c $$
 
     The diagonal $T$ dominates $K K^T$, so $L L^T \preceq I$ and $\|y - y'\| \le \|z - z'\|$ for every kernel, with zero
-    padding. The weights $K$ and $q > 0$ are free: nothing is projected, and $L$ is computed once per solve.
+    padding. The weights $K$ and $q > 0$ are unconstrained, and $L$ is computed once per solve.
 
     Args:
-        channels: of the state.
+        channels: channels of the state.
         hidden: channels of $L z$.
-        kernel_size: odd.
+        kernel_size: an odd number.
 
     Raises:
-        ValueError: an even kernel.
+        ValueError: `kernel_size` is even.
 
     Example:
         >>> import torch
@@ -219,8 +221,8 @@ class SLLBlock(nn.Module):
         >>> bool((block(a) - block(b)).norm() <= (a - b).norm())
         True
 
-    Source: A. Araujo et al., "A Unified Algebraic Perspective on Lipschitz Neural Networks", ICLR 2023 (SDP-based
-        Lipschitz layers); written with $T^{-1/2}$ on both sides, as the ReLU lets positive factors pass.
+    Source: A. Araujo et al., "A Unified Algebraic Perspective on Lipschitz Neural Networks", ICLR 2023; written with
+        $T^{-1/2}$ on both sides, as ReLU commutes with positive factors.
     """
 
     def __init__(self, channels: int, hidden: int, kernel_size: int = 3) -> None:
@@ -238,7 +240,7 @@ class SLLBlock(nn.Module):
 
         Args:
             z: `(B, channels, H, W)`.
-            u: `(B, hidden, H, W)` what is added to $a$, which is a bias alone without it.
+            u: `(B, hidden, H, W)` injection, added to the bias to give $a$; None: the bias alone.
 
         Returns:
             `(B, channels, H, W)`.
@@ -246,7 +248,7 @@ class SLLBlock(nn.Module):
         weight = self.weight
         h = F.conv2d(z, weight, self.bias, padding=self.padding)
         h = torch.relu(h if u is None else h + u)
-        # The transpose of a convolution with stride 1, as a convolution.
+        # The transpose of a convolution with stride 1 is a convolution with the flipped kernel.
         back = F.conv2d(h, weight.transpose(0, 1).flip(2, 3), padding=self.padding)
         return torch.add(z, back, alpha=-2)
 
@@ -258,7 +260,7 @@ class SLLBlock(nn.Module):
 
 
 class _Dominated(nn.Module):
-    """Scales the rows of a kernel such that it is a contraction as an operator."""
+    """Parametrization that scales the rows of a kernel so that its operator norm is at most 1."""
 
     def forward(self, kernel: Tensor, log_scale: Tensor) -> Tensor:
         with torch.autocast(kernel.device.type, enabled=False):
@@ -272,12 +274,11 @@ class _Dominated(nn.Module):
 
 
 class LevelWeights(nn.Module):
-    r"""Nonnegative weights with which the levels of a multiscale map are added up, $y_i = \sum_j A_{ij} T_{ij}(b_j)$.
+    r"""Nonnegative weights of the sums over levels in a multiscale map, $y_i = \sum_j A_{ij} T_{ij}(b_j)$.
 
-    - `sum`: all ones.
-    - `softmax`: $A_{ii} = 1 - \beta$, and $\beta$ is shared among the others by a softmax over $-(j - i)$ for coarser
-      levels $j > i$ and 0 for finer ones.
-    - `uniform`: the same with equal shares.
+    - `softmax`: $A_{ii} = 1 - \beta$; a softmax over $-\max(j - i, 0)$ shares $\beta$ among the other levels $j$, of
+      which those above $i$ are coarser.
+    - `uniform`: $A_{ii} = 1 - \beta$, and equal shares for the others.
     - `learned`: $A = |V| / \|V\|_2$, which starts proportional to `softmax`.
 
     Args:
@@ -286,29 +287,29 @@ class LevelWeights(nn.Module):
         exchange: $\beta$ in [0, 1].
 
     Raises:
-        ValueError: an unknown mode, or $\beta$ outside.
+        ValueError: `mode` is unknown or `exchange` is out of range.
 
     Source: as `MeanOnlyGroupNorm`; the learned weights are ours.
     """
 
     def __init__(
-        self, num_levels: int, mode: Literal["sum", "softmax", "uniform", "learned"], *, exchange: float = 0.3
+        self, num_levels: int, mode: Literal["softmax", "uniform", "learned"], *, exchange: float = 0.3
     ) -> None:
         super().__init__()
-        if mode not in ("sum", "softmax", "uniform", "learned"):
-            raise ValueError(f"mode={mode!r}: must be sum, softmax, uniform or learned")
+        if mode not in ("softmax", "uniform", "learned"):
+            raise ValueError(f"mode={mode!r}: must be softmax, uniform or learned")
         if not 0 <= exchange <= 1:
             raise ValueError(f"exchange={exchange!r}: must lie in [0, 1]")
         self.mode = mode
-        fixed = _level_weights(num_levels, mode, exchange)
+        fixed = torch.ones(1, 1) if num_levels == 1 else _shares(num_levels, mode, exchange)
         if mode == "learned":
             self.weight = nn.Parameter(fixed)
             parametrize.register_parametrization(self, "weight", _UnitNorm())
         else:
-            self.register_buffer("weight", fixed, persistent=False)
+            self.weight = nn.Buffer(fixed, persistent=False)
 
     def forward(self) -> Tensor:
-        """`(n, n)` the weights."""
+        """Return the weights, `(n, n)`."""
         return self.weight
 
     def extra_repr(self) -> str:
@@ -316,16 +317,14 @@ class LevelWeights(nn.Module):
 
 
 class _UnitNorm(nn.Module):
-    """Absolute values over their spectral norm."""
+    """Parametrization by absolute values over their spectral norm."""
 
     def forward(self, weight: Tensor) -> Tensor:
         weight = weight.abs()
         return weight / torch.linalg.matrix_norm(weight, ord=2)
 
 
-def _level_weights(n: int, mode: str, exchange: float) -> Tensor:
-    if mode == "sum" or n == 1:
-        return torch.ones(n, n)
+def _shares(n: int, mode: str, exchange: float) -> Tensor:
     target, source = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
     score = torch.zeros(n, n) if mode == "uniform" else -(source - target).clamp_min(0).to(torch.get_default_dtype())
     share = score.masked_fill(source == target, -torch.inf).softmax(dim=1)
