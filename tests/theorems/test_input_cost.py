@@ -1,7 +1,7 @@
 """What a decoder of digits, trained by optimizing its own latents, costs and yields.
 
 The names C7, C8, C10 are those of the checks in the specification of joint inference and input optimization; C7's exact
-counts are in test_rows.py.
+counts are in tests/unit/inputs/test_rows.py.
 """
 
 from __future__ import annotations
