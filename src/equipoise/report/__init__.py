@@ -1,4 +1,4 @@
-"""A page about a run: `report.html`, drawn from the run folder and the test images, with everything in one file."""
+"""Report of a run: `report.html`, one file from the run folder and predictions on test images."""
 
 from equipoise.report.page import write_report
 

@@ -1,4 +1,4 @@
-"""The picture of an attack: images, what was done to them, and what the classifier says before and after."""
+"""Picture of an attack: images, perturbations, and predictions before and after."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def draw(
 ) -> None:
     """Write the picture of an attack as PNG.
 
-    The change is magnified by one factor for all images, the largest that fits; gray is no change.
+    One factor magnifies the perturbations of all images, the largest that fits; gray is no change.
 
     Args:
         images: `(N, C, H, W)` pixels in [0, 1].
         attacked: the same after the attack.
-        before: answer to each image, and whether it is right.
-        after: answer to each attacked image.
+        before: prediction for each image, and whether it is correct.
+        after: prediction for each attacked image, likewise.
         path: of the file.
     """
     change = attacked - images
@@ -39,13 +39,14 @@ def draw(
     figure = Figure(figsize=(width, 3.5), dpi=110)
     grid = figure.subplots(3, len(images), squeeze=False)
     sides: tuple[Sequence[tuple[str, bool]] | None, ...] = (before, None, after)
-    for name, pixels, answers, row in zip(ROWS, (images, 0.5 + factor * change, attacked), sides, grid, strict=True):
+    pictures = (images, 0.5 + factor * change, attacked)
+    for name, pixels, predictions, row in zip(ROWS, pictures, sides, grid, strict=True):
         for number, (axes, image) in enumerate(zip(row, pixels, strict=True)):
             axes.imshow(image.clamp(0, 1).movedim(0, -1).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
-            if answers is not None:
-                text, right = answers[number]
+            if predictions is not None:
+                text, right = predictions[number]
                 axes.set_title(text, fontsize=8, color=GREEN if right else RED, pad=3)
         label = f"{name}\nx {factor:.2g}" if name == "change" else name
         row[0].set_ylabel(label, color=INK, rotation=0, ha="right", va="center", labelpad=8)

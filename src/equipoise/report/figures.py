@@ -1,4 +1,4 @@
-"""The figures of a report, in one style."""
+"""Figures of a report, in one style."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 from torch import Tensor
 
-from equipoise.report.answers import Answers
+from equipoise.report.predictions import Predictions
 from equipoise.train.tasks import SCORES
 
-# Colors that stay apart for the color-blind (Okabe and Ito); each has its meanings on the whole page.
+# Colors for the color-blind (Okabe and Ito), each with one meaning on the whole page.
 BLUE, ORANGE, GREEN, RED, GRAY, INK = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#5b6673", "#1d2733"
 STYLE: Any = {
-    "font.family": "DejaVu Sans",  # wider than what browsers put in its place, so that nothing overlaps there
+    "font.family": "DejaVu Sans",  # wider than the fonts that browsers substitute, so no labels overlap
     "font.size": 9.5,
     "text.parse_math": False,
     "svg.fonttype": "none",
@@ -38,20 +38,20 @@ STYLE: Any = {
     "lines.linewidth": 1.8,
     "lines.markersize": 4.5,
 }
-TRACES, FEW, LABELED = 40, 30, 20  # single images shown; points that get markers; classes that get names
+TRACES, FEW, LABELED = 40, 30, 20  # single images drawn; most points with markers; most classes with names
 
 THOUSANDS = FuncFormatter(lambda x, _: f"{x:,.0f}")
 
 
 @matplotlib.rc_context(STYLE)
 def curve(lines: Sequence[Mapping[str, Any]], name: str, label: str, fixed: int, scale: str = "linear") -> Figure:
-    """A quantity of the log over the optimizer steps: training, validation and the final test.
+    """Plot a quantity of the log over the optimizer steps: training, validation and the final test.
 
     Args:
         lines: of `metrics.jsonl`.
-        name: of the quantity; `backward_share` is that of the seconds.
+        name: of the quantity; `backward_share` is the share of the seconds.
         label: of the vertical axis.
-        fixed: first steps, of fixed depth, which are shaded.
+        fixed: number of first steps of fixed depth, which are shaded.
         scale: `linear`, `percent` or `log`.
     """
     figure, axes = _axes("optimizer step", label)
@@ -65,7 +65,7 @@ def curve(lines: Sequence[Mapping[str, Any]], name: str, label: str, fixed: int,
         chosen = [line for line in lines if line["split"] == split and line["kind"] == kind]
         if name == "backward_share":
             chosen = [{**x, name: x["backward_seconds"] / x["seconds"]} for x in chosen if x.get("backward_seconds")]
-        chosen = [line for line in chosen if name in line]  # some scores are of evaluations alone
+        chosen = [line for line in chosen if name in line]  # some scores exist in evaluation only
         if chosen:
             steps, values = ([line[key] for line in chosen] for key in ("step", name))
             called = "training" if split == "train" else split
@@ -87,12 +87,12 @@ def curve(lines: Sequence[Mapping[str, Any]], name: str, label: str, fixed: int,
 
 
 @matplotlib.rc_context(STYLE)
-def decay(answers: Answers, rtol: float) -> Figure:
-    """Residual of the test images at each evaluation: some single ones, median and quantiles."""
+def residual_plot(predictions: Predictions, rtol: float) -> Figure:
+    """Plot the residual of the test images at each evaluation: single images, median and quantiles."""
     figure, axes = _axes("solver step (evaluation of f)", "relative residual |f(z) - z| / |z*|")
-    steps = np.arange(1, len(answers.trace) + 1)
-    low, median, high = answers.quantiles()
-    single = axes.plot(steps, answers.trace[:, :TRACES], color=GRAY, lw=0.6, alpha=0.35)
+    steps = np.arange(1, len(predictions.trace) + 1)
+    low, median, high = predictions.quantiles()
+    single = axes.plot(steps, predictions.trace[:, :TRACES], color=GRAY, lw=0.6, alpha=0.35)
     single[0].set_label("single images")
     axes.fill_between(steps, low, high, color=BLUE, alpha=0.2, lw=0, label="10 to 90%")
     axes.plot(steps, median, color=BLUE, marker="o" if len(steps) <= FEW else None, label="median")
@@ -104,14 +104,15 @@ def decay(answers: Answers, rtol: float) -> Figure:
 
 
 @matplotlib.rc_context(STYLE)
-def step_counts(answers: Answers) -> Figure:
-    """Histogram of the solver steps per test image."""
+def step_counts(predictions: Predictions) -> Figure:
+    """Plot a histogram of the solver steps per test image."""
     figure, axes = _axes("solver steps per image", "test images")
-    steps = answers.num_steps.numpy()
+    steps = predictions.num_steps.numpy()
     width = 1 + int(steps.max() - steps.min()) // 40
     edges = np.arange(steps.min(), steps.max() + width + 1, width) - 0.5
     bottom = np.zeros(len(edges) - 1)
-    for name, mask, color in (("converged", answers.converged, BLUE), ("not converged", ~answers.converged, RED)):
+    converged = predictions.converged
+    for name, mask, color in (("converged", converged, BLUE), ("not converged", ~converged, RED)):
         heights = np.histogram(steps[mask.numpy()], edges)[0]
         axes.bar(edges[:-1] + width / 2, heights, 0.86 * width, bottom, color=color, label=name)
         bottom += heights
@@ -126,7 +127,7 @@ def step_counts(answers: Answers) -> Figure:
 
 @matplotlib.rc_context(STYLE)
 def confusion_map(counts: Tensor, classes: Sequence[str]) -> Figure:
-    """True classes down, predicted ones across; right answers blue, mistakes red, the darker the more."""
+    """Plot true classes down, predicted classes across: correct blue, mistakes red, darker for more images."""
     figure, axes = _axes("predicted class", "true class", height=4.6)
     right = np.eye(len(counts), dtype=bool)
     share = (counts / counts.sum(1, keepdim=True).clamp_min(1)).numpy()
@@ -149,7 +150,7 @@ def confusion_map(counts: Tensor, classes: Sequence[str]) -> Figure:
 
 
 def to_svg(figure: Figure, title: str) -> str:
-    """A figure for the inside of a page: of any width, without names that two of them could share, no addresses."""
+    """Return a figure as SVG to embed: of any width, without element ids (which figures would share) or addresses."""
     buffer = io.StringIO()
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": title}):
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
@@ -168,7 +169,7 @@ def _axes(across: str, up: str, height: float = 3.1) -> tuple[Figure, Any]:
 
 
 def _log(axes: Any) -> None:
-    """A logarithmic vertical axis, whose names are text and no formulas; of a short one, finer ticks are named, too."""
+    """Make the vertical axis logarithmic, with plain tick labels; a short axis gets labels at 2 and 5, too."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 30 * low else (1.0, 2.0, 5.0)))
@@ -177,6 +178,6 @@ def _log(axes: Any) -> None:
 
 
 def _legend(figure: Figure) -> Figure:
-    """Names above the axes, where no curve can be."""
+    """Put the legend above the axes, clear of the curves."""
     figure.legend(loc="outside upper left", ncols=4, columnspacing=1.1, handlelength=1.4)
     return figure

@@ -1,4 +1,4 @@
-"""The picture of a reconstruction: what was observed, the answer, and the truth where it is known."""
+"""Picture of a reconstruction: observation, reconstruction, and the truth where it is known."""
 
 from __future__ import annotations
 

@@ -21,9 +21,9 @@ import equipoise as eq
 from equipoise.cli import main
 from equipoise.models import DenseConfig, MDEQConfig
 from equipoise.report import write_report
-from equipoise.report.answers import Answers, look
-from equipoise.report.figures import confusion_map, curve, decay, step_counts, to_svg
+from equipoise.report.figures import confusion_map, curve, residual_plot, step_counts, to_svg
 from equipoise.report.page import EXAMPLES, examples, render
+from equipoise.report.predictions import Predictions, collect_predictions
 from equipoise.train import Digits, Pretraining, TrainConfig, checkpoint, fit, recipes
 from equipoise.train.run import read_lines
 
@@ -76,11 +76,11 @@ def page_of(folder: Path) -> str:
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
-def some_answers(correct: list[bool], num_classes: int = 3) -> Answers:
-    """Answers of which these are right, with distinct confidences."""
+def some_predictions(correct: list[bool], num_classes: int = 3) -> Predictions:
+    """Predictions of which these are correct, with distinct confidences."""
     count = len(correct)
     labels = torch.arange(count) % num_classes
-    return Answers(
+    return Predictions(
         images=torch.randint(256, (count, 3, 8, 8), dtype=torch.uint8),
         labels=labels,
         predicted=torch.where(torch.tensor(correct), labels, (labels + 1) % num_classes),
@@ -92,10 +92,10 @@ def some_answers(correct: list[bool], num_classes: int = 3) -> Answers:
     )
 
 
-def page_with(run: Path, answers: Answers, classes: tuple[str, ...], name: str = "name") -> str:
-    """The run's page with other answers, classes and recipe name."""
+def page_with(run: Path, predictions: Predictions, classes: tuple[str, ...], name: str = "name") -> str:
+    """The run's page with other predictions, classes and recipe name."""
     result = json.loads((run / "result.json").read_text()) | {"recipe": name}
-    return render(dataclasses.replace(CONFIG, name=name), read_lines(run), result, answers, classes)
+    return render(dataclasses.replace(CONFIG, name=name), read_lines(run), result, predictions, classes)
 
 
 def test_every_section_is_there_and_every_figure_has_a_title(run: Path) -> None:
@@ -140,15 +140,17 @@ def test_the_page_says_what_is_proved(run: Path) -> None:
             {**result, **numbers, "not_certified": None},
             "contracts: L = 0.73 (measured 0.41, 56% tight), at most 27 evaluations, cut at 8",
         ),
-        (older, "not asked for by the version that made this run; see equipoise certify"),
+        (older, "not computed by the version that made this run; compute it with equipoise certify"),
     ):
-        page = render(CONFIG, read_lines(run), facts, some_answers([True, False]), ("a", "b", "c"))
+        page = render(CONFIG, read_lines(run), facts, some_predictions([True, False]), ("a", "b", "c"))
         assert f"<dt>Certificate</dt><dd>{text}</dd>" in page
 
 
 def test_the_table_of_epochs_shows_the_log(run: Path) -> None:
     page = page_of(run)
-    rows = re.findall(r"<tr>(<td>.*?)</tr>", page[page.index('id="numbers"') : page.index('id="configuration"')])
+    rows = re.findall(
+        r"<tr>(<td>.*?)</tr>", page[page.index('id="numbers"') : page.index('id="configuration"')], re.DOTALL
+    )
     lines = [line for line in read_lines(run) if line["kind"] == "epoch"]
     assert len(rows) == len(lines) == 5  # training and validation twice, test
     for row, line in zip(rows, lines, strict=True):
@@ -181,25 +183,25 @@ def test_curves_go_through_the_points_of_the_log(run: Path, name: str) -> None:
 def test_what_the_model_says_is_what_evaluation_found(run: Path) -> None:
     result = json.loads((run / "result.json").read_text())
     model, test = checkpoint.load(run / "model.safetensors"), CONFIG.data.load().test
-    answers = look(model, test, CONFIG, max_images=1000)
-    assert answers.available == len(test) == len(answers.labels)
-    assert float(answers.correct.double().mean()) == pytest.approx(result["test_accuracy"])
-    assert float(answers.num_steps.double().mean()) == pytest.approx(result["mean_steps"])
-    assert float(answers.converged.double().mean()) == pytest.approx(result["converged"])
+    predictions = collect_predictions(model, test, CONFIG, max_images=1000)
+    assert predictions.available == len(test) == len(predictions.labels)
+    assert float(predictions.correct.double().mean()) == pytest.approx(result["test_accuracy"])
+    assert float(predictions.num_steps.double().mean()) == pytest.approx(result["mean_steps"])
+    assert float(predictions.converged.double().mean()) == pytest.approx(result["converged"])
     # The answer is the best iterate and the trace ends at the last one: on this map they agree for most images.
-    assert torch.equal((~answers.trace.isnan()).sum(0), answers.num_steps)
-    part = look(model, test, CONFIG, max_images=130)
+    assert torch.equal((~predictions.trace.isnan()).sum(0), predictions.num_steps)
+    part = collect_predictions(model, test, CONFIG, max_images=130)
     assert len(part.labels) == part.trace.shape[1] == 130
     assert part.available == len(test)
-    assert not torch.equal(part.labels, answers.labels[:130])  # a folder per class would give one class only
+    assert not torch.equal(part.labels, predictions.labels[:130])  # a folder per class would give one class only
 
 
 def test_traces_are_the_residuals_of_the_iteration(run: Path) -> None:
     model, test = checkpoint.load(run / "model.safetensors").double(), CONFIG.data.load().test
     config: TrainConfig = dataclasses.replace(CONFIG, eval_solver=eq.Picard(max_steps=4, rtol=0), precision="64-true")
     model.deq.gradient = eq.JacobianFree()  # Picard keeps no inverse for SHINE
-    answers = look(model, test, config, max_images=7)
-    u = model.stem(CONFIG.data.prepare(answers.images).double())
+    predictions = collect_predictions(model, test, config, max_images=7)
+    u = model.stem(CONFIG.data.prepare(predictions.images).double())
     z, points = model.deq.cell.zeros(u), []  # type: ignore[union-attr, operator]
     with torch.no_grad():
         for _ in range(4):
@@ -209,16 +211,16 @@ def test_traces_are_the_residuals_of_the_iteration(run: Path) -> None:
     residuals = torch.stack([(fz - z).norm(dim=1) for z, fz in points])
     best = residuals.argmin(0)
     size = torch.stack([points[step][0][row].float().norm() for row, step in enumerate(best.tolist())])
-    torch.testing.assert_close(answers.trace.double(), residuals / size.double(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(predictions.trace.double(), residuals / size.double(), rtol=1e-5, atol=0)
 
 
 def test_images_that_are_done_count_with_their_last_residual() -> None:
     nan, inf = torch.nan, torch.inf
     trace = torch.tensor([[8.0, 4.0, 2.0, nan], [1.0, nan, 3.0, inf], [nan, nan, 5.0, nan]])
-    answers = dataclasses.replace(some_answers([True] * 4), trace=trace)
+    predictions = dataclasses.replace(some_predictions([True] * 4), trace=trace)
     # sorted: (2, 4, 8, inf), (1, 3, 4, inf), (1, 4, 5, inf); the 90 % quantile is never finite
-    assert np.array_equal(answers.quantiles(), [[2, 1, 1], [4, 3, 4], [nan] * 3], equal_nan=True)
-    (axes,) = decay(answers, rtol=0.1).axes
+    assert np.array_equal(predictions.quantiles(), [[2, 1, 1], [4, 3, 4], [nan] * 3], equal_nan=True)
+    (axes,) = residual_plot(predictions, rtol=0.1).axes
     median = next(line for line in axes.lines if line.get_label() == "median")
     assert np.array_equal(median.get_xydata(), [[1, 4], [2, 3], [3, 4]])
     assert next(line for line in axes.lines if line.get_label() == "tolerance").get_ydata() == [0.1, 0.1]
@@ -226,22 +228,22 @@ def test_images_that_are_done_count_with_their_last_residual() -> None:
 
 @pytest.mark.parametrize("spread", [1, 4, 300])
 def test_the_histogram_counts_every_image_once(spread: int) -> None:
-    answers = some_answers([True] * 50)
-    answers = dataclasses.replace(answers, num_steps=3 + torch.randint(spread, (50,)))
-    (axes,) = step_counts(answers).axes
+    predictions = some_predictions([True] * 50)
+    predictions = dataclasses.replace(predictions, num_steps=3 + torch.randint(spread, (50,)))
+    (axes,) = step_counts(predictions).axes
     converged, others = axes.containers
-    assert sum(bar.get_height() for bar in converged) == int(answers.converged.sum())
-    assert sum(bar.get_height() for bar in others) == int((~answers.converged).sum())
+    assert sum(bar.get_height() for bar in converged) == int(predictions.converged.sum())
+    assert sum(bar.get_height() for bar in others) == int((~predictions.converged).sum())
     if spread == 4:
         heights = {round(bar.get_x() + bar.get_width() / 2): bar.get_y() + bar.get_height() for bar in others}
-        numbers, counts = answers.num_steps.unique(return_counts=True)
+        numbers, counts = predictions.num_steps.unique(return_counts=True)
         assert {n: heights[n] for n in numbers.tolist()} == dict(zip(numbers.tolist(), counts.tolist(), strict=True))
 
 
 def test_the_confusion_matrix_is_that_of_scikit_learn() -> None:
-    answers = some_answers([True, False, True, False, False, True, True], num_classes=4)
-    expected = confusion_matrix(answers.labels, answers.predicted, labels=range(5))
-    counts = answers.confusion(5)
+    predictions = some_predictions([True, False, True, False, False, True, True], num_classes=4)
+    expected = confusion_matrix(predictions.labels, predictions.predicted, labels=range(5))
+    counts = predictions.confusion(5)
     assert np.array_equal(counts, expected)
     (axes,) = confusion_map(counts, ("a", "b", "c", "d", "never")).axes
     drawn = {(int(t.get_position()[1]), int(t.get_position()[0])): int(t.get_text()) for t in axes.texts}
@@ -250,22 +252,21 @@ def test_the_confusion_matrix_is_that_of_scikit_learn() -> None:
 
 @pytest.mark.parametrize("mistakes", [0, 1, 5, 24, 40])
 def test_mistakes_come_first_and_the_surest_of_them_ahead(mistakes: int) -> None:
-    answers = some_answers([i >= mistakes for i in range(50)])
-    shown = re.findall(
-        r'<div class="(right|wrong)"><img [^>]*><b>(\w)</b> (\d+)%<br><span>true: (\w)',
-        examples(answers, ("a", "b", "c")),
-    )
-    assert [kind for kind, *_ in shown] == ["wrong"] * min(mistakes, EXAMPLES) + ["right"] * (EXAMPLES - mistakes)
-    assert all((named == true) == (kind == "right") for kind, named, _, true in shown)
-    sure = [int(percent) for _, _, percent, _ in shown]
+    predictions = some_predictions([i >= mistakes for i in range(50)])
+    shown = examples(predictions, ("a", "b", "c"))
+    assert [x["correct"] for x in shown] == [False] * min(mistakes, EXAMPLES) + [True] * (EXAMPLES - mistakes)
+    assert all((x["predicted"] == x["label"]) == x["correct"] for x in shown)
+    sure = [int(x["confidence"].removesuffix("%")) for x in shown]
     assert sure[:mistakes] == sorted(sure[:mistakes], reverse=True)
     assert sure[mistakes:] == sorted(sure[mistakes:])
-    assert sure[0] == round(100 * float(answers.confidence[:mistakes].max() if mistakes else answers.confidence.min()))
+    assert sure[0] == round(
+        100 * float(predictions.confidence[:mistakes].max() if mistakes else predictions.confidence.min())
+    )
 
 
 def test_names_are_text_and_never_markup(run: Path) -> None:
-    answers = some_answers([True, False, True, False, True, True])
-    page = page_with(run, answers, EVIL, name="<b>bold</b>")
+    predictions = some_predictions([True, False, True, False, True, True])
+    page = page_with(run, predictions, EVIL, name="<b>bold</b>")
     assert "<script" not in page
     assert "<img src=x" not in page
     assert "<b>bold" not in page
@@ -277,7 +278,7 @@ def test_names_are_text_and_never_markup(run: Path) -> None:
 
 @pytest.mark.parametrize("num_classes", [20, 21])
 def test_a_matrix_of_many_classes_has_no_names(num_classes: int) -> None:
-    counts = some_answers([i % 3 > 0 for i in range(90)], num_classes=num_classes).confusion(num_classes)
+    counts = some_predictions([i % 3 > 0 for i in range(90)], num_classes=num_classes).confusion(num_classes)
     svg = to_svg(confusion_map(counts, [f"class-{i}" for i in range(num_classes)]), "title")
     assert (">class-7</text>" in svg) == (num_classes <= 20)
 
@@ -434,7 +435,7 @@ def test_a_browser_shows_everything_without_network_overlap_or_sideways_scrollin
     if browser is None:
         pytest.skip("needs Chromium")
     name = CONFIG.name if classes == "digits" else "<b>bold</b>"
-    evil = some_answers([True, False, True, False, True, True])
+    evil = some_predictions([True, False, True, False, True, True])
     page = page_of(run) if classes == "digits" else page_with(run, evil, EVIL, name)
     path = tmp_path / "page.html"
     # In a frame, because windows have a least width.

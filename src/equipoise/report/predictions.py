@@ -1,4 +1,4 @@
-"""What a model says about the test images, and how each of them was solved."""
+"""Predictions of a classifier on test images, with the record of each solve."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from equipoise.train.evaluation import make_fabric, to_device
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
-    """What a model says about N test images, and how its solves went.
+class Predictions:
+    """Predictions on N test images, with the record of each solve.
 
     Args:
         images: uint8 `(N, C, H, W)`.
         labels: `(N,)` true classes.
-        predicted: `(N,)` classes that the model names.
-        confidence: `(N,)` probabilities that it gives them.
+        predicted: `(N,)` most probable classes.
+        confidence: `(N,)` their probabilities.
         num_steps: `(N,)` evaluations spent on each image.
         converged: `(N,)` whether the tolerance was met.
-        trace: `(T, N)` norms of f(z) - z over that of the answer at each evaluation; NaN once an image was done.
+        trace: `(T, N)` norm of f(z) - z at each evaluation over that of the returned z; NaN after an image has stopped.
         available: images in the test split.
     """
 
@@ -41,17 +41,17 @@ class Answers:
 
     @property
     def correct(self) -> Tensor:
-        """`(N,)` whether the true class is named."""
+        """`(N,)` mask of correct predictions."""
         return self.labels == self.predicted
 
     def confusion(self, num_classes: int) -> Tensor:
-        """`(K, K)` counts: true class down, predicted class across."""
+        """Return `(K, K)` counts: true class down, predicted class across."""
         return torch.bincount(self.labels * num_classes + self.predicted, minlength=num_classes**2).view(
             num_classes, -1
         )
 
     def quantiles(self) -> np.ndarray:
-        """`(3, T)` 10, 50 and 90 % quantiles of the trace over the images; one that is done keeps its last residual."""
+        """Return `(3, T)` quantiles (10, 50, 90 %) of the trace; an image that has stopped keeps its last residual."""
         rows = self.trace.numpy().copy()
         for before, row in itertools.pairwise(rows):
             row[np.isnan(row)] = before[np.isnan(row)]
@@ -61,14 +61,16 @@ class Answers:
 
 
 @torch.no_grad()
-def look(model: EquilibriumClassifier, split: Split, config: TrainConfig, max_images: int) -> Answers:
+def collect_predictions(
+    model: EquilibriumClassifier, split: Split, config: TrainConfig, max_images: int
+) -> Predictions:
     """Classify test images as evaluation does, with a trace of every solve.
 
     Args:
         model: of the run.
         split: its test images.
-        config: of the run: solver, batch size, precision and device are read from it.
-        max_images: so many images are taken at random if there are more.
+        config: of the run; it gives solver, batch size, precision and device.
+        max_images: size of the random sample if there are more images.
 
     Raises:
         DataError: there are no test images.
@@ -94,13 +96,13 @@ def look(model: EquilibriumClassifier, split: Split, config: TrainConfig, max_im
         if not left:
             break
     if not parts:
-        raise DataError("a report needs test images, and the data of the run has none")
+        raise DataError("a report needs test images, and the data of the run has none; set its test split")
     longest = max(map(len, traces))
     gaps = [trace.new_full((longest - len(trace), trace.shape[1]), torch.nan) for trace in traces]
     trace = torch.cat([torch.cat(pair) for pair in zip(traces, gaps, strict=True)], 1)
     images, labels, predicted, confidence, num_steps, converged = (
         torch.cat(column) for column in zip(*parts, strict=True)
     )
-    return Answers(
+    return Predictions(
         images, labels, predicted, confidence, num_steps, converged, trace, available=max(len(split), len(labels))
     )

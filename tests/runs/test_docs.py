@@ -15,7 +15,7 @@ import torch
 
 import equipoise
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LONG = ("continuous-and-skip", "estimators", "hyperparameters", "train-a-recipe")  # pages that fit for seconds
