@@ -44,7 +44,7 @@ class Certificate:
         weights: $d > 0$ with $\|D M D^{-1}\|_2 = \rho(M)$: the Euclidean norm of $(d_i z_i)$ contracts by $\rho$.
         measured: largest norm of the Jacobian at samples; None: not measured.
 
-    Source: standard arguments of Banach and Perron; see `docs/math.md`.
+    Source: standard arguments of Banach and Perron; see `docs/theory`.
     """
 
     block_matrix: tuple[tuple[float, ...], ...]

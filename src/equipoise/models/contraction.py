@@ -147,7 +147,7 @@ class SLLLayers(Contraction):
     Raises:
         ValueError: a field is out of range.
 
-    Source: `docs/math.md`; the blocks are those of A. Araujo et al. (2023).
+    Source: `docs/theory`; the blocks are those of A. Araujo et al. (2023).
     """
 
     ceiling: float = 0.9
