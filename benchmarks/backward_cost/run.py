@@ -228,7 +228,7 @@ def probe(model: EquilibriumClassifier, config: TrainConfig, split: Split, count
         _, solution = model.classify(images)
     radius = eq.nn.spectral_radius(solution)
     f = solution.map
-    with torch.no_grad(), f.session():
+    with torch.no_grad(), f.solve_context():
         z = torch.randn_like(f.pack(solution.value))
         for _ in range(20):
             fz = f.call(z)

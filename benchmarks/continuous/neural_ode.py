@@ -13,7 +13,7 @@ from torch import Tensor
 from torchdiffeq import odeint, odeint_adjoint
 
 import equipoise as eq
-from equipoise.core.function_map import Map
+from equipoise.core.function_map import FunctionMap
 
 METHODS: dict[str, dict[str, Any]] = {
     f"{method}, {way}": {"method": method, "adjoint": way == "adjoint"}
@@ -81,9 +81,9 @@ class NeuralODE(eq.nn.DEQ):
             return super().solve(*inputs, z0=z0)
         if z0 is None:
             z0 = torch.zeros_like(inputs[0]) if self.init is None else self.init(*inputs)
-        f = Map(self.cell, z0, inputs)
+        f = FunctionMap(self.cell, z0, inputs)
         z, evals = self._flow(f, f.pack(z0))
-        with f.session():
+        with f.solve_context():
             value = f.call(z)
         rows = torch.zeros(f.batch, dtype=torch.int64, device=f.device)
         return eq.Solution(
@@ -96,7 +96,7 @@ class NeuralODE(eq.nn.DEQ):
             map=f,
         )
 
-    def _flow(self, f: Map, start: Tensor) -> tuple[Tensor, int]:
+    def _flow(self, f: FunctionMap, start: Tensor) -> tuple[Tensor, int]:
         """The state at the time one, and the evaluations on the way there."""
 
         def count(gradient: Tensor) -> None:
@@ -125,6 +125,6 @@ class NeuralODE(eq.nn.DEQ):
                 adjoint_params=wanted,
             )
         else:
-            with f.session():  # weights are computed once
+            with f.solve_context():  # weights are computed once
                 states = odeint(field, start, times, **common)
         return states[-1], f.counts.evals

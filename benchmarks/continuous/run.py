@@ -144,7 +144,7 @@ def tested(model: EquilibriumClassifier, variant: Variant, split: Split, device:
         logits, solution = model.classify(images)
         f = solution.map
         z = f.pack(solution.value)
-        with f.session():
+        with f.solve_context():
             fz = f.call(z)
         correct.append(logits.argmax(1) == labels)
         steps.append(solution.num_steps)

@@ -3,8 +3,9 @@
 from equipoise import bilevel, constraints, contraction, inputs, nn
 from equipoise.bilevel import minimize_outer
 from equipoise.contraction.certificate import Certificate, CertificateError, certify, contraction_solver, jacobian_norm
-from equipoise.core.function_map import Map, Point
+from equipoise.core.function_map import DescentMap, FunctionMap
 from equipoise.core.linalg import InverseEstimate
+from equipoise.core.map import Map, Point
 from equipoise.core.solution import ConvergenceError, Solution, Status
 from equipoise.fixed_point import fixed_point
 from equipoise.gradients import Gradient, Implicit, JacobianFree, Neumann, Phantom, Shine, Unrolled
@@ -23,6 +24,8 @@ __all__ = [
     "Certificate",
     "CertificateError",
     "ConvergenceError",
+    "DescentMap",
+    "FunctionMap",
     "Gradient",
     "Implicit",
     "InverseEstimate",

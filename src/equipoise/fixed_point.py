@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from equipoise.core.function_map import Map
+from equipoise.core.function_map import FunctionMap
 from equipoise.core.solution import Solution
 from equipoise.gradients import Gradient, Implicit
 from equipoise.solvers import Anderson, Solver
@@ -53,10 +53,10 @@ def fixed_point(
         >>> solution.converged.all().item()
         True
     """
-    return solve_map(Map(f, z0, inputs, params=params), z0, solver=solver, gradient=gradient, trace=trace)
+    return solve_map(FunctionMap(f, z0, inputs, params=params), z0, solver=solver, gradient=gradient, trace=trace)
 
 
-def solve_map(f: Map, z0: S, *, solver: Solver, gradient: Gradient, trace: bool = False) -> Solution[S]:
+def solve_map(f: FunctionMap, z0: S, *, solver: Solver, gradient: Gradient, trace: bool = False) -> Solution[S]:
     """`fixed_point` of a map that was already made, say one with blocks and a projection; see there."""
     if not isinstance(solver, Solver):
         raise TypeError(f"solver must be a solver such as Anderson(), got {solver!r}")

@@ -31,7 +31,7 @@ def ball(radius: float, size: int) -> Callable[[Tensor], Tensor]:
 
 def joint_map(
     f: Cell, cost: Callable[[Tensor, Tensor], Tensor], z0: Tensor, x0: Tensor, step: float, radius: float | None = None
-) -> tuple[eq.Map, tuple[Tensor, Tensor, Tensor]]:
+) -> tuple[eq.FunctionMap, tuple[Tensor, Tensor, Tensor]]:
     """The map (z, mu, x) -> (f, J_z^T mu + dc/dz, P(x - step (J_x^T mu + dc/dx)))."""
 
     def joint(state: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,10 +45,10 @@ def joint_map(
     start = (z0, torch.zeros_like(z0), x0)
     n, p = z0.shape[1], x0.shape[1]
     projection = None if radius is None else ball(radius, p)
-    return eq.Map(joint, start, blocks=(n, n, p), projection=projection), start
+    return eq.FunctionMap(joint, start, blocks=(n, n, p), projection=projection), start
 
 
-def solve(f: eq.Map, start: tuple[Tensor, Tensor, Tensor], solver: eq.Solver) -> eq.Solution:
+def solve(f: eq.FunctionMap, start: tuple[Tensor, Tensor, Tensor], solver: eq.Solver) -> eq.Solution:
     with torch.no_grad():
         return solve_map(f, start, solver=solver, gradient=eq.JacobianFree()).raise_for_status()
 
@@ -135,13 +135,13 @@ def test_c3_l2_ball(memory: int, step: float) -> None:
 
 
 def test_a_block_that_rests_at_zero_does_not_hide_better_iterates() -> None:
-    f = eq.Map(lambda v: (v[0] / 2, v[1] / 2 + 1), (torch.zeros(1, 2), torch.zeros(1, 2)), blocks=(2, 2))
+    f = eq.FunctionMap(lambda v: (v[0] / 2, v[1] / 2 + 1), (torch.zeros(1, 2), torch.zeros(1, 2)), blocks=(2, 2))
     solution = eq.Picard(max_steps=6, rtol=1e-9).solve(f, torch.zeros(1, 4))
     assert float(solution.residual) == pytest.approx(2**0.5 / 2**5)  # of the last point; the first has 2 ** 0.5
 
 
 def test_blocks_may_move_apart_before_they_close_in() -> None:
     # The second block follows the first, and starts settled: the residual rises from 1 to 3 before it falls.
-    f = eq.Map(lambda v: (0 * v[0] + 1, 3 * v[0] + 1), (torch.zeros(1, 1), torch.ones(1, 1)), blocks=(1, 1))
+    f = eq.FunctionMap(lambda v: (0 * v[0] + 1, 3 * v[0] + 1), (torch.zeros(1, 1), torch.ones(1, 1)), blocks=(1, 1))
     solution = eq.Picard(max_steps=2, rtol=1e-9).solve(f, torch.tensor([[0.0, 1.0]]))
     assert solution.value.tolist() == [[1.0, 1.0]]

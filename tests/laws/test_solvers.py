@@ -15,7 +15,7 @@ from problems import Problem
 from torch import Tensor
 
 import equipoise as eq
-from equipoise.core.function_map import DescentMap, Map
+from equipoise.core.function_map import DescentMap, FunctionMap
 
 SOLVERS: tuple[eq.Solver, ...] = (
     eq.Picard(),
@@ -99,7 +99,7 @@ class Graded:
     ) -> eq.Solution[Tensor]:
         self.calls = []
         z0, *inputs = (t[rows] for t in (self.z0, self.x, self.gain, self.limit))
-        kind, f = (DescentMap, self.h) if isinstance(solver, FOR_OBJECTIVES) else (Map, self.f)
+        kind, f = (DescentMap, self.h) if isinstance(solver, FOR_OBJECTIVES) else (FunctionMap, self.f)
         wanted = kind(lambda z: f(z, *inputs), z0) if closure else kind(f, z0, inputs, params=())
         return solver.solve(wanted, z0, trace=trace)
 
@@ -162,7 +162,7 @@ def test_a_known_inverse_preconditions_what_the_solver_sees_and_not_the_judgment
     # M = I + (M - I), its second part written with the columns of I as basis; of the odd samples nothing is known.
     known = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0])[:, None, None]
     estimate = eq.InverseEstimate.of(torch.ones(5), torch.eye(6).repeat(5, 1, 1), known * (exact - torch.eye(6)))
-    f = Map(problem.f, problem.z0, problem.inputs, params=())
+    f = FunctionMap(problem.f, problem.z0, problem.inputs, params=())
     bare = tight(solver).solve(f, problem.z0)
     helped = tight(solver).solve(f, problem.z0, preconditioner=estimate).raise_for_status()
     torch.testing.assert_close(helped.value, problem.expected, rtol=1e-9, atol=1e-9)
@@ -282,7 +282,7 @@ def test_every_way_to_end_has_its_status_and_count(solver: eq.Solver, patience: 
     kind, z0 = torch.arange(6), torch.zeros(6, 4)
     descent = isinstance(solver, FOR_OBJECTIVES)
     f = objective if descent else lambda z, kind: z + residual(z, kind)
-    make = DescentMap if descent else Map
+    make = DescentMap if descent else FunctionMap
     wanted = make(lambda z: f(z, kind), z0) if closure else make(f, z0, (kind,), params=())
     solver = dataclasses.replace(solver, max_steps=24, rtol=0.0, atol=1e-2, patience=patience)
     solution = solver.solve(wanted, z0)
@@ -307,7 +307,7 @@ def test_an_infinite_residual_is_not_within_a_share_of_an_infinite_image(solver:
     kind, z0 = torch.tensor([4, 0]), torch.zeros(2, 4)
     descent = isinstance(solver, FOR_OBJECTIVES)
     f = objective if descent else lambda z, kind: z + residual(z, kind)
-    wanted = (DescentMap if descent else Map)(f, z0, (kind,), params=())
+    wanted = (DescentMap if descent else FunctionMap)(f, z0, (kind,), params=())
     solution = dataclasses.replace(solver, max_steps=40, rtol=1e-3).solve(wanted, z0)
     assert solution.status.tolist() == [eq.Status.NONFINITE, eq.Status.CONVERGED]
     assert solution.residual[0] == 2.0
@@ -562,7 +562,7 @@ def test_every_point_of_a_projected_map_is_feasible(solver: eq.Solver) -> None:
         seen.append(z)
         return problem.f(z, x)
 
-    projected = Map(f, problem.z0, problem.inputs, params=(), projection=lambda z, x: z.clamp(-0.5, 0.5))
+    projected = FunctionMap(f, problem.z0, problem.inputs, params=(), projection=lambda z, x: z.clamp(-0.5, 0.5))
     solution = tight(solver, 1e-9).solve(projected, problem.z0 + 3).raise_for_status()
     assert all(bool((z.abs() <= 0.5).all()) for z in seen)
     reference = problem.z0
@@ -575,7 +575,7 @@ def test_every_point_of_a_projected_map_is_feasible(solver: eq.Solver) -> None:
 @pytest.mark.parametrize("solver", [s for s in ALL if not s.supports_projection], ids=label)
 def test_a_solver_that_cannot_follow_a_projected_map_refuses_it(solver: eq.Solver) -> None:
     problem = problems.affine()
-    f = Map(problem.f, problem.z0, problem.inputs, params=(), projection=lambda z, x: z.clamp(-1, 1))
+    f = FunctionMap(problem.f, problem.z0, problem.inputs, params=(), projection=lambda z, x: z.clamp(-1, 1))
     with pytest.raises(ValueError, match=rf"{type(solver).__name__} cannot follow a projected map; use Anderson or P"):
         solver.solve(f, problem.z0)
 
@@ -583,7 +583,7 @@ def test_a_solver_that_cannot_follow_a_projected_map_refuses_it(solver: eq.Solve
 @every_solver_of_maps
 def test_a_sample_converges_when_each_block_does(solver: eq.Solver) -> None:
     problem = problems.two_scales()
-    blocks = Map(problem.f, problem.z0, problem.inputs, params=(), blocks=(1, 6))
+    blocks = FunctionMap(problem.f, problem.z0, problem.inputs, params=(), blocks=(1, 6))
     solution = tight(solver, 1e-4).solve(blocks, blocks.pack(problem.z0)).raise_for_status()
     image = problem.f(blocks.unpack(solution.value), *problem.inputs)
     for part, new in zip(blocks.unpack(solution.value), image, strict=True):

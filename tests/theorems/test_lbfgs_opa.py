@@ -497,4 +497,4 @@ def test_pairs_of_another_shape_or_solver_are_refused() -> None:
             eq.LBFGS(pairs=(s, y)).solve(f, z0)
     assert eq.LBFGS.pairs_of(eq.LBFGS(max_steps=0).solve(f, z0)) is None
     with pytest.raises(TypeError, match="must be that of an LBFGS solve, got LowRank"):
-        eq.LBFGS.pairs_of(eq.Broyden().solve(eq.Map(lambda z: z / 2, z0, params=()), z0))
+        eq.LBFGS.pairs_of(eq.Broyden().solve(eq.FunctionMap(lambda z: z / 2, z0, params=()), z0))

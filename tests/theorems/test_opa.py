@@ -13,6 +13,7 @@ from torch.nn.functional import cosine_similarity
 
 import equipoise as eq
 from equipoise.core.linalg import LowRank
+from equipoise.gradients.adjoint import AdjointMap
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,7 +163,7 @@ def test_the_loss_gets_the_structure_of_the_state_and_the_numbers_of_the_rows(ki
 
 def test_the_gradient_of_a_point_is_that_of_the_loss() -> None:
     z0 = (torch.randn(2, 3), torch.randn(2, 2))
-    f = eq.Map(lambda z: z, z0)
+    f = eq.FunctionMap(lambda z: z, z0)
     rows = torch.tensor([4, 1])
     point = f.evaluate(f.pack(z0), rows, torch.ones(2, dtype=torch.bool))
     weight = nn.Parameter(torch.randn(5))
@@ -172,15 +173,16 @@ def test_the_gradient_of_a_point_is_that_of_the_loss() -> None:
 
     scale = weight.detach()[rows - 1][:, None]
     with torch.no_grad():
-        found = point.gradient(loss)
+        found = point.loss_gradient(loss)
     torch.testing.assert_close(found, scale * torch.cat([3 * z0[0] ** 2, 4 * z0[1]], dim=1))
     assert not found.requires_grad
     assert weight.grad is None
-    assert torch.equal(point.gradient(lambda z, rows: torch.ones(2)), torch.zeros(2, 5))
+    assert torch.equal(point.loss_gradient(lambda z, rows: torch.ones(2)), torch.zeros(2, 5))
     with pytest.raises(ValueError, match=r"one number per row, \(2,\), got \(\)"):
-        point.gradient(lambda z, rows: z[0].sum())
-    with pytest.raises(RuntimeError, match="has no outer loss"):
-        dataclasses.replace(point, map=None).gradient(loss)
+        point.loss_gradient(lambda z, rows: z[0].sum())
+    adjoint = AdjointMap(f, point.z, point.fz, point.z)
+    with pytest.raises(RuntimeError, match="AdjointMap has flat states only, and no outer loss"):
+        adjoint.loss_gradient(loss, point.z, rows)
 
 
 def test_the_loss_is_evaluated_in_the_autocast_state_of_the_map() -> None:

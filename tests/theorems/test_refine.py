@@ -14,7 +14,7 @@ import equipoise as eq
 from equipoise.core.function_map import DescentMap
 from equipoise.core.linalg import InverseEstimate
 from equipoise.fixed_point import solve_map
-from equipoise.gradients.base import AdjointMap
+from equipoise.gradients.adjoint import AdjointMap
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,20 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from equipoise.core.function_map import DescentMap, Map
+from equipoise.core.function_map import DescentMap, FunctionMap
 from equipoise.solvers import LBFGS, AdjointBroyden, Solver
-
-
-class _Joint(Map):
-    """Rows stay in the batch to the end: the caller's functions may hold tensors of each row, say data of a fold."""
-
-    @property
-    def droppable(self) -> bool:
-        return False
-
-
-class _JointDescent(_Joint, DescentMap):
-    """The same of an objective."""
 
 
 class Inner(abc.ABC):
@@ -34,8 +22,11 @@ class Inner(abc.ABC):
     solver: ClassVar[Solver] = AdjointBroyden(max_steps=200, memory=240, cadence=5)
 
     @abc.abstractmethod
-    def map(self, z0: Any, hyper: Sequence[Tensor]) -> Map:
-        """The map whose fixed point is sought, on states like `z0`; its `params` are the hyperparameters."""
+    def map(self, z0: Any, hyper: Sequence[Tensor]) -> FunctionMap:
+        """Return the map of states like `z0` whose fixed point is sought; its `params` are the hyperparameters.
+
+        It is not droppable: the caller's functions may hold tensors of each row, say the data of a fold.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,16 +52,16 @@ class InnerLoss(Inner):
         if not callable(self.loss) or not (self.penalty is None or callable(self.penalty)):
             raise TypeError("InnerLoss(loss, penalty): must be functions of the state that return (B,)")
 
-    def map(self, z0: Any, hyper: Sequence[Tensor]) -> Map:
+    def map(self, z0: Any, hyper: Sequence[Tensor]) -> FunctionMap:
         def objective(z: Any) -> Tensor:
             if self.penalty is None:
                 return self.loss(z, *hyper)
             return self.loss(z) + self.penalty(z, *hyper)
 
-        return _JointDescent(objective, z0, params=tuple(hyper))
+        return DescentMap(objective, z0, params=tuple(hyper), droppable=False)
 
     def hessian_change(
-        self, f: Map, z: Tensor, s: Tensor, before: Sequence[Tensor], after: Sequence[Tensor]
+        self, f: FunctionMap, z: Tensor, s: Tensor, before: Sequence[Tensor], after: Sequence[Tensor]
     ) -> Tensor | None:
         """Products of vectors with the change of the Hessian from one choice of hyperparameters to another.
 
@@ -117,5 +108,5 @@ class InnerMap(Inner):
         if not callable(self.f):
             raise TypeError(f"InnerMap(f={self.f!r}): must be a function f(z, *hyper)")
 
-    def map(self, z0: Any, hyper: Sequence[Tensor]) -> Map:
-        return _Joint(lambda z: self.f(z, *hyper), z0, params=tuple(hyper))
+    def map(self, z0: Any, hyper: Sequence[Tensor]) -> FunctionMap:
+        return FunctionMap(lambda z: self.f(z, *hyper), z0, params=tuple(hyper), droppable=False)

@@ -15,11 +15,11 @@ from equipoise.bilevel.hyper import HyperLayout
 from equipoise.bilevel.inner import Inner, InnerLoss, InnerMap
 from equipoise.bilevel.solution import OuterSolution, OuterStatus, OuterStep
 from equipoise.bilevel.steps import StepRule, Trial
-from equipoise.core.function_map import Map
+from equipoise.core.function_map import FunctionMap
 from equipoise.core.solution import Solution, Status
 from equipoise.fixed_point import solve_map
 from equipoise.gradients import Gradient, Implicit, JacobianFree, Unrolled
-from equipoise.gradients.base import AdjointMap
+from equipoise.gradients.adjoint import AdjointMap
 from equipoise.solvers import LBFGS, AdjointBroyden, Solver
 
 MOST_MISSING = 0.1  # of the outer loss: what may be put down to an inexact inner solve
@@ -89,7 +89,7 @@ class Walk:
         f = self.inner.map(self.z, self.hyper)
         start = f.pack(self.z)
         if self.scale == 0 and not isinstance(self.inner, InnerMap):
-            with torch.no_grad(), f.session():
+            with torch.no_grad(), f.solve_context():
                 rows = torch.arange(f.batch, device=f.device)
                 first = f.evaluate(start, rows, torch.ones_like(rows, dtype=torch.bool))
             size = float(torch.linalg.vector_norm(first.r)) / math.sqrt(f.batch)
@@ -115,7 +115,7 @@ class Walk:
         share = 1.0 if self.sensitivity is None else self.sensitivity[0] / max(self.sensitivity)
         return dataclasses.replace(self.solver, rtol=0.0, atol=max(self.tolerance * share, least) * self.scale)
 
-    def _informed(self, solver: Solver, f: Map, start: Tensor) -> Solver:
+    def _informed(self, solver: Solver, f: FunctionMap, start: Tensor) -> Solver:
         """The solver with what is known beside the map: the outer loss, and the pairs of the last solve."""
         hyper = tuple(part.detach() for part in self.hyper)
         if isinstance(solver, (AdjointBroyden, LBFGS)) and solver.cadence is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.contraction.bounds import UnknownConstant, require_own
-from equipoise.core.function_map import Map
+from equipoise.core.function_map import FunctionMap
 from equipoise.core.solution import Solution
 from equipoise.nn import DEQ
 from equipoise.solvers import Anderson, Picard, Solver
@@ -277,11 +277,11 @@ def jacobian_norm(solution: Solution, num_iterations: int = 30) -> Tensor:
     if num_iterations < 1:
         raise ValueError(f"num_iterations={num_iterations!r}: must be >= 1")
     f = solution.map
-    if not isinstance(f, Map):
+    if not isinstance(f, FunctionMap):
         raise ValueError("the solution carries no map; take it from DEQ.solve or fixed_point, not from a bare solver")
-    with f.session(backward=True), torch.enable_grad():
+    with f.solve_context(backward=True), torch.enable_grad():
         z = f.pack(solution.value).detach().requires_grad_()
-        fz = f.on([t.detach() for t in f.tensors]).call(z)
+        fz = f.with_inputs([t.detach() for t in f.tensors]).call(z)
         if not fz.requires_grad:  # the map ignores its state
             return torch.zeros(z.shape[0], dtype=z.dtype, device=z.device)
         # J v is the derivative of J^T w in w.

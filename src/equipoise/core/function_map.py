@@ -1,88 +1,34 @@
-"""The map `f` whose fixed point is sought: the only caller of user code, so it counts, checks and sets modes."""
+"""Maps of user functions: the only callers of user code, so they count, check and set modes."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from equipoise.core.linalg import readable
+from equipoise.core.map import Map, Point
 from equipoise.core.state import InputLayout, Layout
 
 
 class SeededLayer(nn.Module):
     """Base of layers with noise inside a map: the noise is a function of `seeds`, which a solve holds fixed.
 
-    A map draws one seed per sample and solve. Rows that leave the batch take theirs along, and so does the backward
-    pass, so a sample meets one and the same map whenever it is evaluated.
+    A map draws one seed per sample and solve. It selects the seeds with the rows and keeps them for the backward pass,
+    so the map of a sample is the same at every evaluation.
     """
 
     seeds: Tensor | None = None  # (b,) int64 while a map evaluates, None otherwise
 
 
-@dataclasses.dataclass(eq=False, slots=True)
-class Point:
-    """What one evaluation told; its tensors are never written again.
-
-    Attributes:
-        z: `(b, D)` where the map was evaluated.
-        fz: `(b, D)` what it returned.
-        r: `(b, D)` the residual `f(z) - z`.
-        rows: `(b,)` numbers of these rows in the original batch.
-        running: `(b,)` mask of rows that had not stopped before this point.
-        value: `(b,)` objective at `z` if the map is a descent map, else None.
-        pull: `v -> J^T v` on the kept graph, else None.
-        blocks: sizes of the parts of the state that converge separately, None for one.
-        bare: `(b, D)` the residual where `r` is that times a preconditioner, else None.
-        map: the map that was evaluated, which knows the structure of the state.
-    """
-
-    z: Tensor
-    fz: Tensor
-    r: Tensor
-    rows: Tensor
-    running: Tensor
-    value: Tensor | None = None
-    pull: Callable[[Tensor], Tensor] | None = None
-    blocks: tuple[int, ...] | None = None
-    bare: Tensor | None = None
-    map: Map | None = None
-
-    @property
-    def residual(self) -> Tensor:
-        """`f(z) - z`, even where `r` is preconditioned."""
-        return self.r if self.bare is None else self.bare
-
-    def vjp(self, v: Tensor) -> Tensor:
-        """`J^T v` at this point, `(b, D) -> (b, D)`; only where the solver declares `uses_vjp`."""
-        if self.pull is None:
-            raise RuntimeError("this point kept no graph: a solver that calls vjp must set uses_vjp = True")
-        return self.pull(v)
-
-    def gradient(self, loss: Callable[[Any, Tensor], Tensor]) -> Tensor:
-        """Gradient `(b, D)` of `loss(z, rows) -> (b,)` at this point, `z` in the structure that the map takes."""
-        if self.map is None:
-            raise RuntimeError("this point is of a map on flat vectors, which has no outer loss")
-        return self.map.slope(loss, self.z, self.rows)
-
-
-@dataclasses.dataclass(eq=False, slots=True)
-class Counts:
-    """Calls made so far, shared by a map and its selections."""
-
-    evals: int = 0
-    vjps: int = 0
-
-
-class Map:
-    r"""A map $f(z, \text{inputs})$ on packed states `(b, D)`.
+class FunctionMap(Map):
+    r"""A module or function $f(z, \text{inputs})$ as a map of flat states `(b, D)`.
 
     Args:
         f: `f(z, *inputs)` returns a state like `z`. A module, or a function.
@@ -95,6 +41,9 @@ class Map:
         blocks: sizes of consecutive parts of the flat state that must converge separately; None: one block.
         projection: $P$ of a flat `(b, D)` state onto the feasible set, called as `projection(z, *inputs)`. The map is
             then $P \circ f$ and every iterate is projected; None: all states are feasible.
+        droppable: False keeps all rows in the batch to the end, for an `f` that holds tensors of each row itself.
+        parametrizations: modules inside a function `f` that must not update their buffers in a backward pass, such as
+            the power iteration of spectral normalization. Those of a module are found.
 
     Raises:
         TypeError, ValueError: see `Layout.of` and `InputLayout.flatten`; a cell in training mode with batch
@@ -110,10 +59,19 @@ class Map:
         params: Sequence[Tensor] | None = None,
         blocks: Sequence[int] | None = None,
         projection: Callable[..., Tensor] | None = None,
+        droppable: bool = True,
+        parametrizations: Sequence[nn.Module] = (),
     ) -> None:
         if not callable(f):
             raise TypeError(f"f must be a module or a function f(z, *inputs), got {type(f).__name__}")
         self.layout = Layout.of(z0)
+        if blocks is not None and sum(blocks) != sum(self.layout.sizes):
+            raise ValueError(f"blocks {tuple(blocks)} must add up to the size of the state, {sum(self.layout.sizes)}")
+        self.declared = isinstance(f, nn.Module) or params is not None  # False for a closure
+        super().__init__(
+            droppable=droppable and self.declared,
+            blocks=tuple(blocks) if blocks is not None and len(blocks) > 1 else None,
+        )
         first = z0 if isinstance(z0, Tensor) else next(iter(z0.values() if isinstance(z0, Mapping) else z0))
         self.f = f
         self.batch: int = first.shape[0]
@@ -122,55 +80,47 @@ class Map:
         # A solver's sums need more digits than half precision has: only f sees such states.
         self.dtype = torch.float32 if first.dtype in (torch.bfloat16, torch.float16) else first.dtype
         self.tensors, self.input_layout = InputLayout.flatten(inputs, self.batch)
-        self.declared = isinstance(f, nn.Module) or params is not None
         self.owner = f if isinstance(f, nn.Module) and params is None else None  # whose parameters `params` are
         if params is None:
             params = tuple(f.parameters()) if isinstance(f, nn.Module) else ()
         self.params = tuple(p for p in params if p.requires_grad)
-        if blocks is not None and sum(blocks) != sum(self.layout.sizes):
-            raise ValueError(f"blocks {tuple(blocks)} must add up to the size of the state, {sum(self.layout.sizes)}")
-        self.blocks = tuple(blocks) if blocks is not None and len(blocks) > 1 else None
         self.projection = projection
-        self.counts = Counts()
-        self.seeded, self.learning = _check_modules(f) if isinstance(f, nn.Module) else ([], [])
+        self.seeded, found = _check_modules(f) if isinstance(f, nn.Module) else ([], [])
+        self.parametrizations = [*found, *parametrizations]
         self.seeds = torch.randint(2**31, (self.batch,), device=self.device) if self.seeded else None
         kind = self.device.type
         self.autocast = (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
 
-    @property
-    def droppable(self) -> bool:
-        """Whether rows can leave: all that depends on the row is named, which a closure does not promise."""
-        return self.declared
-
     def pack(self, state: Any, name: str = "z0") -> Tensor:
-        """Lay a state flat in the dtype in which the solver works."""
+        """Flatten a state to `(b, D)`, in the dtype of the solver."""
         return self.layout.pack(state, name, self.dtype, cast=True)
 
     def unpack(self, flat: Tensor) -> Any:
-        """Give a flat state the structure and dtype of the caller's."""
+        """Restore the structure and dtype of the caller's state."""
         return self.layout.unpack(flat if flat.dtype == self.state_dtype else flat.to(self.state_dtype))
 
-    def select(self, index: Tensor) -> Map:
-        """The same map on some of its rows; it shares the counts."""
-        chosen = copy.copy(self)
-        chosen.tensors = [tensor[index] for tensor in self.tensors]
+    def select(self, index: Tensor) -> Self:
+        chosen = self.with_inputs([tensor[index] for tensor in self.tensors])
         chosen.batch = int(index.shape[0])
         if self.seeds is not None:
             chosen.seeds = self.seeds[index]
         return chosen
 
-    def on(self, tensors: Sequence[Tensor]) -> Map:
-        """The same map on other input tensors, say detached or tracked ones; it shares the counts."""
+    def with_inputs(self, tensors: Sequence[Tensor]) -> Self:
+        """Return the same map with other input tensors, say detached or tracked ones; it shares the counts."""
         chosen = copy.copy(self)
         chosen.tensors = list(tensors)
         return chosen
 
+    @property
+    def projected(self) -> bool:
+        return self.projection is not None
+
     def project(self, z: Tensor) -> Tensor:
-        """Onto the feasible set; the identity unless a projection was given."""
         return z if self.projection is None else self.projection(z, *self.input_layout.unflatten(self.tensors))
 
     def call(self, z: Tensor) -> Tensor:
-        """`P f(z)` for flat `z`, in the grad mode of the caller and the autocast state in which the map was made."""
+        """Return `P f(z)`, in the caller's grad mode and the autocast state in which the map was made."""
         out = self._apply(z)
         cast = self.autocast is not None or self.dtype != self.state_dtype
         flat = self.layout.pack(out, "the map's result", self.dtype, cast=cast)
@@ -180,8 +130,8 @@ class Map:
             )
         return self.project(flat)
 
-    def ask(self, question: Callable[..., Any], z: Tensor) -> Any:
-        """`question(z, *inputs)` at flat `z`, asked as `f` is, with the same masks and autocast state; not counted.
+    def call_user(self, function: Callable[..., Any], z: Tensor) -> Any:
+        """Call a user function of state and inputs in the map's autocast and dropout state, without counting.
 
         This is the one place where user code is called.
         """
@@ -192,43 +142,40 @@ class Map:
             layer.seeds = self.seeds + 0x85EBCA6B * (number + 1)
         try:
             with self._casting():
-                return question(self.unpack(z), *self.input_layout.unflatten(self.tensors))
+                return function(self.unpack(z), *self.input_layout.unflatten(self.tensors))
         finally:
             for layer in self.seeded:
                 layer.seeds = None
 
     def _apply(self, z: Tensor) -> Any:
-        """What `f` returns at flat `z`, counted."""
+        """Call `f` at flat `z` and count it."""
         self.counts.evals += 1
-        return self.ask(self.f, z)
+        return self.call_user(self.f, z)
 
     def _casting(self) -> contextlib.AbstractContextManager[object]:
-        """The autocast state in which the map was made."""
+        """Return the autocast context in which the map was made."""
         if self.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(self.autocast[0], dtype=self.autocast[1])
 
     def evaluate(self, z: Tensor, rows: Tensor, running: Tensor, *, graph: bool = False) -> Point:
-        """Evaluate once, without tracking; with `graph` the point can pull cotangents back."""
         if not graph:
-            fz = self.call(z)
-            return Point(z, fz, fz - z, rows, running, blocks=self.blocks, map=self)
+            return super().evaluate(z, rows, running)
         with torch.enable_grad():
             leaf = z.detach().requires_grad_()
-            tracked = self.on([t.detach() for t in self.tensors]).call(leaf)
+            tracked = self.with_inputs([t.detach() for t in self.tensors]).call(leaf)
         fz = tracked.detach()
-        pull = functools.partial(self.pull, tracked, leaf)
-        return Point(z, fz, fz - z, rows, running, pull=pull, blocks=self.blocks, map=self)
+        return Point(z, fz, fz - z, rows, running, self, pullback=functools.partial(self.vjp, tracked, leaf))
 
-    def pull(self, fz: Tensor, z: Tensor, v: Tensor) -> Tensor:
-        """`J^T v` on a kept graph from `z` to `fz`, counted."""
+    def vjp(self, fz: Tensor, z: Tensor, v: Tensor) -> Tensor:
+        """Return `J^T v` on a kept graph from `z` to `fz`; it is counted."""
         self.counts.vjps += 1
         if not fz.requires_grad:  # the map ignores its state
             return torch.zeros_like(z)
         return torch.autograd.grad(fz, z, v, retain_graph=True, materialize_grads=True)[0]
 
-    def slope(self, loss: Callable[[Any, Tensor], Tensor], z: Tensor, rows: Tensor) -> Tensor:
-        """Gradient `(b, D)` of another loss of the state, `loss(z, rows) -> (b,)`, in the autocast state of `f`.
+    def loss_gradient(self, loss: Callable[[Any, Tensor], Tensor], z: Tensor, rows: Tensor) -> Tensor:
+        """Return the gradient `(b, D)` of an outer loss, `loss(z, rows) -> (b,)`, in the autocast state of `f`.
 
         Raises:
             ValueError: the loss does not return one number per row.
@@ -244,12 +191,12 @@ class Map:
             return torch.autograd.grad(value.sum(), leaf, materialize_grads=True)[0]
 
     @contextlib.contextmanager
-    def session(self, *, backward: bool = False) -> Iterator[None]:
-        """Around all evaluations of one solve: weights computed once, solver arithmetic in full precision.
+    def solve_context(self, *, backward: bool = False) -> Iterator[None]:
+        """Context of all evaluations of one solve: weights are computed once, solvers work in full precision.
 
         Args:
-            backward: the map must be that of the forward pass: parametrisations, such as the power iteration of
-                spectral normalisation, learn nothing meanwhile.
+            backward: the map must be that of the forward pass, so parametrizations, such as the power iteration of
+                spectral normalization, update nothing.
         """
         if torch.compiler.is_compiling():
             yield
@@ -257,8 +204,8 @@ class Map:
         if backward:
             self._check_parameters()
         kind = self.device.type
-        # What a parametrisation cached with tracking off must not serve evaluations that are tracked, nor the other
-        # way round; equilibria may be nested, so the caller's cache is put aside and not only extended.
+        # Weights that were cached untracked must not serve tracked evaluations, nor the other way round. Equilibria may
+        # be nested, so the caller's cache is put aside and not only extended.
         outer = parametrize._cache
         parametrize._cache = {}
         # The same holds for autocast's cache of converted weights, which an enabled outer context keeps alive.
@@ -269,7 +216,7 @@ class Map:
                 stack.enter_context(torch.autocast(kind, dtype=self.autocast[1]))
             if self.autocast is not None or torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
-            frozen = [module for module in self.learning if module.training] if backward else []
+            frozen = [module for module in self.parametrizations if module.training] if backward else []
             for module in frozen:
                 module.training = False
             try:
@@ -281,7 +228,7 @@ class Map:
                     module.training = True
 
     def _check_parameters(self) -> None:
-        """Refuse a module whose parameters were exchanged since the solve: gradients would be zero, silently."""
+        """Check that the module still has the parameters of the solve; else their gradients would be zero, silently."""
         current = set() if self.owner is None else {id(p) for p in self.owner.parameters()}
         if self.owner is not None and any(id(p) not in current for p in self.params):
             raise RuntimeError(
@@ -291,7 +238,7 @@ class Map:
             )
 
 
-class DescentMap(Map):
+class DescentMap(FunctionMap):
     r"""The map $z \mapsto z - \nabla h(z)$ of an objective: its fixed points are the stationary points of $h$.
 
     $I - J$ is the Hessian of $h$, so a solver's inverse estimate is one of the inverse Hessian. A call evaluates
@@ -299,9 +246,9 @@ class DescentMap(Map):
 
     Args:
         f: the objective $h$; called as `f(z, *inputs)`, it returns one number per sample, `(B,)`.
-        z0: as in `Map`.
-        inputs: as in `Map`.
-        params: as in `Map`.
+        z0: as in `FunctionMap`.
+        inputs: as in `FunctionMap`.
+        params: as in `FunctionMap`.
 
     Raises:
         ValueError: the objective does not return one number per sample.
@@ -317,7 +264,7 @@ class DescentMap(Map):
         if not readable(value) or not bool(value.isfinite().all()):
             # Automatic differentiation follows the formula out of the domain of h: log(-1) is NaN, its slope is not.
             gradient = torch.where(value.isfinite()[:, None], gradient, torch.nan)
-        return Point(z, z - gradient, -gradient, rows, running, value=value, blocks=self.blocks, map=self)
+        return Point(z, z - gradient, -gradient, rows, running, self, value=value)
 
     def _value_and_gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
         higher = torch.is_grad_enabled()
@@ -332,19 +279,19 @@ class DescentMap(Map):
 
 
 def _check_modules(f: nn.Module) -> tuple[list[SeededLayer], list[nn.Module]]:
-    """Refuse layers that make a map depend on the batch or change between evaluations.
+    """Raise for layers that make a map depend on the batch or change between evaluations.
 
     Returns:
-        The seeded layers in training mode, and the parametrisations.
+        The seeded layers in training mode, and the parametrizations.
     """
     seeded: list[SeededLayer] = []
-    learning: list[nn.Module] = []
+    parametrizations: list[nn.Module] = []
     for name, module in f.named_modules():
         if isinstance(module, SeededLayer):
             if module.training:
                 seeded.append(module)
         elif isinstance(module, parametrize.ParametrizationList):
-            learning += module.modules()
+            parametrizations += module.modules()
         elif isinstance(module, nn.modules.batchnorm._BatchNorm):
             if module.training or module.running_mean is None:
                 raise ValueError(
@@ -356,4 +303,4 @@ def _check_modules(f: nn.Module) -> tuple[list[SeededLayer], list[nn.Module]]:
                 f"the cell's {name or 'module'} is {type(module).__name__}(p={module.p}), which changes from one "
                 "evaluation to the next: use equipoise.nn.VariationalDropout, whose mask is fixed during a solve"
             )
-    return seeded, learning
+    return seeded, parametrizations

@@ -186,7 +186,7 @@ class BilevelEstimator(BaseEstimator, abc.ABC):
         """Minimize to the tolerance of the last fit, relative to the gradient at zero."""
         f = inner.map(z, (log_alpha,))
         rows = torch.arange(len(z))
-        with torch.no_grad(), f.session():
+        with torch.no_grad(), f.solve_context():
             origin = f.evaluate(torch.zeros_like(z), rows, torch.ones_like(rows, dtype=torch.bool))
         # Losses are means of numbers of size one: a smaller gradient is rounding.
         allowed = max(self.tol * float(torch.linalg.vector_norm(origin.r, dim=1).max()), ROUNDING)

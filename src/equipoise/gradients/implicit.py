@@ -11,7 +11,8 @@ from torch import Tensor
 
 from equipoise.core.linalg import InverseEstimate
 from equipoise.core.solution import Solution
-from equipoise.gradients.base import AdjointMap, Gradient
+from equipoise.gradients.adjoint import AdjointMap
+from equipoise.gradients.base import Gradient
 from equipoise.solvers import Anderson, Solver
 
 
@@ -60,7 +61,7 @@ class Implicit(Gradient):
         norm = torch.linalg.vector_norm(g, dim=1, keepdim=True)
         scale = torch.where(norm > 0, norm, 1.0)
         unit = g / scale
-        adjoint = adjoint.scaled(unit)
+        adjoint = adjoint.with_cotangent(unit)
         w, preconditioner = self._start(adjoint, unit, norm, solution)
         answer = self.solver.solve(adjoint, w, preconditioner=preconditioner)
         w = answer.value * scale

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from equipoise.core.linalg import InverseEstimate, readable
 from equipoise.core.solution import Solution
-from equipoise.gradients.base import AdjointMap, Gradient
+from equipoise.gradients.adjoint import AdjointMap
+from equipoise.gradients.base import Gradient
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

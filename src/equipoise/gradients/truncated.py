@@ -7,7 +7,8 @@ import dataclasses
 from torch import Tensor
 
 from equipoise.core.solution import Solution
-from equipoise.gradients.base import AdjointMap, Gradient
+from equipoise.gradients.adjoint import AdjointMap
+from equipoise.gradients.base import Gradient
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

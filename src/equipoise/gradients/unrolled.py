@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from equipoise.core.function_map import Map
+from equipoise.core.function_map import FunctionMap
 from equipoise.core.solution import Solution
-from equipoise.gradients.base import AdjointMap, Gradient
+from equipoise.gradients.adjoint import AdjointMap
+from equipoise.gradients.base import Gradient
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,9 +41,9 @@ class Unrolled(Gradient):
     def cotangent(self, adjoint: AdjointMap, g: Tensor, solution: Solution[Tensor]) -> Tensor:
         raise TypeError("Unrolled backpropagates through the map itself and cannot start an adjoint solve")
 
-    def attach(self, f: Map, z0: Tensor, solution: Solution[Tensor]) -> Solution[Tensor]:
+    def attach(self, f: FunctionMap, z0: Tensor, solution: Solution[Tensor]) -> Solution[Tensor]:
         z = solution.value if solution.num_evals else z0
-        with f.session():
+        with f.solve_context():
             for _ in range(self.steps):
                 before, z = z, f.call(z)
         return dataclasses.replace(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from equipoise.core.function_map import Map
+from equipoise.core.map import Map
 from equipoise.inputs.joint import JointMap
 from equipoise.inputs.schedules import Held, Joint, Nested
 from equipoise.solvers import Anderson
@@ -45,7 +44,7 @@ def measure(f: JointMap, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _parts(f: JointMap, v: Tensor) -> Tensor:
-    parts: Tensor = f.ask(f.f.parts, v)
+    parts: Tensor = f.call_user(f.f.parts, v)
     return parts
 
 
@@ -114,20 +113,14 @@ class _Change(Map):
     r"""The map $\delta \mapsto F(v + \delta) - F(v)$: how state and adjoint follow a step of the input."""
 
     def __init__(self, f: Map, v: Tensor, fv: Tensor) -> None:
+        super().__init__(f.counts, droppable=f.droppable, blocks=f.blocks)
         self.forward_map, self.v, self.fv = f, v, fv
-        self.counts, self.blocks, self.projection = f.counts, f.blocks, None
-
-    @property
-    def droppable(self) -> bool:
-        return self.forward_map.droppable
 
     def select(self, index: Tensor) -> _Change:
         return _Change(self.forward_map.select(index), self.v[index], self.fv[index])
 
-    @contextlib.contextmanager
-    def session(self, *, backward: bool = False) -> Iterator[None]:
-        with self.forward_map.session(backward=backward):
-            yield
+    def solve_context(self, *, backward: bool = False) -> contextlib.AbstractContextManager[None]:
+        return self.forward_map.solve_context(backward=backward)
 
     def call(self, z: Tensor) -> Tensor:
         return self.forward_map.call(self.v + z) - self.fv

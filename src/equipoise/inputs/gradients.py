@@ -10,7 +10,7 @@ from torch import Tensor
 
 from equipoise.core.solution import Solution
 from equipoise.gradients import Gradient
-from equipoise.gradients.base import AdjointMap
+from equipoise.gradients.adjoint import AdjointMap
 from equipoise.solvers import GMRES, Solver
 
 ALIKE = 0.99  # cosine of two slopes that are taken for those of the same loss
@@ -78,7 +78,7 @@ class FirstOrder(StateOnly):
         held[:, :n] = g[:, :n]
         norm = torch.linalg.vector_norm(held, dim=1, keepdim=True)
         scale = torch.where(norm > 0, norm, 1.0)
-        return self.solver.solve(_Held(adjoint.scaled(held / scale), n), held / scale).value * scale
+        return self.solver.solve(_Held(adjoint.with_cotangent(held / scale), n), held / scale).value * scale
 
 
 class _Held(AdjointMap):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.constraints import Constraint, Proximal
-from equipoise.core.function_map import Counts, Map
+from equipoise.core.function_map import FunctionMap
+from equipoise.core.map import Counts
 from equipoise.core.state import InputLayout, Layout
 from equipoise.inputs.schedules import Held, Linearization, Schedule
 
@@ -91,24 +92,60 @@ class JointModule(nn.Module):
         return chosen
 
 
-class JointMap(Map):
-    """The map of a `JointModule`, whose first input is the step `(b, 1)`."""
+class JointMap(FunctionMap):
+    r"""The map of a `JointModule`.
+
+    Args:
+        joint: one round.
+        start: $(z, \mu, x)$, each flat.
+        tensors: inputs of `joint`; the first is the step `(b, 1)`.
+        params: as in `FunctionMap`; None: those of the modules in `joint`. If a part of it is a function, it is a
+            closure.
+    """
 
     f: JointModule
+
+    def __init__(
+        self,
+        joint: JointModule,
+        start: tuple[Tensor, Tensor, Tensor],
+        tensors: Sequence[Tensor],
+        *,
+        params: Sequence[Tensor] | None = None,
+    ) -> None:
+        super().__init__(
+            joint,
+            start,
+            tensors,
+            params=params,
+            blocks=[part.shape[1] for part in start],
+            projection=joint.project if isinstance(joint.constraint, Constraint) else None,
+        )
+        if params is None:
+            parts = (joint.cell, joint.cost, joint.regularizer)
+            self.declared = self.droppable = all(part is None or isinstance(part, nn.Module) for part in parts)
 
     @property
     def size(self) -> int:
         """Numbers of an input."""
         return sum(self.f.states[1].sizes)
 
-    def variant(self, schedule: Schedule, step: Tensor | None = None) -> JointMap:
-        """The map with another schedule, and another step if given, untracked; it shares masks, weights and counts."""
+    def with_step(self, step: Tensor) -> JointMap:
+        """The same map with another step of the input, `(b, 1)`."""
+        return self.with_inputs([step, *self.tensors[1:]])
+
+    def with_schedule(self, schedule: Schedule) -> JointMap:
+        """The map with another schedule; it shares masks, weights and counts."""
         chosen = copy.copy(self)
-        chosen.tensors = [self.tensors[0] if step is None else step, *(t.detach() for t in self.tensors[1:])]
         chosen.f = self.f.variant(schedule)
         if isinstance(schedule, Held):
             chosen.projection = None
         return chosen
+
+    def variant(self, schedule: Schedule, step: Tensor | None = None) -> JointMap:
+        """The map with another schedule, and another step if given, untracked."""
+        chosen = self.with_inputs([t.detach() for t in self.tensors]).with_schedule(schedule)
+        return chosen if step is None else chosen.with_step(step)
 
 
 class Rows:

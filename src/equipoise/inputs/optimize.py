@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from equipoise.constraints import Constraint, Proximal
 from equipoise.core.solution import Solution, Status
@@ -139,30 +139,20 @@ def optimize_inputs(
     joint = JointModule(cell, cost, regularizer, constraint, states, cell_layout, cost_layout, schedule)
     start = (z, torch.zeros_like(z), x)
     step = torch.ones_like(z[:, :1]) * (1.0 if step_size is None else _column(step_size, batch).to(z))
-    f = JointMap(
-        joint,
-        start,
-        (step, *given, *wanted, *bounds),
-        params=params,
-        blocks=(z.shape[1], z.shape[1], x.shape[1]),
-        projection=joint.project if isinstance(constraint, Constraint) else None,
-    )
-    if params is None:  # a function may depend on anything
-        f.declared = all(part is None or isinstance(part, nn.Module) for part in (cell, cost, regularizer))
+    f = JointMap(joint, start, (step, *given, *wanted, *bounds), params=params)
     free = f.pack(start)
-    with torch.no_grad(), f.session():
-        v = f.on([t.detach() for t in f.tensors]).project(free)
+    with torch.no_grad(), f.solve_context():
+        v = f.with_inputs([t.detach() for t in f.tensors]).project(free)
         moved, size = (torch.linalg.vector_norm(t[:, -f.size :], dim=1) for t in (v - free, free))
         if step_size is None:
             v, step = measure(f, v)
-            f.tensors[0] = schedule.stride * step
+            f = f.with_step(schedule.stride * step)
         solution = solver.solve(f.variant(schedule), v, trace=trace)
         looked = _look_again(f, v, solution, solver, equilibrium, checked=step_size is not None)
-        joint_cost = f.variant(Held()).ask(joint.objective, looked.value)
+        joint_cost = f.variant(Held()).call_user(joint.objective, looked.value)
     counts = dataclasses.replace(joint.counts)
     solution = dataclasses.replace(solution, value=looked.value, status=looked.status)
-    final = f.on(f.tensors)
-    final.f = joint.variant(Held() if isinstance(gradient, StateOnly) else Joint())  # the least graph, same fixed point
+    final = f.with_schedule(Held() if isinstance(gradient, StateOnly) else Joint())  # the least graph, same fixed point
     flat = f.unpack(gradient.attach(final, v, solution).value)
     return InputSolution(
         value=(states[0].unpack(flat[0]), states[0].unpack(flat[1]), states[1].unpack(flat[2])),
@@ -204,9 +194,9 @@ def _look_again(
         return _Look(value, status)
     held, step = f.variant(Held()), f.tensors[0]
     settled = equilibrium.solve(held, value).value
-    cost = held.ask(f.f.objective, settled)
+    cost = held.call_user(f.f.objective, settled)
     first = equilibrium.solve(held, start).value
-    before = held.ask(f.f.objective, first)
+    before = held.call_user(f.f.objective, first)
     worse = ~(cost <= before + WORSE * before.abs()) & before.isfinite()
     value, settled = (torch.where(worse[:, None], first, t) for t in (value, settled))
     cost = torch.where(worse, before, cost)

@@ -9,7 +9,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from equipoise.core.function_map import Counts
+from equipoise.core.map import Counts
 
 
 @dataclasses.dataclass(eq=False, slots=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from equipoise.core.function_map import Map
+from equipoise.core.function_map import FunctionMap
 from equipoise.core.solution import Solution
 from equipoise.fixed_point import solve_map
 from equipoise.gradients import Gradient, Implicit
@@ -98,10 +98,10 @@ class DEQ(nn.Module):
             raise
 
     def _solve(self, z0: Any, inputs: tuple[Any, ...], trace: bool) -> Solution[Any]:
-        f = Map(self.cell, z0, inputs)
+        f = FunctionMap(self.cell, z0, inputs)
         if not self.explicit_steps:
             return solve_map(f, z0, solver=self.solver, gradient=self.gradient, trace=trace)
-        with f.session(backward=True):  # with the masks and the weights of the solve, of which nothing is learned here
+        with f.solve_context(backward=True):  # the masks and weights of the solve, without updates of buffers
             start = f.pack(z0)
             for _ in range(self.explicit_steps):
                 start = f.call(start)

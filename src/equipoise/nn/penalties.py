@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from equipoise.core.function_map import Map
+from equipoise.core.function_map import FunctionMap
 from equipoise.core.solution import Solution
 
 
@@ -31,7 +31,7 @@ def jacobian_penalty(solution: Solution, num_probes: int = 1) -> Tensor:
     if num_probes < 1:
         raise ValueError(f"num_probes={num_probes!r}: must be >= 1")
     f = _map(solution)
-    with f.session(backward=True), torch.enable_grad():
+    with f.solve_context(backward=True), torch.enable_grad():
         z = f.pack(solution.value).detach().requires_grad_()
         fz = f.call(z)
         total = z.new_zeros(())
@@ -105,21 +105,21 @@ def spectral_radius(solution: Solution, num_iterations: int = 100) -> Tensor:
     if num_iterations < 2:
         raise ValueError(f"num_iterations={num_iterations!r}: must be >= 2")
     f = _map(solution)
-    with f.session(backward=True):
+    with f.solve_context(backward=True):
         with torch.enable_grad():
             z = f.pack(solution.value).detach().requires_grad_()
-            fz = f.on([t.detach() for t in f.tensors]).call(z)
+            fz = f.with_inputs([t.detach() for t in f.tensors]).call(z)
         v = torch.randn_like(z.detach())
         growth = torch.zeros(z.shape[0], dtype=torch.float64, device=z.device)
         for number in range(num_iterations):
             v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)
-            v = f.pull(fz, z, v)
+            v = f.vjp(fz, z, v)
             if number >= num_iterations // 2:
                 growth += torch.linalg.vector_norm(v, dim=1).to(torch.float64).log()
     return (growth / (num_iterations - num_iterations // 2)).exp().to(z.dtype)
 
 
-def _map(solution: Solution) -> Map:
-    if not isinstance(solution.map, Map):
+def _map(solution: Solution) -> FunctionMap:
+    if not isinstance(solution.map, FunctionMap):
         raise ValueError("the solution carries no map; take it from DEQ.solve or fixed_point, not from a bare solver")
     return solution.map

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from equipoise.core.function_map import Point
 from equipoise.core.linalg import LowRank, row_dots, row_sums
+from equipoise.core.map import Point
 from equipoise.solvers.base import Solver
 
 NEVER = torch.iinfo(torch.int64).max
@@ -141,7 +141,7 @@ class AdjointBroyden(Solver):
         step = self._learn(memory, point, point.r)
         if aware:
             assert self.outer is not None
-            self._learn(memory, point, memory.rmv(point.gradient(self.outer)))
+            self._learn(memory, point, memory.rmv(point.loss_gradient(self.outer)))
             step = memory.mv(point.r)
         return point.z + step
 

@@ -7,8 +7,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from equipoise.core.function_map import Point
 from equipoise.core.linalg import readable, row_dots, row_sums
+from equipoise.core.map import Point
 from equipoise.solvers.base import Solver
 from equipoise.solvers.picard import check_contraction
 

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from equipoise.core.function_map import Map, Point
 from equipoise.core.linalg import InverseEstimate, LowRank, readable
+from equipoise.core.map import Map, Point
 from equipoise.core.solution import Solution, Status
 
 DIVERGED_AT = 1e8  # times the first residual
@@ -146,12 +146,12 @@ class Solver(abc.ABC):
         Returns:
             The solution with a flat `(B, D)` value.
         """
-        if f.projection is not None and not self.supports_projection:
+        if f.projected and not self.supports_projection:
             raise ValueError(f"{type(self).__name__} cannot follow a projected map; use Anderson or Picard")
         evals, vjps = f.counts.evals, f.counts.vjps
         on_host = readable(z0)
         tracing = torch.compiler.is_compiling()  # an exported solve runs all its steps and reads no flag
-        with f.session():
+        with f.solve_context():
             z0 = f.project(z0)
             record = _Record(self, z0, trace, on_host)
             whole, z, memory, step = f, z0, None, 0
@@ -184,11 +184,11 @@ def _preconditioned(point: Point, estimate: InverseEstimate) -> Point:
     """The point of the map `z + P (f(z) - z)`, `P` the estimate."""
     r = estimate.mv(point.r)
 
-    def pull(v: Tensor) -> Tensor:
+    def pullback(v: Tensor) -> Tensor:
         w = estimate.rmv(v)
         return v - w + point.vjp(w)
 
-    return dataclasses.replace(point, fz=point.z + r, r=r, bare=point.r, pull=None if point.pull is None else pull)
+    return dataclasses.replace(point, fz=point.z + r, r=r, bare=point.r, pullback=pullback)
 
 
 class _Record:

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from equipoise.core.function_map import Point
 from equipoise.core.linalg import LowRank, row_sums
+from equipoise.core.map import Point
 from equipoise.solvers.base import Solver
 
 NEVER = torch.iinfo(torch.int64).max

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from equipoise.core.function_map import Point
 from equipoise.core.linalg import readable, row_dots, row_sums
+from equipoise.core.map import Point
 from equipoise.solvers.base import Solver
 
 REACH = 1e4  # largest residual of a probe, in units of the first one; a solve is called divergent far beyond

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from equipoise.core.function_map import Point
 from equipoise.core.linalg import readable
+from equipoise.core.map import Point
 from equipoise.core.solution import Solution
 from equipoise.solvers.base import Solver
 from equipoise.solvers.pairs import NEVER, Pairs, SecantInverse, dots
@@ -82,9 +82,8 @@ class LBFGS(Solver):
     Example:
         >>> import torch, equipoise as eq
         >>> from equipoise.fixed_point import solve_map
-        >>> from equipoise.core.function_map import DescentMap
         >>> z0 = torch.zeros(1, 2, dtype=torch.float64)
-        >>> f = DescentMap(lambda z: (z - 1).pow(4).sum(1) + z[:, 0] ** 2, z0, params=())
+        >>> f = eq.DescentMap(lambda z: (z - 1).pow(4).sum(1) + z[:, 0] ** 2, z0, params=())
         >>> solution = solve_map(f, z0, solver=eq.LBFGS(max_steps=60, rtol=1e-9), gradient=eq.Implicit())
         >>> solution.converged.item()
         True
@@ -285,7 +284,7 @@ class LBFGS(Solver):
         """Where it is `due`, let a probe come before the search that was begun from this point."""
         assert self.outer is not None
         assert self.cadence is not None
-        direction = inverse.mv(point.gradient(self.outer))
+        direction = inverse.mv(point.loss_gradient(self.outer))
         memory.reach = torch.where(due & memory.reach.isinf(), length, memory.reach)
         count = ((memory.taken - 1) // self.cadence + 1).double()
         length = torch.minimum(length, memory.reach / count.square())

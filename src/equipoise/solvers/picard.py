@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from equipoise.core.function_map import Point
+from equipoise.core.map import Point
 from equipoise.solvers.base import Solver
 
 

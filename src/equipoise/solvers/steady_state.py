@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from equipoise.core.function_map import Point
 from equipoise.core.linalg import row_sums
+from equipoise.core.map import Point
 from equipoise.solvers.base import Solver
 from equipoise.solvers.steppers import SHRINK, VCAB3, Classical, Stepper, Track, where_rows
 

@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from equipoise.core.function_map import Point
 from equipoise.core.linalg import readable, row_sums
+from equipoise.core.map import Point
 
 SHRINK = 0.2  # least ratio of a step to the last one that error control asks for
 LARGE = 1e30  # longer steps are limited by growth in any case

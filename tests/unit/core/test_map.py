@@ -11,20 +11,20 @@ from problems import TanhCell, affine
 from torch import Tensor, nn
 
 import equipoise as eq
-from equipoise.core.function_map import DescentMap, Map, SeededLayer
+from equipoise.core.function_map import DescentMap, FunctionMap, SeededLayer
 from equipoise.fixed_point import solve_map
 
 BATCH, SIZE = 4, 6
 
 
-def rows(f: Map) -> tuple[Tensor, Tensor]:
+def rows(f: FunctionMap) -> tuple[Tensor, Tensor]:
     """Numbers and mask of the rows of a map that none has left."""
     return torch.arange(f.batch), torch.ones(f.batch, dtype=torch.bool)
 
 
-def tanh_map() -> tuple[TanhCell, Tensor, Tensor, Map]:
+def tanh_map() -> tuple[TanhCell, Tensor, Tensor, FunctionMap]:
     cell, z, x = TanhCell(SIZE), torch.randn(BATCH, SIZE), torch.randn(BATCH, SIZE)
-    return cell, z, x, Map(cell, z, (x,))
+    return cell, z, x, FunctionMap(cell, z, (x,))
 
 
 def jacobians(cell: TanhCell, z: Tensor, x: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def test_evaluations_and_products_are_counted_by_a_map_and_its_selections_togeth
     f.call(z)
     f.evaluate(z, *rows(f))
     part.evaluate(z[[0, 2]], *rows(part))
-    f.on([x + 1]).call(z)
+    f.with_inputs([x + 1]).call(z)
     point = part.evaluate(z[[0, 2]], *rows(part), graph=True)
     assert f.counts.evals == part.counts.evals == calls == 5
     assert f.counts.vjps == 0
@@ -75,7 +75,7 @@ def test_a_selection_is_the_map_on_its_rows_in_their_order() -> None:
 
 def test_inputs_may_be_containers_whose_rows_are_selected_together() -> None:
     z, a, b, c = (torch.randn(3, 2) for _ in range(4))
-    f = Map(lambda z, pair, named: z * pair[0] + pair[1] - named["c"], z, ((a, b), {"c": c}), params=())
+    f = FunctionMap(lambda z, pair, named: z * pair[0] + pair[1] - named["c"], z, ((a, b), {"c": c}), params=())
     torch.testing.assert_close(f.call(z), z * a + b - c)
     torch.testing.assert_close(f.select(torch.tensor([2])).call(z[2:]), (z * a + b - c)[2:])
 
@@ -106,7 +106,7 @@ def test_products_of_a_structured_state_are_those_of_its_flat_jacobian() -> None
     def f(z: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"a": torch.einsum("bij,bj->bi", z["b"], z["a"]), "b": z["a"][:, :, None] * z["b"].sin()}
 
-    m = Map(f, z)
+    m = FunctionMap(f, z)
     flat, v = m.pack(z), torch.randn(3, 6)
     dense = torch.func.vmap(torch.func.jacrev(lambda row: m.call(row[None])[0]))(flat)
     torch.testing.assert_close(m.evaluate(flat, *rows(m), graph=True).vjp(v), torch.einsum("bde,bd->be", dense, v))
@@ -120,7 +120,7 @@ def test_a_point_without_graph_says_what_its_solver_must_declare() -> None:
 
 def test_a_map_that_ignores_its_state_has_zero_products() -> None:
     x = torch.randn(3, 2)
-    f = Map(lambda z, x: x.sin(), torch.zeros(3, 2), (x,), params=())
+    f = FunctionMap(lambda z, x: x.sin(), torch.zeros(3, 2), (x,), params=())
     assert torch.equal(f.evaluate(x, *rows(f), graph=True).vjp(x), torch.zeros(3, 2))
 
 
@@ -130,15 +130,15 @@ def test_the_gradient_of_an_outer_loss_is_taken_at_the_point_row_by_row() -> Non
     numbers = torch.tensor([7, 0, 8, 3])
     point = f.evaluate(z, numbers, rows(f)[1])
     with torch.no_grad():  # as inside a solve
-        gradient = point.gradient(lambda z, rows: ((z - target[rows]) ** 4).sum(1))
+        gradient = point.loss_gradient(lambda z, rows: ((z - target[rows]) ** 4).sum(1))
     torch.testing.assert_close(gradient, 4 * (z - target[numbers]) ** 3)
 
 
 def test_other_questions_meet_the_masks_of_the_map_and_are_not_counted() -> None:
     cell = torch.nn.Sequential(eq.nn.VariationalDropout(0.5))
     z = torch.ones(BATCH, 40)
-    f = Map(cell, z)
-    asked = f.ask(lambda z: cell(z).sum(1), z)
+    f = FunctionMap(cell, z)
+    asked = f.call_user(lambda z: cell(z).sum(1), z)
     assert f.counts.evals == 0
     torch.testing.assert_close(asked, f.call(z).sum(1))
     assert cell[0].seeds is None
@@ -147,7 +147,7 @@ def test_other_questions_meet_the_masks_of_the_map_and_are_not_counted() -> None
 def test_a_map_is_followed_by_its_projection_in_value_and_product() -> None:
     problem = affine(BATCH, SIZE)
     (x,) = problem.inputs
-    f = Map(problem.f, problem.z0, (x,), params=(), projection=lambda z, x: z.clamp(-0.5, 0.5))
+    f = FunctionMap(problem.f, problem.z0, (x,), params=(), projection=lambda z, x: z.clamp(-0.5, 0.5))
     z = torch.randn(BATCH, SIZE)
     free = problem.f(z, x)
     torch.testing.assert_close(f.project(z), z.clamp(-0.5, 0.5))
@@ -165,8 +165,8 @@ def test_blocks_converge_separately() -> None:
     x = torch.tensor([[1e6, 0.1, 0.2]])
     z0, solver = torch.zeros(1, 3), eq.Picard(max_steps=500, rtol=1e-4)
     solve = functools.partial(solve_map, z0=z0, solver=solver, gradient=eq.Implicit())
-    together = solve(Map(f, z0, (x,), params=()))
-    apart = solve(Map(f, z0, (x,), params=(), blocks=(1, 2)))
+    together = solve(FunctionMap(f, z0, (x,), params=()))
+    apart = solve(FunctionMap(f, z0, (x,), params=(), blocks=(1, 2)))
     assert bool(together.converged)
     assert bool(apart.converged)
     exact = torch.tensor([[1.0, 2.0]])
@@ -185,7 +185,7 @@ def test_blocks_converge_separately() -> None:
 )
 def test_wrong_arguments_are_named(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        Map(**({"f": TanhCell(SIZE), "z0": torch.zeros(BATCH, SIZE)} | arguments))
+        FunctionMap(**({"f": TanhCell(SIZE), "z0": torch.zeros(BATCH, SIZE)} | arguments))
 
 
 # --- what a map does to the caller's modules -------------------------------------------------------------------------
@@ -199,7 +199,7 @@ class Noisy(SeededLayer):
 
 def test_seeds_are_present_during_an_evaluation_only_also_when_it_fails() -> None:
     layer = Noisy()
-    f = Map(layer, torch.zeros(3, 2))
+    f = FunctionMap(layer, torch.zeros(3, 2))
     f.call(torch.zeros(3, 2))
     assert layer.seeds is None
     with pytest.raises(RuntimeError, match="size"):
@@ -208,7 +208,7 @@ def test_seeds_are_present_during_an_evaluation_only_also_when_it_fails() -> Non
 
 
 def test_a_selection_takes_its_seeds_along() -> None:
-    f = Map(Noisy(), torch.zeros(5, 2))
+    f = FunctionMap(Noisy(), torch.zeros(5, 2))
     z, index = torch.zeros(5, 2), torch.tensor([4, 2])
     assert f.call(z)[:, 0].unique().numel() == 5
     assert torch.equal(f.select(index).call(z[index]), f.call(z)[index])
@@ -235,7 +235,7 @@ def test_the_same_layers_are_welcome_in_evaluation_mode() -> None:
     cell = nn.Sequential(nn.Linear(SIZE, SIZE), nn.BatchNorm1d(SIZE), nn.Dropout(0.3), nn.Tanh()).eval()
     solution = eq.fixed_point(cell, torch.zeros(BATCH, SIZE), solver=eq.Anderson(max_steps=100, rtol=1e-10))
     torch.testing.assert_close(cell(solution.raise_for_status().value), solution.value, rtol=1e-8, atol=1e-8)
-    Map(nn.Sequential(nn.Dropout(0.0)), torch.zeros(BATCH, SIZE))  # drops nothing, even in training mode
+    FunctionMap(nn.Sequential(nn.Dropout(0.0)), torch.zeros(BATCH, SIZE))  # drops nothing, even in training mode
 
 
 # --- minimisation ----------------------------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ def test_an_objective_gives_one_number_per_sample(objective: Any, got: str) -> N
 
 def test_a_map_on_other_inputs_leaves_the_first_alone() -> None:
     cell, z, x, f = tanh_map()
-    other = f.on([x + 1])
+    other = f.with_inputs([x + 1])
     torch.testing.assert_close(other.call(z), cell(z, x + 1))
     torch.testing.assert_close(f.call(z), cell(z, x))
     assert other.counts is f.counts

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from equipoise.core.function_map import Map
+from equipoise.core.function_map import FunctionMap
 from equipoise.core.state import InputLayout, Layout
 
 zeros = functools.partial(torch.zeros, dtype=torch.float64)  # parameters are made before the default is set
@@ -110,7 +110,7 @@ def test_a_result_may_order_its_keys_otherwise_and_be_a_list_for_a_tuple() -> No
 
 def test_any_mapping_is_a_state() -> None:
     state = types.MappingProxyType({"a": torch.randn(2, 3), "b": torch.randn(2)})
-    f = Map(lambda z: z, state)
+    f = FunctionMap(lambda z: z, state)
     assert f.batch == 2
     assert_same(f.unpack(f.pack(state)), dict(state))
 
@@ -118,7 +118,7 @@ def test_any_mapping_is_a_state() -> None:
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_half_precision_states_are_flat_float32_and_come_back_as_they_were(half: torch.dtype) -> None:
     state = (tensor((2, 3, 4, 5), "channels_last", half), tensor((2, 3), "transposed", half))
-    f = Map(lambda z: z, state)
+    f = FunctionMap(lambda z: z, state)
     flat = f.pack(state)
     assert flat.dtype == torch.float32
     assert_same(f.unpack(flat), state)
@@ -150,7 +150,7 @@ def test_half_precision_states_are_flat_float32_and_come_back_as_they_were(half:
 )
 def test_a_start_that_is_no_state_is_named(state: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        Map(lambda z: z, state)
+        FunctionMap(lambda z: z, state)
 
 
 PAIR = (zeros(3, 2), zeros(3, 4))
@@ -183,7 +183,7 @@ PAIR = (zeros(3, 2), zeros(3, 4))
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_a_result_unlike_the_state_is_named(z0: Any, returned: Any, error: type[Exception], message: str) -> None:
-    f = Map(lambda z: returned, z0)
+    f = FunctionMap(lambda z: returned, z0)
     with pytest.raises(error, match=f"the map('s result)? {message}"):
         f.call(f.pack(z0))
 
@@ -201,4 +201,4 @@ def test_a_result_unlike_the_state_is_named(z0: Any, returned: Any, error: type[
 )
 def test_an_input_without_the_batch_is_named(value: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        Map(lambda z, x, y: z, zeros(3, 2), (zeros(3), value))
+        FunctionMap(lambda z, x, y: z, zeros(3, 2), (zeros(3), value))

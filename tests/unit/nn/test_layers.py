@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import equipoise as eq
-from equipoise.core.function_map import Map
+from equipoise.core.function_map import FunctionMap
 
 D = 5
 TIGHT = eq.Anderson(max_steps=200, rtol=1e-12)
@@ -275,7 +275,7 @@ def test_every_evaluation_of_a_solve_and_of_its_backward_sees_the_same_mask() ->
 def test_what_a_sample_gets_under_dropout_does_not_depend_on_its_batch_mates() -> None:
     cell, solver = Watched(), eq.Anderson(max_steps=200, rtol=1e-10)
     x, numbers = staggered()
-    f = Map(cell, torch.zeros_like(x), (x, numbers))
+    f = FunctionMap(cell, torch.zeros_like(x), (x, numbers))
     together = solver.solve(f, torch.zeros_like(x))
     assert together.num_steps.unique().numel() > 3
     for n in range(8):

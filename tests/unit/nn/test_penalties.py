@@ -12,7 +12,7 @@ from problems import TanhCell, affine, spectral
 from torch import Tensor, nn
 
 import equipoise as eq
-from equipoise.core.function_map import Map
+from equipoise.core.function_map import FunctionMap
 
 B, D = 4, 5
 TIGHT = eq.Anderson(max_steps=200, rtol=1e-12)
@@ -247,4 +247,4 @@ def test_misuse_is_named() -> None:
 
 def test_the_map_of_a_solution_is_that_of_its_layer() -> None:
     layer = eq.nn.DEQ(nn.Sequential(nn.Linear(D, D), nn.Tanh()), init=lambda: torch.zeros(B, D))
-    assert isinstance(layer.solve().map, Map)
+    assert isinstance(layer.solve().map, FunctionMap)

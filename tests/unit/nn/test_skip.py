@@ -172,7 +172,7 @@ def test_scales_count_alike_or_by_their_numbers() -> None:
 
 def test_misuse_is_named_with_its_remedy() -> None:
     x = torch.randn(B, D)
-    bare = eq.Anderson().solve(eq.Map(TanhCell(D), x, (x,)), x)
+    bare = eq.Anderson().solve(eq.FunctionMap(TanhCell(D), x, (x,)), x)
     with pytest.raises(ValueError, match=r"does not know its start; take it from DEQ\.solve"):
         skip_penalty(bare)
     with pytest.raises(ValueError, match="explicit_steps must be >= 0, got -1"):

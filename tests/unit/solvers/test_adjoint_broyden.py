@@ -33,7 +33,7 @@ class Recorder(eq.AdjointBroyden):
 
 def record(f: Field, z0: Tensor, **fields: Any) -> tuple[list[tuple[Tensor, Tensor, Tensor]], eq.Solution[Tensor]]:
     solver = Recorder(rtol=0, **fields)
-    return solver.log, solver.solve(eq.Map(f, z0), z0)
+    return solver.log, solver.solve(eq.FunctionMap(f, z0), z0)
 
 
 def jacobian(f: Field, z: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ def test_each_point_after_the_start_costs_one_product_and_an_outer_update_one_mo
 ) -> None:
     outer = None if cadence is None else quartic(torch.ones(3, 8))
     solver = eq.AdjointBroyden(max_steps=steps, rtol=0, cadence=cadence, outer=outer)
-    solution = solver.solve(eq.Map(tanh_map(8, 0.9), z0 := torch.randn(3, 8)), z0)
+    solution = solver.solve(eq.FunctionMap(tanh_map(8, 0.9), z0 := torch.randn(3, 8)), z0)
     assert (solution.num_evals, solution.num_vjps) == (steps, vjps)
 
 
@@ -263,7 +263,7 @@ def test_works_without_grad_and_leaves_no_gradient_on_parameters() -> None:
 def test_a_preconditioned_solve_learns_the_preconditioned_map() -> None:
     """With the exact inverse as preconditioner of an affine map the first step is the last."""
     a, x = spectral(6, 0.9, torch.Generator().manual_seed(3)), torch.randn(2, 6)
-    f = eq.Map(lambda z: z @ a.T + x, z0 := torch.zeros(2, 6))
+    f = eq.FunctionMap(lambda z: z @ a.T + x, z0 := torch.zeros(2, 6))
     exact = torch.linalg.inv(torch.eye(6) - a)
     near = exact + 0.3 * spectral(6, 1.0, torch.Generator().manual_seed(4))
     estimate = InverseEstimate.of(torch.zeros(2), torch.eye(6).expand(2, 6, 6), near.expand(2, 6, 6).contiguous())

@@ -25,7 +25,7 @@ def points(f: Field, z0: Tensor, solver: eq.Anderson, **options: Any) -> list[Te
         seen.append(z.clone())
         return f(z)
 
-    solver.solve(eq.Map(watched, z0, **options), z0)
+    solver.solve(eq.FunctionMap(watched, z0, **options), z0)
     return seen
 
 
@@ -275,7 +275,7 @@ def test_fields_out_of_range(fields: dict[str, Any], message: str) -> None:
 
 def test_a_proved_constant_keeps_the_promised_rate_and_still_accelerates() -> None:
     slopes, x = torch.linspace(0.85, 0.9, 4), torch.randn(3, 4)  # plain steps are hardly better than promised
-    f = eq.Map(lambda z, x: slopes * z + x, 0 * x, [x], params=())
+    f = eq.FunctionMap(lambda z, x: slopes * z + x, 0 * x, [x], params=())
     solution = eq.Anderson(lipschitz=0.9, max_steps=400, rtol=1e-6).solve(f, 0 * x, trace=True).raise_for_status()
     assert solution.trace is not None
     best = solution.trace.cummin(dim=0).values
@@ -288,4 +288,4 @@ def test_a_proved_constant_keeps_the_promised_rate_and_still_accelerates() -> No
 def test_a_constant_of_the_whole_state_is_no_proof_for_blocks() -> None:
     z0 = torch.zeros(1, 4)
     with pytest.raises(ValueError, match="blocks"):
-        eq.Anderson(lipschitz=0.5).solve(eq.Map(lambda z: 0.5 * z + 1, z0, blocks=(2, 2)), z0)
+        eq.Anderson(lipschitz=0.5).solve(eq.FunctionMap(lambda z: 0.5 * z + 1, z0, blocks=(2, 2)), z0)

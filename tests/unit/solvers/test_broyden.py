@@ -35,7 +35,7 @@ class Recorder(eq.Broyden):
 
 def record(f: Field, z0: Tensor, **fields: Any) -> list[tuple[Tensor, Tensor, eq.InverseEstimate]]:
     solver = Recorder(rtol=0, **fields)
-    solution = solver.solve(eq.Map(f, z0), z0)
+    solution = solver.solve(eq.FunctionMap(f, z0), z0)
     assert solution.inverse is not None
     # Where the last point is the best, all that was learned is returned, the pair of the last step included.
     newest = (solution.value == solver.log[-1][0]).all(dim=1)
@@ -234,7 +234,7 @@ def test_rows_that_stopped_keep_their_inverse_and_rank(memory: int, named: bool)
     # Points after the first teach one column each; the one that finds the memory full empties it.
     assert together.inverse.rank.tolist() == [(steps - 1) % (memory + 1) for steps in together.num_steps.tolist()]
     for row in range(len(x)):
-        alone = solver.solve(eq.Map(f, x[:1], (gain[row : row + 1], x[row : row + 1])), torch.zeros_like(x[:1]))
+        alone = solver.solve(eq.FunctionMap(f, x[:1], (gain[row : row + 1], x[row : row + 1])), torch.zeros_like(x[:1]))
         assert alone.inverse is not None
         assert int(alone.num_steps) == int(together.num_steps[row])
         torch.testing.assert_close(together.inverse.dense()[row], alone.inverse.dense()[0], rtol=1e-7, atol=1e-8)

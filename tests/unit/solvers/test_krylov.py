@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import equipoise as eq
-from equipoise.core.function_map import Map
+from equipoise.core.function_map import FunctionMap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class System:
 
     def solve(self, solver: eq.Solver, rows: Any = slice(None), **options: Any) -> eq.Solution[Tensor]:
         w0 = self.w0[rows]
-        return solver.solve(Map(self.f, w0, (self.a[rows], self.b[rows]), params=()), w0, **options)
+        return solver.solve(FunctionMap(self.f, w0, (self.a[rows], self.b[rows]), params=()), w0, **options)
 
     def to(self, dtype: torch.dtype) -> System:
         return System(self.a.to(dtype), self.b.to(dtype), self.w0.to(dtype))
@@ -361,10 +361,10 @@ def test_rows_leave_the_batch_in_the_midst_of_their_mates_recurrences(solver: eq
         calls.append(len(w))
         return system.f(w, a, b)
 
-    dropping = solver.solve(Map(f, system.w0, (system.a, system.b), params=()), system.w0)
+    dropping = solver.solve(FunctionMap(f, system.w0, (system.a, system.b), params=()), system.w0)
     assert calls[0] == 8
     assert calls[-1] <= 4
-    staying = solver.solve(Map(lambda w: system.f(w, system.a, system.b), system.w0), system.w0)
+    staying = solver.solve(FunctionMap(lambda w: system.f(w, system.a, system.b), system.w0), system.w0)
     torch.testing.assert_close(dropping.value, staying.value, rtol=1e-8, atol=1e-10)
     assert dropping.num_steps.tolist() == staying.num_steps.tolist()
 
@@ -436,7 +436,7 @@ def test_a_poisoned_row_ends_as_nonfinite_and_disturbs_no_other(solver: eq.Solve
 def test_a_map_that_is_not_affine_has_an_honest_status(solver: eq.Solver) -> None:
     # z = gain * cos z: from almost constant to strongly curved.
     gain, z0 = torch.tensor([[1e-5], [0.1], [1.0], [3.0]]), torch.zeros(4, 1)
-    f = Map(lambda z, gain: gain * torch.cos(z), z0, (gain,), params=())
+    f = FunctionMap(lambda z, gain: gain * torch.cos(z), z0, (gain,), params=())
     solution = dataclasses.replace(solver, max_steps=12, rtol=1e-4).solve(f, z0)
     image = gain * torch.cos(solution.value)
     residual = (image - solution.value).norm(dim=1)

@@ -225,7 +225,7 @@ def test_slopes_alone_solve_symmetric_systems() -> None:
     z0 = torch.zeros(1, 20)
     solver = eq.LBFGS(max_steps=200, memory=10, rtol=0, atol=1e-10)
     gradient = hessian @ minimiser
-    f = eq.Map(lambda z: z - (z @ hessian - gradient), z0, params=())
+    f = eq.FunctionMap(lambda z: z - (z @ hessian - gradient), z0, params=())
     alone = solver.solve(f, z0).raise_for_status()
     torch.testing.assert_close(alone.value[0], minimiser, rtol=0, atol=1e-9)
     assert alone.num_evals <= minimise(h, z0, solver).num_evals + 5
@@ -236,7 +236,7 @@ def test_slopes_alone_on_a_map_that_is_no_gradient() -> None:
     b = torch.randn(3, 6)
     for strength, statuses in [(0.02, {eq.Status.CONVERGED}), (1.0, set(eq.Status))]:
         weight = torch.diag(torch.linspace(-0.9, 0.5, 6)) + strength * torch.randn(6, 6)
-        f = eq.Map(lambda z, b, w=weight: z @ w.T + b, torch.zeros(3, 6), (b,), params=())
+        f = eq.FunctionMap(lambda z, b, w=weight: z @ w.T + b, torch.zeros(3, 6), (b,), params=())
         solution = eq.LBFGS(max_steps=100, rtol=1e-6, patience=50).solve(f, torch.zeros(3, 6))
         assert set(solution.status.tolist()) <= statuses
         assert bool(solution.value.isfinite().all())
@@ -428,6 +428,6 @@ def test_fields_out_of_range(fields: dict[str, Any], message: str) -> None:
 
 
 def test_a_projected_map_is_refused() -> None:
-    f = eq.Map(lambda z: 0.5 * z, torch.ones(1, 2), params=(), projection=lambda z: z.clamp(-1, 1))
+    f = eq.FunctionMap(lambda z: 0.5 * z, torch.ones(1, 2), params=(), projection=lambda z: z.clamp(-1, 1))
     with pytest.raises(ValueError, match="LBFGS cannot follow a projected map"):
         eq.LBFGS().solve(f, torch.ones(1, 2))

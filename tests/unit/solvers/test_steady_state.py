@@ -37,10 +37,10 @@ def solve(f: Callable[..., Tensor], z0: Tensor, *inputs: Tensor, solver: SteadyS
 
 def follow(solver: SteadyState, field: Callable[[Tensor], Tensor], z: Tensor, points: int) -> list[Any]:
     """The track of an integration after each of its points; the loop's statuses are left out."""
-    rows, memory, tracks = torch.arange(len(z)), None, []
+    rows, memory, tracks, f = torch.arange(len(z)), None, [], eq.FunctionMap(field, z)
     for _ in range(points):
         r = field(z)
-        point = eq.Point(z, z + r, r, rows, torch.ones_like(rows, dtype=torch.bool))
+        point = eq.Point(z, z + r, r, rows, torch.ones_like(rows, dtype=torch.bool), f)
         memory = memory or solver.init(point)
         z = solver.propose(memory, point)
         tracks.append(dataclasses.replace(memory, slopes=memory.slopes.clone()))
@@ -439,7 +439,7 @@ def test_projected_map() -> None:
         return z / z.norm(dim=1, keepdim=True).clamp_min(1)
 
     for stepper in STEPPERS:
-        f = eq.Map(lambda z: z - 2 * (z - target), target, params=(), projection=ball)
+        f = eq.FunctionMap(lambda z: z - 2 * (z - target), target, params=(), projection=ball)
         solution = SteadyState(stepper=stepper, max_steps=200, rtol=1e-6).solve(f, 0 * target).raise_for_status()
         torch.testing.assert_close(solution.value, target / 5, rtol=1e-5, atol=1e-5)
         assert float(solution.value.norm()) <= 1 + 1e-12
