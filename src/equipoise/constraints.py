@@ -1,4 +1,4 @@
-"""Sets that optimized inputs stay in, and penalties on them that have a proximal operator."""
+"""Constraints on optimized inputs: convex sets with a projection, and penalties with a proximal operator."""
 
 from __future__ import annotations
 
@@ -17,26 +17,25 @@ from equipoise.core.linalg import readable
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Constraint(abc.ABC):
-    """A closed convex set of inputs `(B, ...)`; a subclass says what the nearest point is.
+    """A closed convex set of inputs `(B, ...)`; a subclass defines the projection onto it.
 
-    Fields that are tensors have the shape of the inputs or broadcast to it, so each sample may have a set of its own.
-    Gradients reach them.
+    Tensor fields broadcast to the shape of the inputs, so each sample may have its own set. They receive gradients.
     """
 
     @abc.abstractmethod
     def project(self, x: Tensor) -> Tensor:
-        """The nearest point of the set, `(B, ...) -> (B, ...)`, differentiable."""
+        """Return the nearest point of the set, `(B, ...) -> (B, ...)`, differentiable."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """The fields that are tensors, by name."""
+        """Return the tensor fields by name."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def on(self, tensors: Sequence[Tensor]) -> Self:
-        """The same set with other tensors in the place of its own, say those of some rows."""
+        """Return the set with other values of its tensor fields, such as those of some rows."""
         chosen = copy.copy(self)
         for name, value in zip(self.tensors(), tensors, strict=True):
-            object.__setattr__(chosen, name, value)  # not `replace`, which would check, and so read, them again
+            object.__setattr__(chosen, name, value)  # `replace` would validate, and so read, them again
         return chosen
 
 
@@ -63,7 +62,7 @@ class Box(Constraint):
 
     def __post_init__(self) -> None:
         if bool(torch.as_tensor(self.lower > self.upper).any()):
-            raise ValueError(f"{type(self).__name__}: a lower bound exceeds the upper one; exchange them")
+            raise ValueError(f"{type(self).__name__}: a lower bound exceeds the upper one; swap them")
 
     def project(self, x: Tensor) -> Tensor:
         if isinstance(self.lower, Tensor) or isinstance(self.upper, Tensor):
@@ -73,7 +72,7 @@ class Box(Constraint):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _Ball(Box):
-    """A ball around a point of a box, and within the box."""
+    """Intersection of a box and a ball around a point of it."""
 
     radius: float
     center: float | Tensor = 0.0
@@ -94,8 +93,8 @@ class LInfBall(_Ball):
     Args:
         radius: $\varepsilon$.
         center: $c$, within the range.
-        lower: $l$, least value that the data may have.
-        upper: $u$, largest value.
+        lower: $l$, the smallest value of valid data.
+        upper: $u$, the largest value of valid data.
 
     Raises:
         ValueError: the radius is negative, a lower bound exceeds the upper one, or the center is not between them.
@@ -110,7 +109,7 @@ class LInfBall(_Ball):
     def project(self, x: Tensor) -> Tensor:
         center = _like(self.center, x)
         upper, lower = center + self.radius, center - self.radius
-        # Where a bound was rounded away from the center, the one before it is within the ball.
+        # A bound that was rounded away from the center moves one number towards it, back into the ball.
         upper = upper + torch.where(upper - center > self.radius, _ulp(upper), 0.0)
         lower = lower - torch.where(center - lower > self.radius, _ulp(-lower), 0.0)
         return super().project(torch.minimum(torch.maximum(x, lower), upper))
@@ -121,15 +120,15 @@ class L2Ball(_Ball):
     r"""$\|x - c\|_2 \le \varepsilon$ for every sample, and $l \le x_i \le u$ for every number.
 
     With $d = x - c$ the nearest point is $\operatorname{clip}(c + \sqrt{s}\, d, l, u)$ for the largest $s \le 1$ for
-    which it lies in the ball. Its squared distance from $c$ is $\sum_i \min(s\, d_i^2, w_i^2)$, $w_i$ being the way
-    from $c_i$ to the bound ahead: linear in $s$ between the points where a number reaches its bound, so sorting these
-    gives the root, and which numbers are clipped.
+    which it lies in the ball. Its squared distance from $c$ is $\sum_i \min(s\, d_i^2, w_i^2)$, where $w_i$ is the
+    distance from $c_i$ to the bound in the direction of $d_i$. That is piecewise linear in $s$, with a knot where a
+    number reaches its bound; sorting the knots gives the root and the clipped numbers.
 
     Args:
         radius: $\varepsilon$.
         center: $c$, within the range.
-        lower: $l$, least value that the data may have.
-        upper: $u$, largest value.
+        lower: $l$, the smallest value of valid data.
+        upper: $u$, the largest value of valid data.
 
     Raises:
         ValueError: the radius is negative, a lower bound exceeds the upper one, or the center is not between them.
@@ -145,38 +144,38 @@ class L2Ball(_Ball):
         center, rows = _like(self.center, x), (-1, *(1,) * (x.ndim - 1))
         near = super().project(x)
         inside = (near - center).square().flatten(1).sum(1) <= self.radius**2
-        # Sorting is what takes time, and iterates are often projected twice. On a device the host would wait to know.
+        # Sorting is slow, and iterates are often projected twice. On a device this test would block the host.
         if readable(x) and bool(inside.all()):
             return near
         offset = x - center
         length, room = offset.square().flatten(1), self._room(offset, center).flatten(1)
-        # What is rounded when the center is added must not lead out of the ball.
+        # The rounding of the sum with the center must not leave the ball.
         eps = torch.finfo(x.dtype).eps
         slack = eps * (2 * self.radius + torch.linalg.vector_norm(center.detach().expand_as(x).flatten(1), dim=1))
         square = (self.radius - slack).clamp_min(0).square()
         clipped = self._clipped(length.detach(), room.detach(), square)
         left = (square - torch.where(clipped, room, 0.0).sum(1)).clamp_min(0)
         free = torch.where(clipped, 0.0, length).sum(1)
-        moved = ~inside & (left > 0) & (free > 0)  # the root has no slope at zero, where the set is a point
+        moved = ~inside & (left > 0) & (free > 0)  # the square root has no derivative at 0, where the set is a point
         share = torch.where(moved, (torch.where(moved, left, 1.0) / torch.where(moved, free, 1.0)).sqrt(), 0.0)
         point = super().project(center + share.view(rows) * offset)
         return torch.where(inside.view(rows), near, point)
 
     def _room(self, offset: Tensor, center: Tensor) -> Tensor:
-        """Squared way to the bound ahead of each number, like `offset`."""
+        """Return each number's squared distance from the center to the bound in its direction, like `offset`."""
         ahead = torch.where(offset > 0, _like(self.upper, offset) - center, _like(self.lower, offset) - center)
-        # Infinity times zero would be the slope of a bound that is not there.
+        # Without the inner `where` the gradient of an absent bound is infinity times zero.
         return torch.where(ahead.isfinite(), torch.where(ahead.isfinite(), ahead, 0.0).square(), torch.inf)
 
     def _clipped(self, length: Tensor, room: Tensor, square: Tensor) -> Tensor:
-        """Numbers that have reached their bound where the squared distance from the center is `square`, `(B, p)`."""
+        """Return the mask of numbers at their bound when the squared distance from the center is `square`, `(B, p)`."""
         if (
             not isinstance(self.lower, Tensor)
             and not isinstance(self.upper, Tensor)
             and self.upper - self.lower == math.inf
         ):
             return torch.zeros_like(length, dtype=torch.bool)
-        reached = torch.where(length > 0, room / length, torch.inf)  # the share of the way at which a number does
+        reached = torch.where(length > 0, room / length, torch.inf)  # the s at which a number reaches its bound
         reached, order = reached.sort(dim=1)
         length = length.gather(1, order)
         free = (length.sum(1, keepdim=True) - length.cumsum(1)).clamp_min(0)
@@ -187,12 +186,12 @@ class L2Ball(_Ball):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Proximal:
-    r"""A penalty $r(x)$ that is followed by its proximal operator instead of its gradient.
+    r"""A penalty $r(x)$ minimized by its proximal operator instead of its gradient.
 
     $$ \operatorname{prox}_{\alpha r}(y) = \arg\min_x \; r(x) + \tfrac{1}{2 \alpha} \|x - y\|^2 $$
 
     Args:
-        operator: called as `operator(y, step)` with `y` `(B, ...)` and the step $\alpha$, which broadcasts to it.
+        operator: called as `operator(y, step)`, with `y` of shape `(B, ...)` and a step $\alpha$ that broadcasts to it.
         penalty: $r$, `(B, ...) -> (B,)`.
 
     Example:
@@ -209,11 +208,11 @@ class Proximal:
 
 
 def _like(bound: float | Tensor, x: Tensor) -> Tensor:
-    """A bound in the dtype and on the device of the inputs."""
+    """Return a bound in the dtype and on the device of the inputs."""
     return torch.as_tensor(bound, dtype=x.dtype, device=x.device)
 
 
 def _ulp(x: Tensor) -> Tensor:
-    """From `x` to the number before it, which is negative."""
+    """Return the negative distance from `x` to the next smaller number."""
     x = x.detach()
     return torch.nextafter(x, torch.full_like(x, -torch.inf)) - x
