@@ -9,7 +9,7 @@ from torch import nn
 import equipoise as eq
 
 
-def test_each_part_gets_its_own_mode_back_also_after_an_error() -> None:
+def test_modes_are_restored() -> None:
     inner = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.5))
     module, other = nn.Sequential(inner, nn.Linear(3, 3)), nn.Dropout(0.5)
     inner[0].eval()  # a layer that its user has frozen for good
@@ -35,7 +35,7 @@ def test_no_random_numbers_statistics_or_batch_mates() -> None:
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
-def test_batch_norm_without_running_statistics_is_refused_untouched() -> None:
+def test_batch_norm_without_running_statistics() -> None:
     module = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(3, track_running_stats=False))
     with pytest.raises(ValueError, match="no running statistics and cannot be frozen"), eq.nn.frozen(module):
         pass
