@@ -62,7 +62,7 @@ from torch import Tensor
 import equipoise as eq
 from benchmarks.bilevel.problems import BOX, Problem, Run, Stopwatch, Visit, load
 from benchmarks.bilevel.report import plain, plot, restored, show, summary
-from equipoise.bilevel import Exponential, HoagStep, OuterStep, StepRule, TrustRegion, minimize_outer
+from equipoise.bilevel import HoagStep, OuterStep, StepRule, Tolerance, TrustRegion, minimize_outer
 from equipoise.files import write_atomic
 
 DATA = ("wordnet-animal-plant", "wordnet-person-artifact", "wordnet-45", "20newsgroups")
@@ -111,7 +111,7 @@ def bilevel(
             bounds=BOX,
             solver=solver,
             gradient=gradient,
-            tolerance=Exponential(FIRST, factor),
+            tolerance=Tolerance(FIRST, factor),
             step=step,
             max_steps=max_steps,
             max_evals=max_evals,

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from equipoise.bilevel import Cubic, Exact, Exponential, HoagStep, OuterStatus, Quadratic, StepRule, Trial, TrustRegion
+from equipoise.bilevel import HoagStep, OuterStatus, StepRule, Tolerance, Trial, TrustRegion
 from equipoise.bilevel.trust_region import quadratic_minimum
 
 Problem = Callable[[Tensor], tuple[float, Tensor]]
@@ -28,7 +28,8 @@ def walk(
     for step in range(1, num + 1):
         value, gradient = f(x)
         trial = Trial(x=x, value=value, noise=0.0, tolerance=2.0**-step)
-        if rule.accepts(memory, trial) and bool(gradient.isfinite().all()):
+        accepted = math.isfinite(value) and (step == 1 or rule.accepts(memory, trial))
+        if accepted and bool(gradient.isfinite().all()):
             trial = Trial(x=x, value=value, noise=0.0, tolerance=2.0**-step, gradient=gradient)
         trials.append(trial)
         proposal = rule.propose(memory, trial)
@@ -57,19 +58,19 @@ def by_autograd(f: Callable[[Tensor], Tensor]) -> Problem:
 
 def test_tolerances_are_those_of_the_formulas() -> None:
     for k in (1, 2, 7, 29):
-        assert Exponential(1e-3, 0.78).at(k) == pytest.approx(1e-3 * 0.78 ** (k - 1), rel=1e-12)
-        assert Quadratic(1e-2).at(k) == pytest.approx(1e-2 / k**2, rel=1e-12)
-        assert Cubic(1e-2).at(k) == pytest.approx(1e-2 / k**3, rel=1e-12)
-        assert Exact().at(k) == 1e-12
-    assert Exponential(1e-3, 0.1).at(50) == Cubic().at(10**6) == 1e-12
+        assert Tolerance(1e-3, 0.78)(k) == pytest.approx(1e-3 * 0.78 ** (k - 1), rel=1e-12)
+        assert Tolerance(1e-2, 1, 2)(k) == pytest.approx(1e-2 / k**2, rel=1e-12)
+        assert Tolerance(1e-2, 1, 3)(k) == pytest.approx(1e-2 / k**3, rel=1e-12)
+        assert Tolerance(1e-12)(k) == 1e-12
+    assert Tolerance(1e-3, 0.1)(50) == Tolerance(power=3)(10**6) == 1e-12
 
 
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: Exponential(0.0),
-        lambda: Exponential(1e-3, 1.5),
-        lambda: Quadratic(2.0),
+        lambda: Tolerance(0.0),
+        lambda: Tolerance(1e-3, 1.5),
+        lambda: Tolerance(2.0),
         lambda: HoagStep(growth=0.0),
         lambda: HoagStep(slack=-1.0),
         lambda: TrustRegion(radius=0.0),
@@ -136,7 +137,6 @@ def test_a_hoag_step_that_is_taken_back_halves_the_tolerance() -> None:
     rule = HoagStep()
     memory = rule.init(torch.tensor([-12.0]), torch.tensor([12.0]))
     first = Trial(x=torch.zeros(1), value=1.0, noise=0.0, tolerance=1e-3, gradient=torch.ones(1))
-    assert rule.accepts(memory, first)
     assert rule.propose(memory, first).x == torch.tensor([-1.0])
     worse = Trial(x=torch.tensor([-1.0]), value=1.3, noise=0.0, tolerance=1e-3)
     assert not rule.accepts(memory, worse)

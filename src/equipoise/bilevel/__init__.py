@@ -5,13 +5,10 @@ from equipoise.bilevel.minimize import minimize_outer
 from equipoise.bilevel.search import grid_search, random_search
 from equipoise.bilevel.solution import OuterSolution, OuterStatus, OuterStep
 from equipoise.bilevel.steps import HoagStep, Proposal, StepRule, Trial
-from equipoise.bilevel.tolerances import Cubic, Exact, Exponential, Quadratic, Tolerance
+from equipoise.bilevel.tolerance import Tolerance
 from equipoise.bilevel.trust_region import TrustRegion
 
 __all__ = [
-    "Cubic",
-    "Exact",
-    "Exponential",
     "HoagStep",
     "Inner",
     "InnerLoss",
@@ -20,7 +17,6 @@ __all__ = [
     "OuterStatus",
     "OuterStep",
     "Proposal",
-    "Quadratic",
     "StepRule",
     "Tolerance",
     "Trial",

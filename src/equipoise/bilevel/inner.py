@@ -1,4 +1,4 @@
-"""Inner problems: what the state of a bilevel problem solves for given hyperparameters."""
+"""Inner problems of bilevel optimization: the state minimizes a loss or is a fixed point."""
 
 from __future__ import annotations
 
@@ -17,16 +17,34 @@ from equipoise.solvers import LBFGS, AdjointBroyden, Solver
 class Inner(abc.ABC):
     """An inner problem: a map of the state for each choice of the hyperparameters."""
 
-    # Where the caller chooses none. It serves any map: the inverse of L-BFGS is symmetric, and that of Broyden's method
-    # is poor in the direction of the outer loss.
+    # Default solver. It serves any map: the inverse of L-BFGS is symmetric, and that of Broyden's method is poor in the
+    # direction of the outer loss.
     solver: ClassVar[Solver] = AdjointBroyden(max_steps=200, memory=240, cadence=5)
+    relative: ClassVar[bool] = False  # tolerances are relative to the state instead of to the first residual
 
     @abc.abstractmethod
     def map(self, z0: Any, hyper: Sequence[Tensor]) -> FunctionMap:
         """Return the map of states like `z0` whose fixed point is sought; its `params` are the hyperparameters.
 
-        It is not droppable: the caller's functions may hold tensors of each row, say the data of a fold.
+        It is not droppable: the user's functions may hold tensors of each row, such as the data of a fold.
         """
+
+    def hessian_change(
+        self, f: FunctionMap, z: Tensor, s: Tensor, before: Sequence[Tensor], after: Sequence[Tensor]
+    ) -> Tensor | None:
+        """Return the products of vectors with the change of $I - J$ between two choices of the hyperparameters.
+
+        Args:
+            f: a map of this problem.
+            z: `(B, D)` flat state.
+            s: `(B, k, D)` vectors.
+            before: hyperparameters.
+            after: other hyperparameters.
+
+        Returns:
+            `(B, k, D)`; None if the change is unknown.
+        """
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +54,11 @@ class InnerLoss(Inner):
     Args:
         loss: $\ell$, called as `loss(z)`, or as `loss(z, *hyper)` if there is no `penalty`; it returns one number for
             each row of `z`, `(B,)`.
-        penalty: $P$, called as `penalty(z, *hyper)`, `(B,)`. Giving it apart from the loss tells what changes with the
-            hyperparameters.
+        penalty: $P$, called as `penalty(z, *hyper)`, `(B,)`. With a separate penalty L-BFGS keeps its pairs from step
+            to step: only the penalty's Hessian changes with the hyperparameters.
 
     Raises:
-        TypeError: an argument is no function.
+        TypeError: an argument is not a function.
     """
 
     loss: Callable[..., Tensor]
@@ -50,7 +68,7 @@ class InnerLoss(Inner):
 
     def __post_init__(self) -> None:
         if not callable(self.loss) or not (self.penalty is None or callable(self.penalty)):
-            raise TypeError("InnerLoss(loss, penalty): must be functions of the state that return (B,)")
+            raise TypeError("InnerLoss(loss, penalty): both must be functions of the state that return (B,)")
 
     def map(self, z0: Any, hyper: Sequence[Tensor]) -> FunctionMap:
         def objective(z: Any) -> Tensor:
@@ -63,18 +81,6 @@ class InnerLoss(Inner):
     def hessian_change(
         self, f: FunctionMap, z: Tensor, s: Tensor, before: Sequence[Tensor], after: Sequence[Tensor]
     ) -> Tensor | None:
-        """Products of vectors with the change of the Hessian from one choice of hyperparameters to another.
-
-        Args:
-            f: a map of this problem.
-            z: `(B, D)` flat state at which the penalty's Hessian is taken; it does not matter if that is quadratic.
-            s: `(B, k, D)` vectors.
-            before: hyperparameters.
-            after: other hyperparameters.
-
-        Returns:
-            `(B, k, D)`; None if there is no penalty apart from the loss.
-        """
         if self.penalty is None:
             return None
         with torch.enable_grad():
@@ -99,10 +105,12 @@ class InnerMap(Inner):
         f: called as `f(z, *hyper)`, it returns a state like `z`.
 
     Raises:
-        TypeError: `f` is no function.
+        TypeError: `f` is not a function.
     """
 
     f: Callable[..., Any]
+
+    relative: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not callable(self.f):

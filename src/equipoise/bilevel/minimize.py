@@ -1,4 +1,4 @@
-"""The outer loop: solve the inner problem, follow the hypergradient, let the step rule decide."""
+"""Outer loop: evaluate, accept or reject, propose the next hyperparameters."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from equipoise.bilevel.hyper import Bound
+from equipoise.bilevel.error_estimate import ErrorEstimate
+from equipoise.bilevel.history import History
+from equipoise.bilevel.hyper import Bound, flatten
 from equipoise.bilevel.inner import Inner
+from equipoise.bilevel.problem import OuterProblem, Start
 from equipoise.bilevel.solution import OuterSolution, OuterStatus, OuterStep
 from equipoise.bilevel.steps import StepRule
-from equipoise.bilevel.tolerances import Exponential, Tolerance
+from equipoise.bilevel.tolerance import Tolerance
 from equipoise.bilevel.trust_region import TrustRegion
-from equipoise.bilevel.walk import Walk
 from equipoise.gradients import Gradient, Shine
 from equipoise.solvers import Solver
 
@@ -28,7 +30,7 @@ def minimize_outer(
     bounds: tuple[Bound, Bound] | None = None,
     solver: Solver | None = None,
     gradient: Gradient = Shine(fallback_ratio=math.inf),
-    tolerance: Tolerance = Exponential(),
+    tolerance: Callable[[int], float] = Tolerance(),
     step: StepRule = TrustRegion(),
     max_steps: int = 30,
     max_evals: int | None = None,
@@ -39,36 +41,37 @@ def minimize_outer(
     $$ \min_\theta \sum_b L(z^*_b(\theta), \theta), \qquad
        z^*(\theta) = \arg\min_z\ \ell(z) + P(z, \theta) \quad \text{or} \quad z^* = f(z^*, \theta) $$
 
-    Each outer step solves the inner problem, from the last solution and to a tolerance that decreases from step to
-    step, and takes one hypergradient. The adjoint solve of `Implicit` follows the same tolerance and, without a start
-    of its own, begins at the last adjoint vector.
+    Each outer step solves the inner problem from the last solution, to a tolerance that decreases from step to step,
+    and computes one hypergradient. The adjoint solve of `Implicit` takes the same tolerance and, without a start of its
+    own, begins at the last adjoint solution.
 
     Args:
         outer: $L$, called as `outer(z, *hyper)`; one number for each row of the state, `(B,)`.
-        inner: `InnerLoss` or `InnerMap`; a function is taken as the loss `inner(z, *hyper)`. What L-BFGS learned is
-            carried from step to step only if `InnerLoss` tells the penalty apart; without it `Shine` knows little once
-            inner solves take few steps, and `Implicit()` or a solver with a `cadence` is safer.
-        z0: first start of the inner solve, a tensor, tuple, list or dict of tensors `(B, ...)`. All rows share the
+        inner: `InnerLoss` or `InnerMap`; a function is taken as the loss `inner(z, *hyper)`. L-BFGS keeps its pairs
+            from step to step only if `InnerLoss` has a separate penalty. Without one, `Shine` has a poor inverse once
+            inner solves take few steps; `Implicit()` or a solver with a `cadence` is safer.
+        z0: start of the first inner solve, a tensor, tuple, list or dict of tensors `(B, ...)`. All rows share the
             hyperparameters.
-        hyper0: the first hyperparameters, a tensor or a tuple of tensors; strengths are best given by their logarithm.
-        bounds: pair of the least and the largest values: numbers, or tensors that fit the hyperparameters.
-        solver: of the inner problem; its tolerances are replaced at each step. None: `LBFGS(max_steps=1000, memory=60)`
-            for a loss, `AdjointBroyden(max_steps=200, memory=240, cadence=5)` for an `InnerMap`. With a `cadence` it is
-            told the outer loss; its own `outer` must be None.
-        gradient: how the solution is differentiated.
-        tolerance: schedule of the inner tolerance: of the gradient's norm, relative to that at `z0` and `hyper0` and to
-            how strongly the outer loss depends on it; for `InnerMap`, of the residual relative to the state.
-        step: the rule that accepts points and proposes the next one.
+        hyper0: first hyperparameters, a tensor or a tuple of tensors. Give a penalty by its logarithm.
+        bounds: pair (low, high) of numbers, or of tensors that broadcast to the hyperparameters.
+        solver: inner solver; its tolerances are replaced at each step. None: `LBFGS(max_steps=1000, memory=60)` for a
+            loss, `AdjointBroyden(max_steps=200, memory=240, cadence=5)` for an `InnerMap`. A solver with a `cadence`
+            probes the outer loss; its own `outer` must be None.
+        gradient: gradient of the inner solution.
+        tolerance: relative inner tolerance of each outer step, counted from 1; `Tolerance`, or a function. For a loss,
+            it bounds the gradient norm, relative to that at `z0` and `hyper0` and to the sensitivity of the outer
+            loss; for an `InnerMap`, the residual relative to the state.
+        step: step rule, which accepts points and proposes the next one.
         max_steps: largest number of outer steps.
-        max_evals: no step begins once `gradient_evals` has reached this number.
-        observe: called as `observe(step, z)` with each `OuterStep` and the state found.
+        max_evals: budget in `gradient_evals`; no step begins once it is spent.
+        observe: called as `observe(step, z)` with each `OuterStep` and its inner solution.
 
     Returns:
-        `OuterSolution` with the best point seen; its `status` says how the walk ended.
+        `OuterSolution` with the best point.
 
     Raises:
-        TypeError: an argument is of another kind.
-        ValueError: an argument is out of its range, or shapes do not fit.
+        TypeError: an argument is of the wrong kind.
+        ValueError: an argument is out of its range, or has the wrong shape.
 
     Example:
         >>> import torch, equipoise as eq
@@ -81,34 +84,33 @@ def minimize_outer(
 
     Source: Pedregosa (2016), algorithm 1 (HOAG); Ramzi et al. (2022), section 3.1, for SHINE.
     """
-    for name, value, kind in (
-        ("solver", solver, Solver), ("gradient", gradient, Gradient), ("tolerance", tolerance, Tolerance),
-        ("step", step, StepRule),
-    ):  # fmt: skip
+    for name, value, kind in (("solver", solver, Solver), ("gradient", gradient, Gradient), ("step", step, StepRule)):
         if not isinstance(value, kind) and not (value is solver is None):
             raise TypeError(f"{name} must be a {kind.__name__}, got {value!r}")
-    if max_steps < 1:
-        raise ValueError(f"max_steps must be >= 1, got {max_steps!r}")
-    if max_evals is not None and max_evals < 1:
-        raise ValueError(f"max_evals must be >= 1, or None for no limit, got {max_evals!r}")
-    walk = Walk(outer, inner, z0, hyper0, solver, gradient, observe)
-    low, high = walk.layout.box(bounds)
-    memory = step.init(low, high)
-    x, tighten = walk.layout.flat(walk.layout.like), 1.0
-    status = OuterStatus.MAX_STEPS
+    if not callable(tolerance):
+        raise TypeError(f"tolerance must be a function of the step such as Tolerance(), got {tolerance!r}")
+    for name, limit in (("max_steps", max_steps), ("max_evals", max_evals)):
+        if limit is not None and limit < 1:
+            raise ValueError(f"{name} must be >= 1, got {limit!r}")
+    problem = OuterProblem(outer, inner, hyper0, solver, gradient)
+    low, high = problem.layout.box(bounds)
+    memory, history, error = step.init(low, high), History(observe), ErrorEstimate()
+    x, start, tighten = flatten(problem.layout.hyper0), Start(z0), 1.0
     for number in range(1, max_steps + 1):
-        if max_evals is not None and walk.gradient_evals >= max_evals:
-            status = OuterStatus.MAX_EVALS
-            break
-        walk.solve(x, tolerance.at(number) * tighten)
-        trial = walk.judge(step, memory)
-        if trial.gradient is None and number == 1:
-            status = OuterStatus.NONFINITE
-            break
+        if max_evals is not None and history.steps and history.steps[-1].gradient_evals >= max_evals:
+            return history.solution(OuterStatus.MAX_EVALS)
+        evaluation = problem.evaluate(x, tolerance(number) * tighten, start, error.tolerance_factor)
+        trial = error.trial(evaluation)
+        accepted = math.isfinite(trial.value) and (number == 1 or step.accepts(memory, trial))
+        hypergradient = evaluation.hypergradient() if accepted else None
+        if hypergradient is not None:
+            error, trial = error.updated(trial, hypergradient)
+            start = problem.start_at(evaluation, hypergradient.adjoint)
+        history.add(evaluation, trial, accepted=hypergradient is not None)
+        if hypergradient is None and number == 1:
+            return history.solution(OuterStatus.NONFINITE)
         proposal = step.propose(memory, trial)
-        tighten *= proposal.tighten
         if proposal.x is None:
-            status = proposal.status
-            break
-        x = proposal.x
-    return walk.solution(status)
+            return history.solution(proposal.status)
+        x, tighten = proposal.x, tighten * proposal.tighten
+    return history.solution(OuterStatus.MAX_STEPS)

@@ -1,4 +1,4 @@
-"""The baselines: the outer loss at the points of a grid, and at random ones."""
+"""Baselines: grid search and random search."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from equipoise.bilevel.hyper import Bound, HyperLayout
+from equipoise.bilevel.error_estimate import ErrorEstimate
+from equipoise.bilevel.history import History
+from equipoise.bilevel.hyper import Bound, HyperLayout, flatten
 from equipoise.bilevel.inner import Inner
+from equipoise.bilevel.problem import OuterProblem, Start
 from equipoise.bilevel.solution import OuterSolution, OuterStatus, OuterStep
-from equipoise.bilevel.walk import Walk
 from equipoise.solvers import Solver
 
 
@@ -26,23 +28,23 @@ def grid_search(
     tolerance: float = 1e-3,
     observe: Callable[[OuterStep, Any], None] | None = None,
 ) -> OuterSolution:
-    """Evaluate the outer loss at given hyperparameters, each inner solve started at the solution before.
+    """Evaluate the outer loss at given hyperparameters; each inner solve starts at the last solution.
 
     Args:
         outer: as in `minimize_outer`.
         inner: as in `minimize_outer`.
         z0: as in `minimize_outer`.
-        grid: the points, each a tensor or a tuple of tensors.
+        grid: points, each a tensor or a tuple of tensors.
         solver: as in `minimize_outer`.
-        tolerance: of all inner solves, relative as in `minimize_outer`.
+        tolerance: relative tolerance of all inner solves, as in `minimize_outer`.
         observe: as in `minimize_outer`.
 
     Returns:
-        `OuterSolution` with the best point and the counts of all.
+        `OuterSolution` with the best point and the counts of all points.
 
     Raises:
-        TypeError: an argument is of another kind.
-        ValueError: no point, or shapes do not fit.
+        TypeError: an argument is of the wrong kind.
+        ValueError: no point, or points of different shapes.
 
     Example:
         >>> import torch
@@ -56,18 +58,19 @@ def grid_search(
     points = list(grid)
     if not points:
         raise ValueError("grid is empty: give at least one point")
-    walk = Walk(outer, inner, z0, points[0], solver, None, observe)
+    problem = OuterProblem(outer, inner, points[0], solver)
+    start, history = Start(z0), History(observe)
     for point in points:
-        x = walk.layout.flat((point,) if isinstance(point, Tensor) else tuple(point))
-        if len(x) != len(walk.layout.flat(walk.layout.like)):
+        x = flatten((point,) if isinstance(point, Tensor) else tuple(point))
+        if len(x) != len(flatten(problem.layout.hyper0)):
             raise ValueError("the points of grid must have the same shapes")
-        walk.solve(x, tolerance)
-        trial = walk.trial()
-        walk.record(trial, accepted=math.isfinite(trial.value))
-        if math.isfinite(trial.value):
-            walk.move()
-    found = any(line.accepted for line in walk.history)
-    return walk.solution(OuterStatus.CONVERGED if found else OuterStatus.NONFINITE)
+        evaluation = problem.evaluate(x, tolerance, start)
+        finite = math.isfinite(evaluation.value)
+        history.add(evaluation, ErrorEstimate().trial(evaluation), accepted=finite)
+        if finite:
+            start = problem.start_at(evaluation)
+    found = any(step.accepted for step in history.steps)
+    return history.solution(OuterStatus.CONVERGED if found else OuterStatus.NONFINITE)
 
 
 def random_search(
@@ -83,33 +86,33 @@ def random_search(
     tolerance: float = 1e-3,
     observe: Callable[[OuterStep, Any], None] | None = None,
 ) -> OuterSolution:
-    """`grid_search` at points drawn uniformly between the bounds.
+    """Evaluate the outer loss at points drawn uniformly between the bounds.
 
     Args:
         outer: as in `minimize_outer`.
         inner: as in `minimize_outer`.
         z0: as in `minimize_outer`.
-        hyper0: gives the shapes; it lies within the bounds and is itself not tried.
+        hyper0: hyperparameters of the same shapes within the bounds; not evaluated.
         bounds: as in `minimize_outer`, finite.
         num: number of points.
-        seed: of the draw.
+        seed: seed of the draw.
         solver: as in `grid_search`.
         tolerance: as in `grid_search`.
         observe: as in `minimize_outer`.
 
     Returns:
-        `OuterSolution` with the best point and the counts of all.
+        `OuterSolution` with the best point and the counts of all points.
 
     Raises:
-        TypeError: an argument is of another kind.
-        ValueError: infinite bounds, `num` below one, or shapes that do not fit.
+        TypeError: an argument is of the wrong kind.
+        ValueError: infinite bounds, `num` below one, or bounds of the wrong shape.
     """
     layout = HyperLayout.of(hyper0)
     low, high = layout.box(bounds)
     if not bool((high - low).isfinite().all()):
-        raise ValueError(f"random_search needs finite bounds, got {bounds!r}")
+        raise ValueError(f"bounds must be finite, got {bounds!r}")
     if num < 1:
         raise ValueError(f"num must be >= 1, got {num!r}")
     draw = torch.rand(num, len(low), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    grid = [tuple(part.detach() for part in layout.leaves(low + (high - low) * part)) for part in draw]
+    grid = [layout.unflatten(low + (high - low) * share) for share in draw]
     return grid_search(outer, inner, z0=z0, grid=grid, solver=solver, tolerance=tolerance, observe=observe)

@@ -1,4 +1,4 @@
-"""What a bilevel optimization tells: the best point, status, counts and the history of its steps."""
+"""Result of a bilevel optimization: best point, status, counts and steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class OuterStatus(enum.IntEnum):
-    """How an outer optimization ended."""
+    """End of an outer optimization."""
 
     CONVERGED = 0
     MAX_STEPS = 1
@@ -21,7 +21,7 @@ class OuterStatus(enum.IntEnum):
 
     @property
     def remedy(self) -> str:
-        """What it means, and what helps."""
+        """Meaning of the status and the remedy."""
         return REMEDIES[self]
 
 
@@ -42,16 +42,15 @@ class OuterStep:
     """One outer step: an inner solve, the outer loss and, if the point was accepted, its gradient.
 
     Attributes:
-        step: its number, from 1.
+        step: number of the step, from 1.
         hyper: the hyperparameters.
         value: the outer loss, summed over the rows.
-        gradient_norm: Euclidean norm of the hypergradient; NaN where none was computed: at a rejected point,
-            and in a search.
+        gradient_norm: Euclidean norm of the hypergradient; NaN at a rejected point and in a search, which compute none.
         tolerance: relative tolerance of the inner solve.
-        inner_converged: whether all rows met it.
+        inner_converged: whether all rows met the tolerance.
         num_evals: evaluations of the inner problem so far.
         num_vjps: products with its Hessian or Jacobian so far.
-        accepted: whether the step rule goes on from here.
+        accepted: whether the step rule continues from this point.
         seconds: time since the start.
     """
 
@@ -74,13 +73,13 @@ class OuterStep:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OuterSolution:
-    """The answer to a bilevel problem.
+    """Solution of a bilevel problem.
 
     Attributes:
         hyper: the hyperparameters with the lowest outer loss seen, a tuple like `hyper0`.
-        z: the state there.
-        value: the outer loss there, summed over the rows.
-        status: how the optimization ended; `status.remedy` says what it means.
+        z: inner solution at `hyper`.
+        value: outer loss at `hyper`, summed over the rows.
+        status: end of the optimization; `status.remedy` explains it.
         history: one record for each outer step.
         num_evals: evaluations of the inner problem, gradients or map evaluations.
         num_vjps: products with its Hessian or Jacobian.

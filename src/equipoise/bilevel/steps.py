@@ -1,4 +1,4 @@
-"""Step rules: whether an outer step is accepted, and where the next one goes. The protocol and Pedregosa's rule."""
+"""Step rules of the outer loop: the protocol, and the rule of HOAG."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from equipoise.bilevel.solution import OuterStatus
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Trial:
-    """What one outer step told.
+    """Outer loss at one point, as a step rule receives it.
 
     Attributes:
-        x: `(p,)` float64, the hyperparameters laid flat.
-        value: the outer loss; NaN where the inner solve failed.
-        noise: by how much the value may be wrong, since the inner solve ended at a tolerance.
-        tolerance: of the inner solve.
-        gradient: `(p,)` the hypergradient, finite; None where the point was rejected.
+        x: `(p,)` float64, the hyperparameters as one vector.
+        value: outer loss; NaN if the inner solve failed.
+        noise: error estimate of the value, due to the tolerance of the inner solve.
+        tolerance: relative tolerance of the inner solve.
+        gradient: `(p,)` finite hypergradient; None at a rejected point.
     """
 
     x: Tensor
@@ -34,12 +34,12 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Proposal:
-    """Where to go next.
+    """Next point of a step rule.
 
     Attributes:
-        x: `(p,)` the next point; None ends the optimization.
-        tighten: factor on the tolerance of all inner solves from here on.
-        status: why it ended.
+        x: `(p,)` the point; None ends the optimization.
+        tighten: factor on the tolerance of all later inner solves.
+        status: status of the optimization if it ends.
     """
 
     x: Tensor | None
@@ -48,49 +48,55 @@ class Proposal:
 
 
 class StepRule(abc.ABC):
-    """Walks through the hyperparameters within their bounds; its fields are its whole configuration."""
+    """Rule that accepts points and proposes the next one; its fields are its whole configuration."""
 
     @abc.abstractmethod
     def init(self, low: Tensor, high: Tensor) -> Any:
-        """Memory of a new walk between the bounds, each `(p,)`, infinite where there is none."""
+        """Return the memory of a new optimization between bounds, each `(p,)`, infinite without a bound."""
 
     @abc.abstractmethod
     def accepts(self, memory: Any, trial: Trial) -> bool:
-        """Whether to go on from a point, by its value; only then its gradient is computed. False for NaN."""
+        """Return whether to continue from a point of finite value; its gradient is computed only then.
+
+        The first point is accepted without this call.
+        """
 
     @abc.abstractmethod
     def propose(self, memory: Any, trial: Trial) -> Proposal:
-        """Absorb a point, accepted if it has a gradient, and name the next one."""
+        """Absorb a point, accepted if it has a gradient, and return the next one."""
 
 
 @dataclasses.dataclass(eq=False)
 class _Descent:
     low: Tensor
     high: Tensor
-    gradient: Tensor  # (p,) at the last accepted point
-    at: Trial | None = None  # that point
+    gradient: Tensor  # (p,) at `at`
+    at: Trial | None = None  # the last accepted point
     lipschitz: float = math.nan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HoagStep(StepRule):
-    r"""Gradient steps $\theta_{k+1} = P(\theta_k - G_k / \Lambda)$, $\Lambda$ an estimate of a Lipschitz constant.
+    r"""Step rule of HOAG (hyperparameter optimization with approximate gradient).
 
-    The first step has length $\sqrt{p}$. With $\delta$ the length of the step that led to the new point, it is
+    $$ \theta_{k+1} = P(\theta_k - G_k / \Lambda) $$
 
-    - accepted and $\Lambda$ multiplied by `growth` if
+    with an estimate $\Lambda$ of a Lipschitz constant. The first step has length $\sqrt{p}$. With the length $\delta$
+    of the step that led to it, the rule
+
+    - accepts a new point and multiplies $\Lambda$ by `growth` if
       $L_k \le L_{k-1} + C \varepsilon_k + (C + 1)\,\varepsilon_{k-1} \delta - \Lambda \delta^2$;
-    - rejected if $L_k$ exceeds $L_{k-1}$ by the share `worse`: back to the old point, $\Lambda$ doubled, tolerances
-      halved;
-    - accepted otherwise.
+    - rejects it if $L_k$ exceeds $L_{k-1}$ by the share `worse`: it returns to the old point, doubles $\Lambda$ and
+      halves the tolerances;
+    - accepts it otherwise.
 
-    The published code applies an accepted step twice, tests the length of the step to come instead of the one made,
-    and stays where it is on rejection; here each accepted point leads to one step, as in the paper.
+    The published code applies an accepted step twice, tests the length of the next step instead of the last one, and
+    does not return to the old point on rejection. Here each accepted point leads to one step, as in the paper.
 
     Args:
-        growth: factor on $\Lambda$ after a good step; smaller lets steps grow faster.
+        growth: factor on $\Lambda$ after a good step; steps grow faster with a smaller one.
         slack: $C$.
-        worse: relative increase of the outer loss at which a step is taken back.
+        worse: relative increase of the outer loss at which a point is rejected.
 
     Raises:
         ValueError: a field is out of its range.
@@ -113,16 +119,14 @@ class HoagStep(StepRule):
         return _Descent(low, high, torch.zeros_like(low))
 
     def accepts(self, memory: _Descent, trial: Trial) -> bool:
-        if not math.isfinite(trial.value) or memory.at is None:
-            return math.isfinite(trial.value)
-        return self._good(memory, trial) or trial.value < memory.at.value + self.worse * abs(memory.at.value)
+        assert memory.at is not None, "the first point is accepted"
+        old = memory.at.value
+        return self._good(memory.at, memory.lipschitz, trial) or trial.value < old + self.worse * abs(old)
 
-    def _good(self, memory: _Descent, trial: Trial) -> bool:
-        old = memory.at
-        assert old is not None
+    def _good(self, old: Trial, lipschitz: float, trial: Trial) -> bool:
         length = float(torch.linalg.vector_norm(trial.x - old.x))
         allowed = self.slack * trial.tolerance + (self.slack + 1) * old.tolerance * length
-        return trial.value <= old.value + allowed - memory.lipschitz * length**2
+        return trial.value <= old.value + allowed - lipschitz * length**2
 
     def propose(self, memory: _Descent, trial: Trial) -> Proposal:
         tighten = 1.0
@@ -133,7 +137,7 @@ class HoagStep(StepRule):
             if memory.at is None:
                 norm = float(torch.linalg.vector_norm(trial.gradient))
                 memory.lipschitz = norm / math.sqrt(len(trial.x)) if norm > 1e-3 else 1.0
-            elif self._good(memory, trial):
+            elif self._good(memory.at, memory.lipschitz, trial):
                 memory.lipschitz *= self.growth
             memory.at, memory.gradient = trial, trial.gradient
         assert memory.at is not None, "the first point is accepted"

@@ -1,4 +1,4 @@
-"""The step rule of minimize_outer: a convex quadratic model within a box and a trust region."""
+"""Default step rule: a convex quadratic model within a box and a trust region."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from torch import Tensor
 from equipoise.bilevel.solution import OuterStatus
 from equipoise.bilevel.steps import Proposal, StepRule, Trial
 
-ACCEPT, POOR, GOOD = 0.01, 0.25, 0.75  # share of the predicted decrease
-DAMPING = 0.2  # least curvature that a pair teaches, relative to the model's
+ACCEPT, POOR, GOOD = 0.01, 0.25, 0.75  # limits of the actual over the predicted decrease
+DAMPING = 0.2  # least curvature of an update, relative to the curvature of the model
+TINY = 1e-300  # keeps quotients finite
 
 
 @dataclasses.dataclass(eq=False)
 class _Model:
     low: Tensor
     high: Tensor
-    gradient: Tensor  # (p,) at the last accepted point
+    gradient: Tensor  # (p,) at `at`
     hessian: Tensor  # (p, p)
-    step: Tensor  # (p,) from there to the point proposed last
+    step: Tensor  # (p,) from `at` to the proposed point
     radius: float
     at: Trial | None = None  # the last accepted point
-    predicted: float = 0.0
+    predicted: float = 0.0  # decrease over the step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,15 +35,15 @@ class TrustRegion(StepRule):
     $$ \min_s\ G^\top s + \tfrac12 s^\top B s, \qquad \theta + s \in [\text{low}, \text{high}], \quad
        \|s\|_\infty \le \Delta $$
 
-    $B$ is a damped BFGS matrix, at first the multiple of the identity for which the first step ends on the region. A
-    point is accepted if the outer loss falls by a share of what the model predicts, up to the error that the inner
-    tolerance leaves in it; otherwise the walk returns to the last accepted point, which needs no new solve, and the
-    region shrinks. With one hyperparameter this is a safeguarded secant method.
+    $B$ is a damped BFGS matrix. It begins as the multiple of the identity for which the first step ends on the boundary
+    of the region. A point is accepted if the outer loss falls by a share of the decrease that the model predicts, up to
+    the error due to the inner tolerance. Otherwise the next step starts again at the last accepted point, without a new
+    solve, and the region shrinks. With one hyperparameter this is a safeguarded secant method.
 
     Args:
-        radius: the first $\Delta$; the first step has this length in its largest component.
-        rtol: converged when the model predicts a smaller decrease, relative to the outer loss.
-        least_radius: stalled when the region is smaller.
+        radius: first $\Delta$; the first step has this length in its largest component.
+        rtol: converged if the model predicts a smaller decrease, relative to the outer loss.
+        least_radius: stalled if the region is smaller.
 
     Raises:
         ValueError: a field is out of its range.
@@ -69,28 +70,18 @@ class TrustRegion(StepRule):
         return _Model(low, high, zero, torch.outer(zero, zero), zero, self.radius)
 
     def accepts(self, memory: _Model, trial: Trial) -> bool:
-        if not math.isfinite(trial.value) or memory.at is None:
-            return math.isfinite(trial.value)
-        return self._share(memory, trial) >= ACCEPT
-
-    @staticmethod
-    def _share(memory: _Model, trial: Trial) -> float:
-        """Actual over predicted decrease, both raised by the error of the values."""
-        old = memory.at
-        assert old is not None
-        slack = old.noise + trial.noise
-        return (old.value - trial.value + slack) / max(memory.predicted + slack, 1e-300)
+        return _decrease_ratio(memory, trial) >= ACCEPT
 
     def propose(self, memory: _Model, trial: Trial) -> Proposal:
         if trial.gradient is None:
-            self._shrink(memory, trial)
-        elif memory.at is None:
-            steepest = trial.gradient.abs().max().clamp_min(1e-300)
-            memory.hessian = torch.eye(len(trial.x), dtype=trial.x.dtype) * steepest / self.radius
-            memory.at, memory.gradient = trial, trial.gradient
+            _shrink(memory, trial)
         else:
-            self._resize(memory, trial)
-            self._learn(memory, trial.x - memory.at.x, trial.gradient - memory.gradient)
+            if memory.at is None:
+                steepest = trial.gradient.abs().max().clamp_min(TINY)
+                memory.hessian = torch.eye(len(trial.x), dtype=trial.x.dtype) * steepest / self.radius
+            else:
+                _resize(memory, trial)
+                _update_hessian(memory, trial.x - memory.at.x, trial.gradient - memory.gradient)
             memory.at, memory.gradient = trial, trial.gradient
         at = memory.at
         assert at is not None, "the first point is accepted"
@@ -98,58 +89,65 @@ class TrustRegion(StepRule):
         high = (memory.high - at.x).clamp_max(memory.radius)
         step = quadratic_minimum(memory.gradient, memory.hessian, low, high)
         predicted = -float(memory.gradient @ step + step @ (memory.hessian @ step) / 2)
-        length = float(step.abs().max())
-        # A short step is no sign of a minimum where the region was cut before, unless it ends inside.
-        telling = length < 0.99 * memory.radius or memory.radius >= self.radius / 16
-        if predicted <= self.rtol * abs(at.value) and telling:
+        # In a region that was cut before, a short step is a sign of a minimum only if it ends inside.
+        inside = float(step.abs().max()) < 0.99 * memory.radius
+        if predicted <= self.rtol * abs(at.value) and (inside or memory.radius >= self.radius / 16):
             return Proposal(x=None, status=OuterStatus.CONVERGED)
         if memory.radius < self.least_radius:
             return Proposal(x=None, status=OuterStatus.STALLED)
         memory.step, memory.predicted = step, predicted
-        # What is about to be compared should be known better than it is predicted to change.
-        return Proposal(
-            x=(at.x + step).clamp(memory.low, memory.high), tighten=0.1 if predicted < 2 * at.noise else 1.0
-        )
+        # The error of the compared values should be smaller than their predicted difference.
+        tighten = 0.1 if predicted < 2 * at.noise else 1.0
+        return Proposal(x=(at.x + step).clamp(memory.low, memory.high), tighten=tighten)
 
-    @staticmethod
-    def _shrink(memory: _Model, trial: Trial) -> None:
-        """To where the parabola through both values has its minimum."""
-        assert memory.at is not None
-        slope = float(memory.gradient @ memory.step)
-        part = -slope / (2 * (trial.value - memory.at.value - slope))
-        part = min(max(part, 0.1), 0.5) if math.isfinite(part) else 0.25
-        memory.radius = part * float(memory.step.abs().max())
 
-    def _resize(self, memory: _Model, trial: Trial) -> None:
-        """Shorter steps where the model predicted poorly, longer ones where it was right as far as it was allowed."""
-        share, length = self._share(memory, trial), float(memory.step.abs().max())
-        if share < POOR:
-            memory.radius = length / 2
-        elif share > GOOD and length >= 0.99 * memory.radius:
-            memory.radius *= 2
+def _decrease_ratio(memory: _Model, trial: Trial) -> float:
+    """Return the actual over the predicted decrease, both raised by the error of the values."""
+    old = memory.at
+    assert old is not None, "the first point is accepted"
+    slack = old.noise + trial.noise
+    return (old.value - trial.value + slack) / max(memory.predicted + slack, TINY)
 
-    @staticmethod
-    def _learn(memory: _Model, s: Tensor, y: Tensor) -> None:
-        """Let the change of the gradient correct the model."""
-        curvature = float(s @ y)
-        if not float(s @ s) > 0:
-            return
-        image = memory.hessian @ s
-        modelled = float(s @ image)
-        if curvature < DAMPING * modelled:
-            part = (1 - DAMPING) * modelled / (modelled - curvature)
-            y = part * y + (1 - part) * image
-            curvature = DAMPING * modelled
-        updated = memory.hessian - torch.outer(image, image) / modelled + torch.outer(y, y) / curvature
-        if bool(updated.isfinite().all()):
-            memory.hessian = updated
+
+def _shrink(memory: _Model, trial: Trial) -> None:
+    """Shrink the region to the minimum of the parabola through both values."""
+    assert memory.at is not None, "the first point is accepted"
+    slope = float(memory.gradient @ memory.step)
+    part = -slope / (2 * (trial.value - memory.at.value - slope))
+    part = min(max(part, 0.1), 0.5) if math.isfinite(part) else 0.25
+    memory.radius = part * float(memory.step.abs().max())
+
+
+def _resize(memory: _Model, trial: Trial) -> None:
+    """Shrink the region after a poor prediction; grow it after a good one at its boundary."""
+    ratio, length = _decrease_ratio(memory, trial), float(memory.step.abs().max())
+    if ratio < POOR:
+        memory.radius = length / 2
+    elif ratio > GOOD and length >= 0.99 * memory.radius:
+        memory.radius *= 2
+
+
+def _update_hessian(memory: _Model, s: Tensor, y: Tensor) -> None:
+    """Apply the damped BFGS update of a step `s` and the change `y` of the gradient."""
+    curvature = float(s @ y)
+    if not float(s @ s) > 0:
+        return
+    image = memory.hessian @ s
+    modelled = float(s @ image)
+    if curvature < DAMPING * modelled:
+        part = (1 - DAMPING) * modelled / (modelled - curvature)
+        y = part * y + (1 - part) * image
+        curvature = DAMPING * modelled
+    updated = memory.hessian - torch.outer(image, image) / modelled + torch.outer(y, y) / curvature
+    if bool(updated.isfinite().all()):
+        memory.hessian = updated
 
 
 def quadratic_minimum(g: Tensor, hessian: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Minimum of `g . s + s . H s / 2` over a box around zero, `H` positive definite: `(p,), (p, p) -> (p,)`.
+    """Minimize `g . s + s . H s / 2` over a box around zero, `H` positive definite: `(p,), (p, p) -> (p,)`.
 
-    Newton steps in the components that are not held at a bound, projected; where such a step does not descend, one
-    sweep through the components, each set to its own minimum, which always does.
+    Newton steps in the components that are not held at a bound, projected onto the box. If such a step does not
+    descend, one sweep sets each component to its own minimum, which always descends.
     """
 
     def model(s: Tensor) -> float:
