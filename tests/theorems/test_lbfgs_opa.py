@@ -99,7 +99,7 @@ def test_probes_follow_the_definition(cadence: int, scaled: bool) -> None:
     solution = solver.solve(DescentMap(rosenbrock, z0, params=()), z0).raise_for_status()
     steps: list[Tensor] = []
     pairs: list[tuple[Tensor, Tensor]] = []
-    residual, current, first, probes, due, trials = solver.log[0][2].r[0], z0[0], math.nan, 0, False, 0
+    residual, current, first, probes, due, trials = solver.log[0][2].residual[0], z0[0], math.nan, 0, False, 0
     dense = torch.eye(4)
     for probing, start, point, inverse in solver.log[1:]:
         assert probing == due
@@ -113,7 +113,7 @@ def test_probes_follow_the_definition(cadence: int, scaled: bool) -> None:
             first = last if probes == 1 else first
             length = min(last, first / probes**2)
             torch.testing.assert_close(e, expected * length / expected.norm(), rtol=1e-6, atol=1e-10 * length)
-            pairs.append((e, residual - point.r[0]))
+            pairs.append((e, residual - point.true_residual[0]))
             if pairs[-1][0] @ pairs[-1][1] <= 0:
                 pairs.pop()
         else:
@@ -121,12 +121,12 @@ def test_probes_follow_the_definition(cadence: int, scaled: bool) -> None:
             s, g = point.z[0] - current, -residual
             rise = float(rosenbrock(point.z) - rosenbrock(current[None]))
             if abs(rise) < 1e-12:
-                rise = float(s @ (g - point.r[0])) / 2
-            moved = rise <= 1e-4 * float(g @ s) and abs(float(point.r[0] @ s)) <= -0.9 * float(g @ s)
+                rise = float(s @ (g - point.true_residual[0])) / 2
+            moved = rise <= 1e-4 * float(g @ s) and abs(float(point.true_residual[0] @ s)) <= -0.9 * float(g @ s)
             if moved:
-                pairs.append((s, residual - point.r[0]))
+                pairs.append((s, residual - point.true_residual[0]))
                 steps.append(s)
-                current, residual = point.z[0], point.r[0]
+                current, residual = point.z[0], point.true_residual[0]
         due = moved and (len(steps) - 1) % cadence == 0
         if pairs:
             dense = dense_bfgs(pairs, scaled)
@@ -197,7 +197,7 @@ def test_a_probe_that_is_not_finite_loses_only_its_pair(poison: float) -> None:
             if bool(memory.probing.any()):
                 probes.append(memory.absorbed)
                 bad = torch.where(memory.probing, poison, 0.0)
-                point = dataclasses.replace(point, value=point.value + bad, r=point.r + bad[:, None])
+                point = dataclasses.replace(point, value=point.value + bad, residual=point.true_residual + bad[:, None])
             return super().propose(memory, point)
 
     h = functools.partial(loss, log_lambda=torch.zeros(1))
@@ -357,7 +357,7 @@ def test_pairs_are_those_of_the_accepted_steps_in_order() -> None:
     s, y = pairs
     assert s.shape == y.shape == (1, 5, 3)
     for k, (a, b) in enumerate(moves):
-        gradients = [-f.r[0] for z in (a, b) for _, _, f, _ in solver.log if torch.equal(f.z[0], z)]
+        gradients = [-f.residual[0] for z in (a, b) for _, _, f, _ in solver.log if torch.equal(f.z[0], z)]
         scale = ((b - a) @ (gradients[-1] - gradients[0])).sqrt()
         torch.testing.assert_close(s[0, k] * scale, b - a, rtol=1e-10, atol=1e-14)
         torch.testing.assert_close(y[0, k] * scale, gradients[-1] - gradients[0], rtol=1e-9, atol=1e-12)

@@ -203,7 +203,7 @@ class OuterProblem:
             with torch.no_grad(), f.solve_context():
                 rows = torch.arange(f.batch, device=f.device)
                 point = f.evaluate(f.pack(z0), rows, torch.ones_like(rows, dtype=torch.bool))
-            norm = float(torch.linalg.vector_norm(point.r)) / math.sqrt(f.batch)
+            norm = float(torch.linalg.vector_norm(point.residual)) / math.sqrt(f.batch)
             self.scale = norm if math.isfinite(norm) else 0.0
         return self.scale
 

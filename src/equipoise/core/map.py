@@ -26,29 +26,29 @@ class Point:
     Attributes:
         z: `(b, D)` argument of the map.
         fz: `(b, D)` value of the map.
-        r: `(b, D)` the residual `f(z) - z`.
+        residual: `(b, D)` the residual `f(z) - z`; in a preconditioned solve, that of the preconditioned map.
         rows: `(b,)` numbers of these rows in the original batch.
         running: `(b,)` mask of rows that had not stopped before this point.
         map: the map that was evaluated.
         value: `(b,)` objective at `z` if the map is a descent map, else None.
         pullback: `v -> J^T v` on the kept graph; None without a graph.
-        bare: `(b, D)` the residual where `r` is that times a preconditioner, else None.
+        unpreconditioned: `(b, D)` the residual of the map itself in a preconditioned solve, else None.
     """
 
     z: Tensor
     fz: Tensor
-    r: Tensor
+    residual: Tensor
     rows: Tensor
     running: Tensor
     map: Map
     value: Tensor | None = None
     pullback: Callable[[Tensor], Tensor] | None = None
-    bare: Tensor | None = None
+    unpreconditioned: Tensor | None = None
 
     @property
-    def residual(self) -> Tensor:
-        """`f(z) - z`, even where `r` is preconditioned."""
-        return self.r if self.bare is None else self.bare
+    def true_residual(self) -> Tensor:
+        """The residual of the map itself, by which samples are judged."""
+        return self.residual if self.unpreconditioned is None else self.unpreconditioned
 
     @property
     def blocks(self) -> tuple[int, ...] | None:

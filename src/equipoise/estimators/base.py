@@ -189,7 +189,7 @@ class BilevelEstimator(BaseEstimator, abc.ABC):
         with torch.no_grad(), f.solve_context():
             origin = f.evaluate(torch.zeros_like(z), rows, torch.ones_like(rows, dtype=torch.bool))
         # Losses are means of numbers of size one: a smaller gradient is rounding.
-        allowed = max(self.tol * float(torch.linalg.vector_norm(origin.r, dim=1).max()), ROUNDING)
+        allowed = max(self.tol * float(torch.linalg.vector_norm(origin.residual, dim=1).max()), ROUNDING)
         solver = dataclasses.replace(self._solver(), rtol=0.0, atol=allowed)
         solution = solve_map(f, z, solver=solver, gradient=Implicit())
         if not bool(solution.converged.all()):

@@ -134,13 +134,13 @@ class Solver(abc.ABC):
     def solve(
         self, f: Map, z0: Tensor, *, preconditioner: InverseEstimate | None = None, trace: bool = False
     ) -> Solution[Tensor]:
-        """Solve `z = f(z)` from the flat start `z0`.
+        r"""Solve `z = f(z)` from the flat start `z0`.
 
         Args:
             f: the map on flat states.
             z0: `(B, D)` start.
-            preconditioner: an estimate of `(I - J)^{-1}` known beforehand. The solver is shown the residual times this
-                estimate, `point.r`, beside the residual, `point.residual`, by which samples are still judged.
+            preconditioner: $P$, an estimate of $(I - J)^{-1}$. The solver gets the points of $z + P (f(z) - z)$;
+                samples are still judged by the residual of `f`.
             trace: record the residual of every evaluation.
 
         Returns:
@@ -181,14 +181,14 @@ class Solver(abc.ABC):
 
 
 def _preconditioned(point: Point, estimate: InverseEstimate) -> Point:
-    """The point of the map `z + P (f(z) - z)`, `P` the estimate."""
-    r = estimate.mv(point.r)
+    """Return the point of the map `z + P (f(z) - z)`, `P` the estimate."""
+    r = estimate.mv(point.true_residual)
 
     def pullback(v: Tensor) -> Tensor:
         w = estimate.rmv(v)
         return v - w + point.vjp(w)
 
-    return dataclasses.replace(point, fz=point.z + r, r=r, bare=point.r, pullback=pullback)
+    return dataclasses.replace(point, fz=point.z + r, residual=r, unpreconditioned=point.true_residual, pullback=pullback)
 
 
 class _Record:
@@ -213,7 +213,7 @@ class _Record:
 
     def observe(self, point: Point, step: int) -> None:
         """Judge a point: error in units of the tolerance, best iterate, status; flags are read on the host only."""
-        size, error, met = self.solver.measure(point.r, point.fz, point.blocks)
+        size, error, met = self.solver.measure(point.true_residual, point.fz, point.blocks)
         if step == 1:
             top = torch.finfo(size.dtype).max
             self.limit = torch.where(size.isfinite(), (size * DIVERGED_AT).clamp_max(top), torch.nan)

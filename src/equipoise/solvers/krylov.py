@@ -76,18 +76,18 @@ class CG(Solver):
             raise ValueError(f"CG(refresh={self.refresh!r}): must be >= 1")
 
     def init(self, point: Point) -> _ConjugateMemory:
-        zero = point.r.new_zeros(point.r.shape[0], dtype=torch.float64)
+        zero = point.true_residual.new_zeros(point.true_residual.shape[0], dtype=torch.float64)
         return _ConjugateMemory(
             w=point.z,
-            r=point.residual,
-            s=None if point.bare is None else point.r,
-            p=torch.zeros_like(point.r),
+            r=point.true_residual,
+            s=None if point.unpreconditioned is None else point.true_residual,
+            p=torch.zeros_like(point.true_residual),
             rho=zero,
             scale=zero,
             steepest=torch.ones_like(zero, dtype=torch.bool),
             since=torch.zeros_like(zero, dtype=torch.int64),
             bend=zero,
-            first=_norm(point.residual),
+            first=_norm(point.true_residual),
         )
 
     def propose(self, memory: _ConjugateMemory, point: Point) -> Tensor:
@@ -118,15 +118,15 @@ class CG(Solver):
         which the product shows that `A` is not positive definite."""
         slope = _dot(memory.p, memory.r)
         scale = torch.where(evaluated, 1.0, memory.scale)
-        curvature = (slope - _dot(memory.p, point.residual)) / scale
+        curvature = (slope - _dot(memory.p, point.true_residual)) / scale
         broken = ~evaluated & ~(curvature > 0)
         step = torch.where(evaluated | broken, 0.0, slope / curvature)
         # r - step Ap, with Ap = (r - r(w + scale p)) / scale
-        part = torch.where(evaluated, 1.0, step / scale).to(point.r.dtype)[:, None]
+        part = torch.where(evaluated, 1.0, step / scale).to(point.true_residual.dtype)[:, None]
         memory.w = torch.addcmul(memory.w, step.to(part.dtype)[:, None], memory.p)
-        memory.r = torch.lerp(memory.r, point.residual, part)
+        memory.r = torch.lerp(memory.r, point.true_residual, part)
         if memory.s is not None:
-            memory.s = torch.lerp(memory.s, point.r, part)
+            memory.s = torch.lerp(memory.s, point.true_residual, part)
         memory.since = torch.where(evaluated, 0, memory.since + 1)
         bend = torch.where(evaluated, 0.0, curvature / _dot(memory.p, memory.p)).nan_to_num(nan=0.0)
         memory.bend = torch.maximum(memory.bend, bend)
@@ -202,7 +202,7 @@ class GMRES(Solver):
         return _ArnoldiMemory(
             base=point.z,
             basis=point.z.new_zeros(b, m + 1, size),
-            steps=None if point.bare is None else point.z.new_zeros(b, m + 1, size),
+            steps=None if point.unpreconditioned is None else point.z.new_zeros(b, m + 1, size),
             rotation=small,
             upper=small.new_zeros(b, m, m),
             along=small.new_zeros(b, m + 1),
@@ -212,7 +212,7 @@ class GMRES(Solver):
             count=torch.zeros_like(zero, dtype=torch.int64),
             scale=zero,
             stretch=zero,
-            first=_norm(point.residual),
+            first=_norm(point.true_residual),
         )
 
     def propose(self, memory: _ArnoldiMemory, point: Point) -> Tensor:
@@ -242,7 +242,7 @@ class GMRES(Solver):
     @staticmethod
     def _begin(memory: _ArnoldiMemory, point: Point, evaluated: Tensor) -> None:
         """Begin at a point whose residual is known."""
-        r, chosen = point.residual, evaluated[:, None]
+        r, chosen = point.true_residual, evaluated[:, None]
         size = _norm(r)
         memory.base = torch.where(chosen, point.z, memory.base)
         memory.size = torch.where(evaluated, size, memory.size)
@@ -254,16 +254,18 @@ class GMRES(Solver):
         unit = size.clamp_min(torch.finfo(r.dtype).tiny).to(r.dtype)[:, None]
         memory.basis[:, 0] = torch.where(chosen, r / unit, memory.basis[:, 0])
         if memory.steps is not None:
-            memory.steps[:, 0] = torch.where(chosen, point.r / unit, memory.steps[:, 0])
+            memory.steps[:, 0] = torch.where(chosen, point.true_residual / unit, memory.steps[:, 0])
 
     @staticmethod
     def _extend(memory: _ArnoldiMemory, point: Point, used: int, evaluated: Tensor) -> Tensor:
         """Absorb a product, the columns of which are at most `used`; the rows, `(b,)`, that must be looked at."""
         rows, place = torch.arange(len(evaluated), device=evaluated.device), torch.where(evaluated, 0, memory.count)
-        size, scale = (x.to(point.r.dtype)[:, None] for x in (memory.size, torch.where(evaluated, 1.0, memory.scale)))
+        size, scale = (
+            x.to(point.true_residual.dtype)[:, None] for x in (memory.size, torch.where(evaluated, 1.0, memory.scale))
+        )
         basis = memory.basis[:, :used]
         held = torch.arange(used, device=rows.device) <= place[:, None]
-        u = torch.addcmul(-point.residual, size, basis[:, 0]) / scale
+        u = torch.addcmul(-point.true_residual, size, basis[:, 0]) / scale
         column, rest = torch.zeros_like(memory.along), torch.zeros_like(memory.size)
         for again in (False, True):
             # Once is enough where little cancels.
@@ -281,7 +283,7 @@ class GMRES(Solver):
         if memory.steps is not None:
             steps = memory.steps[:, :used]
             length = memory.gram[rows, place, place].sqrt()
-            s = torch.addcmul(-point.r, size, steps[:, 0]) / scale - row_sums(column[:, :used], steps)
+            s = torch.addcmul(-point.true_residual, size, steps[:, 0]) / scale - row_sums(column[:, :used], steps)
             memory.steps[rows, place + 1] = s * below
         memory.stretch = torch.maximum(memory.stretch, torch.where(evaluated, 0.0, total / length).nan_to_num(nan=0.0))
 
