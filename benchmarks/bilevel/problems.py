@@ -100,7 +100,7 @@ class Problem:
         first = DescentMap(lambda z: self.train(z) + self.penalty(z, self.hyper0), self.z0, params=())
         with torch.no_grad():
             point = first.evaluate(self.z0, torch.arange(1), torch.ones(1, dtype=torch.bool))
-        self.scale = float(torch.linalg.vector_norm(point.true_residual))
+        self.scale = float(torch.linalg.vector_norm(point.residual))
 
     def solve(self, z: Tensor, log_alpha: Tensor, tolerance: float, max_steps: int) -> Solution[Any]:
         """The inner problem at given penalties, from a state, to a tolerance relative to the first gradient."""

@@ -113,7 +113,7 @@ def test_probes_follow_the_definition(cadence: int, scaled: bool) -> None:
             first = last if probes == 1 else first
             length = min(last, first / probes**2)
             torch.testing.assert_close(e, expected * length / expected.norm(), rtol=1e-6, atol=1e-10 * length)
-            pairs.append((e, residual - point.true_residual[0]))
+            pairs.append((e, residual - point.residual[0]))
             if pairs[-1][0] @ pairs[-1][1] <= 0:
                 pairs.pop()
         else:
@@ -121,12 +121,12 @@ def test_probes_follow_the_definition(cadence: int, scaled: bool) -> None:
             s, g = point.z[0] - current, -residual
             rise = float(rosenbrock(point.z) - rosenbrock(current[None]))
             if abs(rise) < 1e-12:
-                rise = float(s @ (g - point.true_residual[0])) / 2
-            moved = rise <= 1e-4 * float(g @ s) and abs(float(point.true_residual[0] @ s)) <= -0.9 * float(g @ s)
+                rise = float(s @ (g - point.residual[0])) / 2
+            moved = rise <= 1e-4 * float(g @ s) and abs(float(point.residual[0] @ s)) <= -0.9 * float(g @ s)
             if moved:
-                pairs.append((s, residual - point.true_residual[0]))
+                pairs.append((s, residual - point.residual[0]))
                 steps.append(s)
-                current, residual = point.z[0], point.true_residual[0]
+                current, residual = point.z[0], point.residual[0]
         due = moved and (len(steps) - 1) % cadence == 0
         if pairs:
             dense = dense_bfgs(pairs, scaled)
@@ -197,7 +197,7 @@ def test_a_probe_that_is_not_finite_loses_only_its_pair(poison: float) -> None:
             if bool(memory.probing.any()):
                 probes.append(memory.absorbed)
                 bad = torch.where(memory.probing, poison, 0.0)
-                point = dataclasses.replace(point, value=point.value + bad, residual=point.true_residual + bad[:, None])
+                point = dataclasses.replace(point, value=point.value + bad, residual=point.residual + bad[:, None])
             return super().propose(memory, point)
 
     h = functools.partial(loss, log_lambda=torch.zeros(1))

@@ -131,18 +131,18 @@ class AdjointBroyden(Solver):
     def propose(self, memory: _Memory, point: Point) -> Tensor:
         memory.absorbed += 1
         if memory.absorbed == 1:
-            return point.z + point.true_residual
+            return point.z + point.residual
         aware = self._looks_out(memory.absorbed)
         if memory.rank + 1 + aware > memory.learned.shape[1]:
             # Rows that stopped keep their columns: their estimate is still to be returned.
             memory.left = torch.where(point.running[:, None, None], 0.0, memory.left)
             memory.learned = torch.where(point.running[:, None], NEVER, memory.learned)
             memory.rank = 0
-        step = self._learn(memory, point, point.true_residual)
+        step = self._learn(memory, point, point.residual)
         if aware:
             assert self.outer is not None
             self._learn(memory, point, memory.rmv(point.loss_gradient(self.outer)))
-            step = memory.mv(point.true_residual)
+            step = memory.mv(point.residual)
         return point.z + step
 
     def inverse(self, memory: _Memory, step: Tensor) -> LowRank:

@@ -97,16 +97,16 @@ class Anderson(Solver):
         m = memory.gram.shape[-1]
         slot, used = memory.count % m, min(memory.count + 1, m)
         memory.images[:, slot] = point.fz
-        memory.residuals[:, slot] = point.true_residual
+        memory.residuals[:, slot] = point.residual
         memory.count += 1
         if m == 1:
-            return point.z.add(point.true_residual, alpha=self.mixing)
+            return point.z.add(point.residual, alpha=self.mixing)
         images, residuals = memory.images[:, :used], memory.residuals[:, :used]
         gram = memory.gram[..., :used, :used]
         if point.blocks is None:
-            gram[:, 0, slot] = gram[:, 0, :, slot] = row_dots(point.true_residual, residuals)
+            gram[:, 0, slot] = gram[:, 0, :, slot] = row_dots(point.residual, residuals)
         else:
-            parts = zip(point.true_residual.split(point.blocks, dim=1), residuals.split(point.blocks, dim=2), strict=True)
+            parts = zip(point.residual.split(point.blocks, dim=1), residuals.split(point.blocks, dim=2), strict=True)
             products = torch.stack([row_dots(r, block) for r, block in parts], dim=1)
             gram[:, :, slot] = gram[..., slot] = products
         weights = self._weights(gram, slot, torch.finfo(images.dtype).eps)

@@ -182,13 +182,13 @@ class Solver(abc.ABC):
 
 def _preconditioned(point: Point, estimate: InverseEstimate) -> Point:
     """Return the point of the map `z + P (f(z) - z)`, `P` the estimate."""
-    r = estimate.mv(point.true_residual)
+    r = estimate.mv(point.residual)
 
     def pullback(v: Tensor) -> Tensor:
         w = estimate.rmv(v)
         return v - w + point.vjp(w)
 
-    return dataclasses.replace(point, fz=point.z + r, residual=r, unpreconditioned=point.true_residual, pullback=pullback)
+    return dataclasses.replace(point, fz=point.z + r, residual=r, unpreconditioned=point.residual, pullback=pullback)
 
 
 class _Record:
@@ -213,7 +213,7 @@ class _Record:
 
     def observe(self, point: Point, step: int) -> None:
         """Judge a point: error in units of the tolerance, best iterate, status; flags are read on the host only."""
-        size, error, met = self.solver.measure(point.true_residual, point.fz, point.blocks)
+        size, error, met = self.solver.measure(point.residual, point.fz, point.blocks)
         if step == 1:
             top = torch.finfo(size.dtype).max
             self.limit = torch.where(size.isfinite(), (size * DIVERGED_AT).clamp_max(top), torch.nan)

@@ -80,11 +80,11 @@ class Broyden(Solver):
                 memory.learned = torch.where(point.running[:, None], NEVER, memory.learned)
                 memory.restarted = True
             memory.rank = 0
-            self._store(memory, 0, point.true_residual, point.running)
-            return point.z + point.true_residual
+            self._store(memory, 0, point.residual, point.running)
+            return point.z + point.residual
         steps, core = memory.steps, memory.core
         # r takes its place beside s_{n-1} in the buffer: one pass over the steps gives the products with both.
-        self._store(memory, n, point.true_residual, point.running)
+        self._store(memory, n, point.residual, point.running)
         products = torch.bmm(steps[:, n - 1 : n + 1], steps[:, :n].mT).to(core.dtype)  # (b, 2, n)
         gram, along = products[:, 0], products[:, 1]
         square = gram[:, -1]

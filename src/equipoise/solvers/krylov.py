@@ -76,12 +76,12 @@ class CG(Solver):
             raise ValueError(f"CG(refresh={self.refresh!r}): must be >= 1")
 
     def init(self, point: Point) -> _ConjugateMemory:
-        zero = point.true_residual.new_zeros(point.true_residual.shape[0], dtype=torch.float64)
+        zero = point.residual.new_zeros(point.residual.shape[0], dtype=torch.float64)
         return _ConjugateMemory(
             w=point.z,
             r=point.true_residual,
-            s=None if point.unpreconditioned is None else point.true_residual,
-            p=torch.zeros_like(point.true_residual),
+            s=None if point.unpreconditioned is None else point.residual,
+            p=torch.zeros_like(point.residual),
             rho=zero,
             scale=zero,
             steepest=torch.ones_like(zero, dtype=torch.bool),
@@ -122,11 +122,11 @@ class CG(Solver):
         broken = ~evaluated & ~(curvature > 0)
         step = torch.where(evaluated | broken, 0.0, slope / curvature)
         # r - step Ap, with Ap = (r - r(w + scale p)) / scale
-        part = torch.where(evaluated, 1.0, step / scale).to(point.true_residual.dtype)[:, None]
+        part = torch.where(evaluated, 1.0, step / scale).to(point.residual.dtype)[:, None]
         memory.w = torch.addcmul(memory.w, step.to(part.dtype)[:, None], memory.p)
         memory.r = torch.lerp(memory.r, point.true_residual, part)
         if memory.s is not None:
-            memory.s = torch.lerp(memory.s, point.true_residual, part)
+            memory.s = torch.lerp(memory.s, point.residual, part)
         memory.since = torch.where(evaluated, 0, memory.since + 1)
         bend = torch.where(evaluated, 0.0, curvature / _dot(memory.p, memory.p)).nan_to_num(nan=0.0)
         memory.bend = torch.maximum(memory.bend, bend)
@@ -254,14 +254,14 @@ class GMRES(Solver):
         unit = size.clamp_min(torch.finfo(r.dtype).tiny).to(r.dtype)[:, None]
         memory.basis[:, 0] = torch.where(chosen, r / unit, memory.basis[:, 0])
         if memory.steps is not None:
-            memory.steps[:, 0] = torch.where(chosen, point.true_residual / unit, memory.steps[:, 0])
+            memory.steps[:, 0] = torch.where(chosen, point.residual / unit, memory.steps[:, 0])
 
     @staticmethod
     def _extend(memory: _ArnoldiMemory, point: Point, used: int, evaluated: Tensor) -> Tensor:
         """Absorb a product, the columns of which are at most `used`; the rows, `(b,)`, that must be looked at."""
         rows, place = torch.arange(len(evaluated), device=evaluated.device), torch.where(evaluated, 0, memory.count)
         size, scale = (
-            x.to(point.true_residual.dtype)[:, None] for x in (memory.size, torch.where(evaluated, 1.0, memory.scale))
+            x.to(point.residual.dtype)[:, None] for x in (memory.size, torch.where(evaluated, 1.0, memory.scale))
         )
         basis = memory.basis[:, :used]
         held = torch.arange(used, device=rows.device) <= place[:, None]
@@ -283,7 +283,7 @@ class GMRES(Solver):
         if memory.steps is not None:
             steps = memory.steps[:, :used]
             length = memory.gram[rows, place, place].sqrt()
-            s = torch.addcmul(-point.true_residual, size, steps[:, 0]) / scale - row_sums(column[:, :used], steps)
+            s = torch.addcmul(-point.residual, size, steps[:, 0]) / scale - row_sums(column[:, :used], steps)
             memory.steps[rows, place + 1] = s * below
         memory.stretch = torch.maximum(memory.stretch, torch.where(evaluated, 0.0, total / length).nan_to_num(nan=0.0))
 

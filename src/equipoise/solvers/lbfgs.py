@@ -131,7 +131,7 @@ class LBFGS(Solver):
         taken = torch.full((b,), -1, device=point.z.device)
         return _Memory(
             base=point.z,
-            residual=point.true_residual,
+            residual=point.residual,
             direction=torch.zeros_like(point.z),  # the first point ends a search of length zero
             value=zeros[:, 0] if point.value is None else point.value,
             noise=torch.full_like(zeros[:, 0], torch.inf if point.value is None else 0.0),
@@ -211,7 +211,7 @@ class LBFGS(Solver):
     def _trial(memory: _Memory, point: Point) -> Tensor:
         """What the point says of the objective along its row's direction: step, change, slope, `(b, 3)`."""
         start, step, _ = memory.search.unbind(dim=1)
-        slope = -dots(point.true_residual, memory.direction)
+        slope = -dots(point.residual, memory.direction)
         change = step * (start + slope) / 2
         if point.value is not None:
             difference = (point.value - memory.value).to(change.dtype)
@@ -243,11 +243,11 @@ class LBFGS(Solver):
     def _advance(self, memory: _Memory, point: Point, accepted: Tensor, begun: Tensor, failed: Tensor) -> None:
         """Begin a new search: where a trial was accepted from there, after the last trial from the same base."""
         base = torch.where(accepted[:, None], point.z, memory.base)
-        residual = torch.where(accepted[:, None], point.true_residual, memory.residual)
+        residual = torch.where(accepted[:, None], point.residual, memory.residual)
         there, answer = base, residual
         if self.outer is not None:  # a probe teaches, but does not move
             there = torch.where(memory.probing[:, None], point.z, base)
-            answer = torch.where(memory.probing[:, None], point.true_residual, residual)
+            answer = torch.where(memory.probing[:, None], point.residual, residual)
         step = there - memory.base
         memory.pairs.learn(step, memory.residual - answer, number=memory.absorbed, rows=point.running, guard=self.guard)
         memory.base, memory.residual = base, residual

@@ -81,7 +81,7 @@ class Picard(Solver):
         return None
 
     def propose(self, memory: Any, point: Point) -> Tensor:
-        return point.fz if self.step == 1 else point.z.add(point.true_residual, alpha=self.step)
+        return point.fz if self.step == 1 else point.z.add(point.residual, alpha=self.step)
 
 
 def check_contraction(solver: Solver, lipschitz: float | None) -> None:

@@ -86,7 +86,7 @@ class SteadyState(Solver):
         )
 
     def propose(self, memory: Track, point: Point) -> Tensor:
-        size = torch.linalg.vector_norm(point.true_residual, dim=1).double()
+        size = torch.linalg.vector_norm(point.residual, dim=1).double()
         sound = size <= BLOW_UP * memory.size  # False for NaN, too
         landed, rejected, step = self.stepper.absorb(memory, point, size, sound, self.control, self.growth)
         landed = landed & sound

@@ -129,8 +129,8 @@ class VCAB3(Stepper):
         h, slopes = track.step, track.slopes
         order = (track.phase + 1).clamp_max(3)
         low = order < 3
-        second = (point.true_residual - slopes[:, 0]).div_(h.to(point.true_residual.dtype)[:, None])
-        third = (second - slopes[:, 1]).div_((h + track.past).to(point.true_residual.dtype)[:, None])
+        second = (point.residual - slopes[:, 0]).div_(h.to(point.residual.dtype)[:, None])
+        third = (second - slopes[:, 1]).div_((h + track.past).to(point.residual.dtype)[:, None])
         error = self.error(where_rows(low, second, third), point.z, size, control)
         if control is None:
             longest = torch.where(low, 2 / error, 12 / (3 * h * error + (9 * (h * error) ** 2 + 48 * error).sqrt()))
@@ -142,7 +142,7 @@ class VCAB3(Stepper):
         blind = order == 1  # nothing is known of the first step's error
         wish = torch.where(blind, h, growth * h)
         longest = torch.where(blind, h, longest.nan_to_num(nan=LARGE).clamp_max(LARGE))
-        for slot, slope in enumerate((point.true_residual, second, third)):
+        for slot, slope in enumerate((point.residual, second, third)):
             slopes[:, slot] = where_rows(sound, slope, slopes[:, slot])
         track.past = torch.where(sound & ~blind, h, track.past)
         track.phase = torch.where(sound, order, track.phase)
@@ -173,7 +173,7 @@ class RungeKutta(Stepper):
         slopes, stage, step = track.slopes, track.phase, track.step
         rows = torch.arange(slopes.shape[0], device=slopes.device)
         # What has no weight must be finite all the same.
-        slopes[rows, stage] = where_rows(sound, point.true_residual, point.true_residual.new_zeros(1))
+        slopes[rows, stage] = where_rows(sound, point.residual, point.residual.new_zeros(1))
         last = stage == self.slots - 1
         landed = stage == 0
         if not readable(last) or bool(last.any()):
@@ -185,7 +185,7 @@ class RungeKutta(Stepper):
             # Proportional-integral control after accepted steps, proportional control after rejected ones.
             factor = 0.9 * error ** (-0.7 / power) * torch.where(good, track.past ** (0.4 / power), 1.0)
             step = torch.where(last, step * factor.clamp(SHRINK, growth), step)
-            slopes[:, 0] = where_rows(good & sound, point.true_residual, slopes[:, 0])
+            slopes[:, 0] = where_rows(good & sound, point.residual, slopes[:, 0])
             track.past = torch.where(good, error.clamp_min(1e-4), track.past)
             landed = landed | good
         track.phase = torch.where(last | ~sound, 1, stage + 1)

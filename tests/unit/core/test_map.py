@@ -58,7 +58,7 @@ def test_evaluations_and_products_are_counted_by_a_map_and_its_selections_togeth
     assert f.counts.evals == part.counts.evals == calls == 5
     assert f.counts.vjps == 0
     for number in range(1, 4):
-        point.vjp(point.true_residual)
+        point.vjp(point.residual)
         assert f.counts.vjps == number
     assert calls == 5  # products evaluate nothing again
 
@@ -85,9 +85,9 @@ def test_a_point_holds_the_state_its_image_and_the_residual_untracked() -> None:
     for graph in (False, True):
         point = f.evaluate(z, *rows(f), graph=graph)
         torch.testing.assert_close(point.fz, cell(z, x).detach())
-        torch.testing.assert_close(point.true_residual, cell(z, x).detach() - z)
+        torch.testing.assert_close(point.residual, cell(z, x).detach() - z)
         assert torch.equal(point.z, z)
-        assert graph is False or not any(t.requires_grad for t in (point.z, point.fz, point.true_residual))
+        assert graph is False or not any(t.requires_grad for t in (point.z, point.fz, point.residual))
 
 
 def test_products_with_the_transposed_jacobian_are_those_of_dense_algebra() -> None:
@@ -247,7 +247,7 @@ def test_the_descent_map_steps_along_the_gradient_and_tells_the_value() -> None:
     gradient = torch.func.grad(lambda z: coupled(z, x).sum())(z)
     point = f.evaluate(z, *rows(f))
     torch.testing.assert_close(point.value, coupled(z, x))
-    torch.testing.assert_close(point.true_residual, -gradient)
+    torch.testing.assert_close(point.residual, -gradient)
     torch.testing.assert_close(point.fz, z - gradient)
     torch.testing.assert_close(f.call(z), z - gradient)
     assert f.counts.evals == 2  # value and gradient together are one evaluation
@@ -275,7 +275,7 @@ def test_outside_the_domain_of_the_objective_only_the_row_itself_is_not_finite()
     point = f.evaluate(z, *rows(f))
     # The formula's slope at -1 is finite, 1 - 1/z = 2, but h has none there.
     assert point.fz.isnan().flatten().tolist() == [False, True, False]
-    torch.testing.assert_close(point.true_residual[[0, 2], 0], torch.tensor([0.0, -0.5]))
+    torch.testing.assert_close(point.residual[[0, 2], 0], torch.tensor([0.0, -0.5]))
 
 
 @pytest.mark.parametrize(

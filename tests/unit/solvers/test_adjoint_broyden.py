@@ -27,7 +27,7 @@ class Recorder(eq.AdjointBroyden):
     def propose(self, memory: Any, point: eq.Point) -> Tensor:
         proposal = super().propose(memory, point)
         part = self.inverse(memory, torch.full((len(point.z),), memory.absorbed))
-        self.log.append((point.z, point.true_residual, InverseEstimate.of(part.gamma, part.basis, part.core).dense()))
+        self.log.append((point.z, point.residual, InverseEstimate.of(part.gamma, part.basis, part.core).dense()))
         return proposal
 
 

@@ -29,7 +29,7 @@ class Recorder(eq.Broyden):
         part = self.inverse(memory, torch.full((len(point.z),), memory.absorbed))
         # The vectors are views of a buffer that goes on changing.
         inverse = eq.InverseEstimate.of(part.gamma, part.basis.clone(), part.core.clone())
-        self.log.append((point.z, point.true_residual, inverse))
+        self.log.append((point.z, point.residual, inverse))
         return proposal
 
 
