@@ -48,14 +48,14 @@ from rich.table import Table
 from torch import Tensor
 
 import equipoise as eq
+from equipoise import zoo
 from equipoise.constraints import L2Ball
+from equipoise.data.base import derive_seed
 from equipoise.files import write_atomic
 from equipoise.gradients import Gradient, Implicit
-from equipoise.models import EquilibriumClassifier, attack
-from equipoise.train import TrainConfig, recipes
-from equipoise.train.data import mix
-from equipoise.train.evaluation import to_device
-from equipoise.train.tasks import Adversarial
+from equipoise.train import TrainConfig
+from equipoise.train.device import to_device
+from equipoise.zoo import Adversarial, EquilibriumClassifier, attack
 
 CPU = torch.device("cpu")
 METHODS = ("clean", "joint", "pgd", "pgd-tol")
@@ -87,8 +87,8 @@ QUICK = Settings(epochs=1, steps=2, images=20, restarts=(1, 3), long=(1, 4))
 
 def config_of(data: str, settings: Settings) -> TrainConfig:
     if data == "digits":
-        return dataclasses.replace(recipes.jiio_adversarial(), epochs=settings.epochs)
-    return dataclasses.replace(recipes.jiio_adversarial_fashion_mnist(), stop_after=settings.steps)
+        return dataclasses.replace(zoo.jiio_adversarial(), epochs=settings.epochs)
+    return dataclasses.replace(zoo.jiio_adversarial_fashion_mnist(), stop_after=settings.steps)
 
 
 class Counts:
@@ -116,7 +116,7 @@ class Trained:
         assert isinstance(config.task, Adversarial)
         counts = self.counts
         if self.name == "joint":
-            objective: Any = config.task.objective(self.model, config).train()
+            objective: Any = config.objective(self.model).train()
             solution = objective.attack(x, labels, config.solver)
             counts.evals, counts.vjps = counts.evals + solution.num_evals, counts.vjps + solution.num_vjps
             return F.cross_entropy(self.model.head(solution.value[0]), labels)
@@ -157,8 +157,8 @@ def train(config: TrainConfig, methods: Sequence[str], seed: int, console: Conso
     """Models by some methods, turn by turn."""
     runs = []
     for name in methods:
-        torch.manual_seed(mix(seed))
-        model = config.task.build(config).train()
+        torch.manual_seed(derive_seed(seed))
+        model = config.build().train()
         runs.append(Trained(name, model, config.optimizer.build(model.parameters())))
     split = config.data.load().train
     per_epoch = len(split) // config.batch_size
@@ -201,7 +201,7 @@ def scores(config: TrainConfig, model: EquilibriumClassifier, seed: int, setting
     x, labels = to_device(config, images, labels, CPU)
     ball = L2Ball(radius=1.0, center=x, lower=0.0, upper=1.0)
     changed = attack(model, x, labels, constraint=ball, equilibrium=None).value[2].detach()
-    torch.manual_seed(mix(seed, 1))
+    torch.manual_seed(derive_seed(seed, 1))
     with torch.no_grad(), model.deq.using(solver=EXACT):
         accuracy, robust = (float((model(t).argmax(1) == labels).double().mean()) for t in (x, changed))
     few = x[:50], labels[:50]

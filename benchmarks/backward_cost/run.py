@@ -60,18 +60,21 @@ from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, Scala
 from torch import Tensor
 
 import equipoise as eq
+from equipoise import zoo
+from equipoise.data import Digits, FashionMNIST
+from equipoise.data.base import Split
 from equipoise.files import write_atomic
-from equipoise.models import EquilibriumClassifier, MDEQConfig
 from equipoise.report.figures import BLUE, GRAY, GREEN, INK, ORANGE, STYLE
-from equipoise.train import Adam, Digits, FashionMNIST, Pretraining, TrainConfig, fit, load, recipes
-from equipoise.train.data import Split
-from equipoise.train.evaluation import to_device
+from equipoise.train import Adam, Pretraining, TrainConfig, fit
+from equipoise.train.device import to_device
 from equipoise.train.serialize import to_plain
-from equipoise.train.tasks import Classification, Moment
+from equipoise.train.task import StepInfo
+from equipoise.zoo import Classification, Classify, EquilibriumClassifier, MDEQConfig
+from equipoise.zoo.files import load
 
 FULL = 20  # steps of the reference
 REFERENCE = "original/full"
-TRAINED = Moment(step=2**40, epoch=0, seed=0)  # past all fixed-depth steps
+TRAINED = StepInfo(step=2**40, epoch=0, seed=0)  # past all fixed-depth steps
 FAMILIES = {  # label, color, marker, and where its points are named
     "original": ("implicit from zero, k steps", GRAY, "s", (-6, -13)),
     "jfb": ("Jacobian-free, refined by k steps", ORANGE, "o", (-6, 7)),
@@ -136,17 +139,17 @@ def fashion_mnist() -> Setting:
 
 def cifar10() -> Setting:
     """The recipe."""
-    return Setting(config=recipes.mdeq_cifar10_tiny())
+    return Setting(config=zoo.mdeq_cifar10_tiny())
 
 
 def quick() -> Setting:
     """Digits for seconds: that everything runs, not what comes out."""
     config = dataclasses.replace(
-        recipes.mdeq_digits(),
+        zoo.mdeq_digits(),
         data=Digits(validation_fraction=0.1),
         model=dataclasses.replace(MDEQConfig.digits(), channels=(8,), head_channels=(4,), final_channels=16),
         solver=eq.Broyden(max_steps=8, memory=8, rtol=1e-2),
-        pretraining=Pretraining(steps=2, depth=2),
+        task=Classify(pretraining=Pretraining(steps=2, depth=2)),
         stop_after=4,
     )
     return Setting(

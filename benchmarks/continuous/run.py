@@ -62,32 +62,31 @@ import equipoise as eq
 from benchmarks.continuous.neural_ode import METHODS, NeuralODE
 from benchmarks.continuous.report import plot, show, summary
 from benchmarks.continuous.settings import Settings, Variant, splits, variants
-from equipoise import models
+from equipoise.data.base import Split, derive_seed, generator
 from equipoise.files import read_tensors, write_atomic, write_tensors
-from equipoise.models import EquilibriumClassifier
-from equipoise.train.data import Split, generator, mix
-from equipoise.train.evaluation import device_name, to_device
-from equipoise.train.tasks import Classification, Moment
+from equipoise.train.device import device_name, to_device
+from equipoise.train.task import Objective, StepInfo
+from equipoise.zoo import Classification, EquilibriumClassifier
 
 COUNTED = 5  # training batches on which products are counted
-TRAINED = Moment(step=2**40, epoch=0, seed=0)  # past all fixed-depth steps, the skip weight not decayed
+TRAINED = StepInfo(step=2**40, epoch=0, seed=0)  # past all fixed-depth steps, the skip weight not decayed
 ALONE = "node, first step 1"  # timed besides
 
 
 def build(variant: Variant, seed: int, device: torch.device, method: str = "", first_step: float | None = None) -> Any:
     """A model with fresh weights, the same for all variants of a data set and seed but the predictor's."""
     config = variant.config
-    torch.manual_seed(mix(seed))
-    model = models.build(config.model, solver=config.solver, gradient=config.gradient)
+    torch.manual_seed(derive_seed(seed))
+    model = config.build()
     if method:
         cell, init = model.deq.cell, model.deq.init
         model.deq = NeuralODE(cell, init=init, first_step=first_step, **METHODS[method])
     return model.to(device)
 
 
-def objective(model: EquilibriumClassifier, variant: Variant) -> Classification:
+def objective(model: EquilibriumClassifier, variant: Variant) -> Objective:
     config = variant.config
-    return Classification(model, penalty=config.penalty, pretraining=config.pretraining, skip=config.skip)
+    return config.objective(model)
 
 
 def batches(variant: Variant, seed: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, int]]:
@@ -109,10 +108,10 @@ def train(data: str, name: str, seed: int, path: pathlib.Path, settings: Setting
     goal, optimizer = objective(model, variant).train(), config.optimizer.build(model.parameters())
     total = config.stop_after or 0
     for step, (images, labels, epoch) in enumerate(itertools.islice(batches(variant, seed, device), total)):
-        torch.manual_seed(mix(seed, step, 3))
+        torch.manual_seed(derive_seed(seed, step, 3))
         for group in optimizer.param_groups:
             group["lr"] = config.schedule.lr(step, total, config.optimizer.lr)
-        loss, _ = goal(images, labels, Moment(step, epoch, seed))
+        loss, _ = goal(images, labels, StepInfo(step, epoch, seed))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -128,7 +127,7 @@ def train(data: str, name: str, seed: int, path: pathlib.Path, settings: Setting
         else tested(model, variant, validation, device)["test_accuracy"],
         "backward_vjps": products(model, variant, seed, device),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "skip_weight": config.skip.weight,
+        "skip_weight": config.task.skip.weight,
         "seconds": seconds,
         "machine": machine(device),
     }

@@ -9,22 +9,12 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 
 import equipoise as eq
-from equipoise.models import ClassifierConfig, DenseConfig, MDEQConfig
+from equipoise.data import MNIST5K, Digits, FashionMNIST, HubImages, ImageData
+from equipoise.data.base import Split, Splits, TensorSplit
 from equipoise.solvers import VCAB3, Stepper, Tsit5
-from equipoise.train import (
-    MNIST5K,
-    Adam,
-    Digits,
-    FashionMNIST,
-    HubImages,
-    ImageData,
-    JacobianPenalty,
-    Pretraining,
-    SkipPenalty,
-    TrainConfig,
-)
-from equipoise.train.data import Split, Splits, TensorSplit
-from equipoise.train.recipes import CIFAR_MEAN, CIFAR_STD
+from equipoise.train import Adam, Pretraining, TrainConfig
+from equipoise.zoo import ClassifierConfig, Classify, DenseConfig, JacobianPenalty, MDEQConfig, SkipPenalty
+from equipoise.zoo.mdeq.recipes import CIFAR_MEAN, CIFAR_STD
 
 SOLVERS = ("anderson", "broyden", "vcab3", "tsit5")
 WEIGHTS = (0.01, 0.1, 1.0, 5.0)  # of the skip penalty, those that are compared
@@ -127,7 +117,12 @@ def shared(data: str, settings: Settings) -> tuple[TrainConfig, int, float]:
             else DenseConfig(image_size=8, image_channels=1, num_classes=10, width=16)
         )
         config = TrainConfig(
-            data=Digits(validation_fraction=0.1), model=model, stop_after=6, batch_size=32, gradient=adjoint(10, 5e-2)
+            data=Digits(validation_fraction=0.1),
+            model=model,
+            task=Classify(),
+            stop_after=6,
+            batch_size=32,
+            gradient=adjoint(10, 5e-2),
         )
         return config, 12, 5e-2
     if data == "multiscale" and settings.multiscale == "cifar10":
@@ -141,7 +136,7 @@ def shared(data: str, settings: Settings) -> tuple[TrainConfig, int, float]:
             batch_size=128,
             eval_batch_size=1000,
             gradient=adjoint(20, 5e-2),
-            pretraining=Pretraining(steps=105, depth=5),
+            task=Classify(pretraining=Pretraining(steps=105, depth=5)),
         )
         return config, 18, 5e-2
     if data == "multiscale":
@@ -157,13 +152,14 @@ def shared(data: str, settings: Settings) -> tuple[TrainConfig, int, float]:
             batch_size=64,
             eval_batch_size=500,
             gradient=adjoint(20, 5e-2),
-            pretraining=Pretraining(steps=60, depth=5),
+            task=Classify(pretraining=Pretraining(steps=60, depth=5)),
         )
         return config, 18, 5e-2
     source: ImageData = MNIST5K(validation_fraction=0.1) if data == "mnist" else FashionMNIST(validation_fraction=0.05)
     config = TrainConfig(
         data=source,
         model=DenseConfig(image_size=28, image_channels=1, num_classes=10, width=128),
+        task=Classify(),
         optimizer=Adam(lr=3e-3),
         stop_after=600,
         batch_size=64,
@@ -201,8 +197,11 @@ def variants(data: str, settings: Settings) -> dict[str, Variant]:
                 name=full,
                 model=kind,
                 solver=solver(name, steps, rtol),
-                skip=SkipPenalty(weight=0.0 if model == "vanilla" else weight),
-                penalty=JacobianPenalty(weight=JACOBIAN if penalized else 0.0),
+                task=dataclasses.replace(
+                    config.task,
+                    skip=SkipPenalty(weight=0.0 if model == "vanilla" else weight),
+                    penalty=JacobianPenalty(weight=JACOBIAN if penalized else 0.0),
+                ),
             ),
             f"vanilla-{end}",
         )

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from equipoise.models import FewShotConfig
-from equipoise.models.few_shot import Encoder
+from equipoise.zoo import FewShotConfig
+from equipoise.zoo.few_shot.model import Encoder
 
 
 class Network(nn.Module):

@@ -36,12 +36,14 @@ import torch
 from torch import Tensor, nn
 
 import equipoise as eq
+from benchmarks.few_shot.letters import OmniglotAndLetters
 from benchmarks.few_shot.rivals import FirstOrderMAML, Network, Pixels, Prototypes
+from equipoise import zoo
+from equipoise.data.base import Split, Splits
 from equipoise.files import read_tensors, write_atomic, write_tensors
-from equipoise.models import FewShotConfig, FewShotLearner
-from equipoise.train import Omniglot, TrainConfig, recipes
-from equipoise.train.data import Split, Splits
-from equipoise.train.omniglot import Episodes
+from equipoise.train import TrainConfig
+from equipoise.zoo import FewShotConfig, FewShotLearner, Omniglot
+from equipoise.zoo.few_shot.omniglot import Episodes
 
 METHODS = ("jiio", "fomaml", "prototypes", "pixels", "jiio-first-order")
 KINDS = ((5, 1), (5, 5), (20, 1), (20, 5))  # ways and shots
@@ -71,11 +73,14 @@ class Bench:
 
 
 def bench(quick: bool, steps: int | None) -> Bench:
-    config = recipes.jiio_meta()
+    config = zoo.jiio_meta()
     data = config.data
     assert isinstance(data, Omniglot)
     if quick:
-        config = dataclasses.replace(config, data=dataclasses.replace(data, fonts=None), batch_size=2)
+        config = dataclasses.replace(config, batch_size=2)
+    else:
+        data = OmniglotAndLetters(**{field.name: getattr(data, field.name) for field in dataclasses.fields(data)})
+        config = dataclasses.replace(config, data=data)
     whole = config.epochs * data.tasks // config.batch_size
     return Bench(
         config, config.data.load(), 2 if quick else 600, steps or (2 if quick else whole), 1 if quick else TRIED
@@ -160,7 +165,7 @@ def untrained(bench: Bench, method: str, rate: float) -> Any:
     """A learner whose weights are drawn at random."""
     if method.startswith("jiio"):
         gradient = eq.inputs.FirstOrder() if method == "jiio-first-order" else bench.config.gradient
-        return Jiio(bench.config.task.build(bench.config), bench.config, gradient)
+        return Jiio(bench.config.build(), bench.config, gradient)
     assert isinstance(bench.config.model, FewShotConfig)
     network = Network(bench.config.model)
     return Prototypes(network) if method == "prototypes" else FirstOrderMAML(network, rate)

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import equipoise as eq
-from equipoise.models import DecoderConfig, LatentDecoder
-from equipoise.train.data import Split
+from equipoise.data.base import Split
+from equipoise.zoo import DecoderConfig, LatentDecoder
 
 WARM = 0.1  # share of the training over which the weight of the divergence rises
 

@@ -42,12 +42,24 @@ from torch import Tensor
 
 import equipoise as eq
 from benchmarks.generative.rivals import VAE, batches, frechet, train_features, train_vae
+from equipoise import zoo
+from equipoise.data import Digits
+from equipoise.data.base import derive_seed
 from equipoise.files import write_atomic
-from equipoise.models import DecoderConfig, LatentDecoder
 from equipoise.solvers import Anderson
-from equipoise.train import Blur, Corruption, Digits, Downsample, Reconstruct, TrainConfig, recipes
-from equipoise.train.data import mix
-from equipoise.train.tasks import Moment, ObservationCost, explain, psnr
+from equipoise.train import TrainConfig
+from equipoise.train.task import StepInfo
+from equipoise.zoo import (
+    Blur,
+    Corruption,
+    DecoderConfig,
+    Downsample,
+    LatentDecoder,
+    ObservationCost,
+    Reconstruct,
+    explain,
+    psnr,
+)
 
 TASKS: dict[str, Corruption] = {"deblur": Blur(sigma=1.5), "superres": Downsample(factor=4)}
 ADAM_STEPS = 50
@@ -75,7 +87,7 @@ class Sizes:
 
 
 def sizes(quick: bool) -> Sizes:
-    config = recipes.jiio_generative()
+    config = zoo.jiio_generative()
     if not quick:
         return Sizes(config)
     model = dataclasses.replace(Sizes(config).model, image_size=8, latent_size=4, width=16)
@@ -86,15 +98,15 @@ def sizes(quick: bool) -> Sizes:
 
 def train(config: TrainConfig, split: Any, seed: int) -> tuple[LatentDecoder, float]:
     """The decoder of the recipe and the seconds of its training."""
-    torch.manual_seed(mix(seed))
-    model, start = config.task.build(config), time.process_time()
-    objective, optimizer = config.task.objective(model, config).train(), config.optimizer.build(model.parameters())
+    torch.manual_seed(derive_seed(seed))
+    model, start = config.build(), time.process_time()
+    objective, optimizer = config.objective(model).train(), config.optimizer.build(model.parameters())
     steps = config.stop_after or 0
     for step, images in enumerate(itertools.islice(batches(split, config.batch_size, seed), steps)):
         for group in optimizer.param_groups:
             group["lr"] = config.schedule.lr(step, steps, config.optimizer.lr)
         optimizer.zero_grad()
-        objective(images, images.new_zeros(len(images)), Moment(step, 0, seed))[0].backward()
+        objective(images, images.new_zeros(len(images)), StepInfo(step, 0, seed))[0].backward()
         optimizer.step()
     return model.eval().requires_grad_(False), time.process_time() - start
 

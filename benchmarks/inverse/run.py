@@ -39,10 +39,13 @@ from skimage.restoration import denoise_tv_chambolle, inpaint_biharmonic
 from torch import Tensor
 
 import equipoise as eq
+from equipoise import zoo
+from equipoise.data import FashionMNIST, ImageData, Photographs
+from equipoise.data.base import Splits, TensorSplit, generator
 from equipoise.inputs import FirstOrder
-from equipoise.train import FashionMNIST, Hole, ImageData, Photographs, Reconstruct, TrainConfig, fit, load, recipes
-from equipoise.train.data import Splits, TensorSplit, generator
-from equipoise.train.tasks.reconstruct import LatentPenalty, ObservationCost, explain
+from equipoise.train import TrainConfig, fit
+from equipoise.zoo import Hole, LatentPenalty, ObservationCost, Reconstruct, explain
+from equipoise.zoo.files import load
 
 TASKS = ("noise-0.1", "noise-0.2", "hole-9")
 TV_WEIGHTS = (0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.12, 0.14, 0.17, 0.2)
@@ -80,7 +83,7 @@ def data_of(name: str) -> ImageData:
 
 
 def config_of(data: ImageData, seed: int, steps: int, *, first_order: bool = False) -> TrainConfig:
-    config = recipes.jiio_inverse()
+    config = zoo.jiio_inverse()
     if first_order:
         assert isinstance(config.gradient, eq.Implicit)
         config = dataclasses.replace(config, gradient=FirstOrder(solver=config.gradient.solver))
@@ -90,7 +93,10 @@ def config_of(data: ImageData, seed: int, steps: int, *, first_order: bool = Fal
         model=dataclasses.replace(config.model, image_size=data.shape[1]),
         seed=seed,
         stop_after=steps,
-        pretraining=dataclasses.replace(config.pretraining, steps=round(PRETRAINED * steps)),
+        task=dataclasses.replace(
+            config.task,
+            pretraining=dataclasses.replace(config.task.pretraining, steps=round(PRETRAINED * steps)),
+        ),
         epochs=100,
         tensorboard=False,
         accelerator="cpu",

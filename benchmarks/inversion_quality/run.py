@@ -45,13 +45,12 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 import equipoise as eq
+from equipoise import zoo
 from equipoise.core.function_map import DescentMap
+from equipoise.data.base import TensorSplit
 from equipoise.files import write_atomic
-from equipoise.models import EquilibriumClassifier, build
-from equipoise.models.mdeq import MDEQCell
-from equipoise.train import recipes
-from equipoise.train.data import TensorSplit
-from equipoise.train.tasks import Classification, Moment
+from equipoise.train.task import StepInfo
+from equipoise.zoo import EquilibriumClassifier, MDEQCell
 
 # --- L-BFGS ---------------------------------------------------------------------------------------------------------
 
@@ -111,7 +110,7 @@ def invert(solver: eq.LBFGS, runs: int) -> Inversion:
 
 # --- MDEQ -----------------------------------------------------------------------------------------------------------
 
-RECIPE = recipes.mdeq_digits()
+RECIPE = zoo.mdeq_digits()
 ADJOINT = eq.AdjointBroyden(max_steps=18, memory=18, rtol=1e-2)
 AWARE = dataclasses.replace(ADJOINT, cadence=5, memory=18 + 18 // 5 + 1)
 VANILLA = eq.Shine(fallback_ratio=math.inf)
@@ -189,8 +188,8 @@ def train(steps: list[int], count: int) -> dict[int, dict[str, float]]:
     assert isinstance(split, TensorSplit)
     labels = split.labels
     images = (split.images.float() / 255 - RECIPE.data.mean[0]) / RECIPE.data.std[0]
-    model = build(RECIPE.model, solver=RECIPE.solver, gradient=RECIPE.gradient)
-    objective = Classification(model, pretraining=RECIPE.pretraining)
+    model = RECIPE.build()
+    objective = RECIPE.objective(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=RECIPE.optimizer.lr)
     figures = {}
     for step in range(max(steps) + 1):
@@ -200,7 +199,7 @@ def train(steps: list[int], count: int) -> dict[int, dict[str, float]]:
                 answers = copy.deepcopy(model).eval()(images[:count]).argmax(1)
             figures[step]["accuracy"] = float((answers == labels[:count]).double().mean())
         batch = torch.randint(len(images), (RECIPE.batch_size,))
-        loss, _ = objective(images[batch], labels[batch], Moment(step=step, epoch=0, seed=0))
+        loss, _ = objective(images[batch], labels[batch], StepInfo(step=step, epoch=0, seed=0))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -53,16 +53,26 @@ from rich.console import Console
 from rich.table import Table
 
 import equipoise as eq
+from equipoise.data import Digits, FashionMNIST
 from equipoise.files import write_atomic
-from equipoise.models import EquilibriumClassifier, MDEQConfig, ScaledLayers, SLLLayers
 from equipoise.report.figures import BLUE, GRAY, GREEN, INK, STYLE
-from equipoise.train import Adam, Digits, FashionMNIST, JacobianPenalty, Pretraining, TrainConfig, fit, load
-from equipoise.train.evaluation import to_device
-from equipoise.train.tasks import Classification, Moment, relative_residual
+from equipoise.train import Adam, Pretraining, TrainConfig, fit
+from equipoise.train.device import to_device
+from equipoise.train.task import StepInfo, relative_residual
+from equipoise.zoo import (
+    Classification,
+    Classify,
+    EquilibriumClassifier,
+    JacobianPenalty,
+    MDEQConfig,
+    ScaledLayers,
+    SLLLayers,
+)
+from equipoise.zoo.files import load
 
 RTOL = 1e-3
 FORWARD, BACKWARD = 18, 20  # evaluations, as published
-TRAINED = Moment(step=2**40, epoch=0, seed=0)  # past all fixed-depth steps
+TRAINED = StepInfo(step=2**40, epoch=0, seed=0)  # past all fixed-depth steps
 BASELINE = "mdeq"
 COUNTED = 5  # training batches on which evaluations are counted
 TIMED = 12  # batches on which the models take turns
@@ -74,11 +84,14 @@ def base(quick: bool) -> TrainConfig:
         model = dataclasses.replace(
             MDEQConfig.digits(), channels=(8, 8), head_channels=(4, 4), final_channels=16, dropout=0.0
         )
-        return TrainConfig(data=Digits(), model=model, epochs=1, stop_after=6, batch_size=32, tensorboard=False)
+        return TrainConfig(
+            data=Digits(), model=model, task=Classify(), epochs=1, stop_after=6, batch_size=32, tensorboard=False
+        )
     model = dataclasses.replace(
         MDEQConfig.fashion_mnist(), channels=(8, 16), head_channels=(8, 16), num_groups=4, final_channels=64
     )
     return TrainConfig(
+        task=Classify(),
         data=FashionMNIST(validation_fraction=0.05, flip=True),
         model=model,
         optimizer=Adam(lr=5e-3),
@@ -100,15 +113,17 @@ def variants(quick: bool) -> dict[str, TrainConfig]:
     def broyden(steps: int) -> eq.Broyden:
         return eq.Broyden(max_steps=steps, memory=steps, rtol=RTOL)
 
+    pretrained = Classify(pretraining=Pretraining(steps=2 if quick else 300, depth=4))
+    penalty = JacobianPenalty(weight=0.5, probability=0.05)
     mdeq = dataclasses.replace(
         shared,
         solver=broyden(FORWARD),
         gradient=eq.Implicit(solver=broyden(BACKWARD)),
-        pretraining=Pretraining(steps=2 if quick else 300, depth=4),
+        task=pretrained,
     )
     chosen = {
         BASELINE: mdeq,
-        "mdeq-jacobian": dataclasses.replace(mdeq, penalty=JacobianPenalty(weight=0.5, probability=0.05)),
+        "mdeq-jacobian": dataclasses.replace(mdeq, task=dataclasses.replace(pretrained, penalty=penalty)),
         "mdeq-shine": dataclasses.replace(mdeq, solver=broyden(8), gradient=eq.Shine(fallback_ratio=1.3)),
     }
     for slope in (0.2, 0.4, 0.6, 0.8, 1.0):

@@ -12,7 +12,7 @@ from equipoise.gradients import Gradient, Implicit, JacobianFree, Neumann, Phant
 from equipoise.inputs import optimize_inputs
 from equipoise.solvers import CG, GMRES, LBFGS, AdjointBroyden, Anderson, Broyden, Picard, Solver, SteadyState
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "CG",

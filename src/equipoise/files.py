@@ -22,6 +22,10 @@ class CheckpointError(ValueError):
     """A file that is no checkpoint, is damaged, or does not fit."""
 
 
+class RunError(ValueError):
+    """A run folder that cannot be used as asked."""
+
+
 class DataError(ValueError):
     """Data that is missing or damaged; the message says what was looked for and what to do."""
 

@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 from train.toy import PLAIN
+from train.toy import command_line as main
 
-from equipoise.cli import main
 from equipoise.inputs import Envelope
-from equipoise.models import DenseConfig
 from equipoise.solvers import Picard
-from equipoise.train import Adversarial, TrainConfig, fit, load, save
+from equipoise.train import TrainConfig, fit, save
+from equipoise.zoo import Adversarial, DenseConfig
+from equipoise.zoo.files import load
 
 pytest.importorskip("matplotlib")
 pytestmark = pytest.mark.slow  # the runs are trained first

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from train.toy import PLAIN, Interrupt, Interrupted, contracting_toys
+from train.toy import command_line as main
 
 import equipoise as eq
-from equipoise.cli import main
-from equipoise.train import fit, load
+from equipoise.train import fit
+from equipoise.zoo.files import load
 
 pytestmark = pytest.mark.slow  # the runs are trained first
 
@@ -220,7 +221,7 @@ def test_layers_by_flags_and_files(capsys: pytest.CaptureFixture[str], tmp_path:
         == 0
     )
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
-    position = lines.index("class_path: equipoise.models.SLLLayers")
+    position = lines.index("class_path: equipoise.zoo.SLLLayers")
     assert lines[position + 1 : position + 4] == ["init_args:", "ceiling: 0.8", "start: 0.6"]
     assert main(["train", "lipschitz-digits", "--model.contraction", "null", "--print_config"]) == 0
     assert "contraction: null" in capsys.readouterr().out

@@ -17,10 +17,11 @@ import pytest
 import torch
 from PIL import Image
 from train.toy import PLAIN, Interrupt, Interrupted
+from train.toy import command_line as main
 
-from equipoise.cli import main
-from equipoise.train import fit, load, save
+from equipoise.train import fit, save
 from equipoise.train.checkpoint import describe
+from equipoise.zoo.files import load
 
 PIXELS = np.full((4, 4), 40, dtype=np.uint8)
 PIXELS[1] = 255

@@ -12,14 +12,14 @@ import pytest
 import torch
 from PIL import Image
 from train.toy import PLAIN
+from train.toy import command_line as main
 
 import equipoise as eq
-from equipoise.cli import main
 from equipoise.cli.reconstruct import _kind
 from equipoise.inputs import Envelope
-from equipoise.models import DecoderConfig, PriorConfig
-from equipoise.train import Adam, Corruption, Hole, Noise, Reconstruct, TrainConfig, fit, load
-from equipoise.train.tasks import psnr
+from equipoise.train import Adam, TrainConfig, fit
+from equipoise.zoo import Corruption, DecoderConfig, Hole, Noise, PriorConfig, Reconstruct, psnr
+from equipoise.zoo.files import load
 
 pytest.importorskip("matplotlib")
 

@@ -15,12 +15,16 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from train.toy import PLAIN, Interrupt, Interrupted, timeless
+from train.toy import PLAIN, Interrupt, Interrupted, read_config, timeless
+from train.toy import command_line as main
 
-from equipoise.cli import commands, main
+from equipoise import zoo
+from equipoise.cli import commands
 from equipoise.cli.display import LiveDisplay
-from equipoise.train import FashionMNIST, RunError, TrainConfig, fit, load, recipes
-from equipoise.train.run import RunFolder, config_yaml, read_config, read_lines
+from equipoise.data import FashionMNIST
+from equipoise.train import RunError, TrainConfig, fit
+from equipoise.train.run_folder import RunFolder, config_yaml, read_lines
+from equipoise.zoo.files import load
 
 TINY = (
     *("--model.channels", "[8,8]", "--model.head_channels", "[2,2]", "--model.final_channels", "8"),
@@ -150,7 +154,7 @@ def test_only_a_run_can_be_resumed_and_only_as_it_was(toy: str, capsys: pytest.C
 
 def test_a_run_goes_on_after_its_data_moved() -> None:
     """Where the data lies may differ, what is in it may not: images of another size are another configuration."""
-    config = dataclasses.replace(recipes.mdeq_fashion_mnist(), data=FashionMNIST(root="old"))
+    config = dataclasses.replace(zoo.mdeq_fashion_mnist(), data=FashionMNIST(root="old"))
     folder = RunFolder(pathlib.Path("run"), config, writes=True, note=print)
     folder.claim(resume=False, overwrite=False)
     moved = dataclasses.replace(config, data=FashionMNIST(root="new"))

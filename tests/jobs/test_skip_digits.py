@@ -10,8 +10,10 @@ import pytest
 from torch import Tensor, nn
 
 import equipoise as eq
-from equipoise.models import DenseConfig
-from equipoise.train import Adam, Digits, Schedule, SkipPenalty, TrainConfig, fit
+from equipoise.data import Digits
+from equipoise.train import Adam, TrainConfig, fit
+from equipoise.train.optim import LRSchedule
+from equipoise.zoo import Classify, DenseConfig, SkipPenalty
 
 pytestmark = pytest.mark.slow
 
@@ -29,10 +31,10 @@ def config(name: str, **fields: bool | int | float) -> TrainConfig:
         solver=eq.Picard(max_steps=50, rtol=TOLERANCE),
         gradient=eq.Implicit(solver=eq.GMRES(max_steps=17, rtol=0.0, atol=TOLERANCE)),
         optimizer=Adam(lr=1e-3),
-        schedule=Schedule(final_lr=1e-3),
+        schedule=LRSchedule(final_lr=1e-3),
         epochs=6,
         batch_size=32,
-        skip=SkipPenalty(weight=weight),
+        task=Classify(skip=SkipPenalty(weight=weight)),
         tensorboard=False,
     )
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import equipoise as eq
 from equipoise.constraints import L2Ball, LInfBall
 from equipoise.inputs import Joint
-from equipoise.models import DenseClassifier, DenseConfig, EquilibriumClassifier, MDEQClassifier, MDEQConfig, attack
+from equipoise.zoo import DenseClassifier, DenseConfig, EquilibriumClassifier, MDEQClassifier, MDEQConfig, attack
 
 LONG = eq.Picard(max_steps=300, rtol=1e-9)
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import equipoise as eq
-from equipoise.models import MDEQClassifier, MDEQConfig
-from equipoise.models.classifier import Bottleneck
+from equipoise.zoo import MDEQClassifier, MDEQConfig
+from equipoise.zoo.mdeq.head import Bottleneck
 
 TINY = MDEQConfig(
     image_size=8,

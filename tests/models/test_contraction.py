@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import equipoise as eq
 from equipoise.contraction import CappedConv2d, conv_norm_bound
-from equipoise.models import Contraction, MDEQCell, MDEQClassifier, MDEQConfig, ScaledLayers, SLLLayers
 from equipoise.nn import VariationalDropout
+from equipoise.zoo import Contraction, MDEQCell, MDEQClassifier, MDEQConfig, ScaledLayers, SLLLayers
 
 RELEASED = ScaledLayers()
 TINY = MDEQConfig(

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import equipoise as eq
-from equipoise.models import DecoderConfig, LatentDecoder, build
+from equipoise.zoo import DecoderConfig, LatentDecoder
 
 SMALL = DecoderConfig(image_size=6, image_channels=2, latent_size=3, width=24)
 
 
 def test_equilibrium_and_image_are_those_of_the_formula() -> None:
     torch.manual_seed(0)
-    model = build(SMALL, solver=eq.Anderson(max_steps=60, rtol=1e-12)).eval()
+    model = SMALL.build(solver=eq.Anderson(max_steps=60, rtol=1e-12)).eval()
     assert isinstance(model, LatentDecoder)
     x = torch.randn(5, 3)
     cell, dense = model.deq.cell, model.head[0]

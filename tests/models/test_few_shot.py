@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import equipoise as eq
-from equipoise.models import FewShotConfig, FewShotLearner, build
-from equipoise.models.few_shot import FewShotCell
+from equipoise.zoo import FewShotConfig, FewShotLearner
+from equipoise.zoo.few_shot.model import FewShotCell
 
 TIGHT = eq.Anderson(memory=20, max_steps=400, rtol=1e-9, ridge=1e-8)
 SMALL = FewShotConfig(image_size=28, image_channels=1, channels=4, num_groups=2, width=5, context=3)
@@ -21,8 +21,7 @@ EXACT = {"solver": TIGHT, "gradient": eq.Implicit(solver=eq.GMRES(max_steps=300,
 
 def learner() -> FewShotLearner:
     torch.manual_seed(3)
-    model: FewShotLearner = build(
-        SMALL,
+    model: FewShotLearner = SMALL.build(
         solver=eq.Anderson(max_steps=200, rtol=1e-12),
         gradient=eq.Implicit(solver=eq.GMRES(atol=1e-12, rtol=0.0)),
     )

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import equipoise as eq
-from equipoise.models import MDEQCell, MDEQConfig
-from equipoise.models.mdeq import MDEQStem
+from equipoise.zoo import MDEQCell, MDEQConfig
+from equipoise.zoo.mdeq import MDEQStem
 
 SMALL = MDEQConfig(
     image_size=8,

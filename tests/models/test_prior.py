@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import equipoise as eq
-from equipoise.models import EquilibriumPrior, PriorConfig
-from equipoise.train import load, save
+from equipoise.train import save
+from equipoise.zoo import EquilibriumPrior, PriorConfig
+from equipoise.zoo.files import load
 
 CONFIG = PriorConfig(image_size=8, channels=(6, 8, 10), num_corruptions=2)
 

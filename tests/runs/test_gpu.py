@@ -12,8 +12,9 @@ from torch import nn
 from train.toy import FULL, PLAIN, contracting_toys
 
 import equipoise as eq
-from equipoise.models import DenseConfig, MDEQConfig, build
-from equipoise.train import SkipPenalty, TrainConfig, checkpoint, fit, load
+from equipoise.train import TrainConfig, checkpoint, fit
+from equipoise.zoo import Classify, DenseConfig, MDEQConfig, SkipPenalty
+from equipoise.zoo.files import load
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
@@ -63,7 +64,7 @@ RUNS: dict[str, TrainConfig] = {
         model=dataclasses.replace(PLAIN.model, predictor=True),
         solver=eq.SteadyState(max_steps=12),
         gradient=eq.Implicit(solver=eq.GMRES(max_steps=10, rtol=0.0, atol=1e-3)),
-        skip=SkipPenalty(weight=0.1),
+        task=Classify(skip=SkipPenalty(weight=0.1)),
         precision="64-true",
     ),
     **{name: dataclasses.replace(config, precision="64-true") for name, config in contracting_toys().items()},
@@ -110,7 +111,7 @@ def test_modes_of_the_device_train(changes: dict[str, object], tmp_path: pathlib
     ids=lambda config: type(config).__name__,
 )
 def test_models_give_the_logits_of_the_host(config: MDEQConfig | DenseConfig) -> None:
-    model = build(config, solver=eq.Anderson(max_steps=60, rtol=1e-10)).double().eval()
+    model = config.build(solver=eq.Anderson(max_steps=60, rtol=1e-10)).double().eval()
     images = torch.randn(20, 1, 8, 8)
     with torch.no_grad():
         host = model(images)
@@ -120,7 +121,7 @@ def test_models_give_the_logits_of_the_host(config: MDEQConfig | DenseConfig) ->
 
 def test_a_certificate_does_not_depend_on_the_device() -> None:
     config = contracting_toys()["tight"]
-    model = build(config.model, solver=config.solver).double().eval()
+    model = config.model.build(solver=config.solver).double().eval()
     host = eq.certify(model)
     device = eq.certify(model.cuda())
     assert device.norm == pytest.approx(host.norm, rel=1e-9)

@@ -18,23 +18,26 @@ import torch
 from sklearn.metrics import confusion_matrix
 
 import equipoise as eq
+from equipoise import zoo
 from equipoise.cli import main
-from equipoise.models import DenseConfig, MDEQConfig
+from equipoise.data import Digits
 from equipoise.report import write_report
 from equipoise.report.figures import confusion_map, curve, residual_plot, step_counts, to_svg
 from equipoise.report.page import EXAMPLES, examples, render
 from equipoise.report.predictions import Predictions, collect_predictions
-from equipoise.train import Digits, Pretraining, TrainConfig, checkpoint, fit, recipes
-from equipoise.train.run import read_lines
+from equipoise.train import Pretraining, TrainConfig, fit
+from equipoise.train.run_folder import read_lines
+from equipoise.zoo import Classify, DenseConfig, MDEQConfig
+from equipoise.zoo.files import load
 
 pytestmark = pytest.mark.slow  # each test trains: together they take too long for the fast set
 
 CONFIG = dataclasses.replace(
-    recipes.mdeq_digits(),
+    zoo.mdeq_digits(),
     data=Digits(validation_fraction=0.1),
     model=dataclasses.replace(MDEQConfig.digits(), channels=(4, 8), num_groups=2, head_channels=(1, 2)),
     solver=eq.Broyden(max_steps=8, memory=8, rtol=0.1),
-    pretraining=Pretraining(steps=2, depth=2),
+    task=Classify(pretraining=Pretraining(steps=2, depth=2)),
     epochs=2,
     batch_size=256,
     eval_batch_size=100,
@@ -58,7 +61,7 @@ def test_a_state_that_is_one_tensor_has_a_report_too(tmp_path: Path) -> None:
     config = dataclasses.replace(
         CONFIG,
         model=DenseConfig(image_size=8, image_channels=1, num_classes=10, width=8, explicit_steps=1),
-        pretraining=Pretraining(),
+        task=Classify(),
         epochs=1,
     )
     fit(config, run_dir=tmp_path / "run")
@@ -182,7 +185,7 @@ def test_curves_go_through_the_points_of_the_log(run: Path, name: str) -> None:
 
 def test_what_the_model_says_is_what_evaluation_found(run: Path) -> None:
     result = json.loads((run / "result.json").read_text())
-    model, test = checkpoint.load(run / "model.safetensors"), CONFIG.data.load().test
+    model, test = load(run / "model.safetensors"), CONFIG.data.load().test
     predictions = collect_predictions(model, test, CONFIG, max_images=1000)
     assert predictions.available == len(test) == len(predictions.labels)
     assert float(predictions.correct.double().mean()) == pytest.approx(result["test_accuracy"])
@@ -197,7 +200,7 @@ def test_what_the_model_says_is_what_evaluation_found(run: Path) -> None:
 
 
 def test_traces_are_the_residuals_of_the_iteration(run: Path) -> None:
-    model, test = checkpoint.load(run / "model.safetensors").double(), CONFIG.data.load().test
+    model, test = load(run / "model.safetensors").double(), CONFIG.data.load().test
     config: TrainConfig = dataclasses.replace(CONFIG, eval_solver=eq.Picard(max_steps=4, rtol=0), precision="64-true")
     model.deq.gradient = eq.JacobianFree()  # Picard keeps no inverse for SHINE
     predictions = collect_predictions(model, test, config, max_images=7)

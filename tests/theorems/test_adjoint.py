@@ -11,7 +11,7 @@ from problems import TanhCell, spectral
 from torch import Tensor, nn
 
 import equipoise as eq
-from equipoise.models import DenseClassifier, DenseConfig
+from equipoise.zoo import DenseClassifier, DenseConfig
 
 TIGHT = eq.Anderson(max_steps=300, rtol=1e-13)
 ADJOINTS = [

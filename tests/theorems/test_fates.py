@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import equipoise as eq
-from equipoise.models import MDEQClassifier, MDEQConfig
 from equipoise.solvers import BS3, VCAB3, Classical, Euler, SteadyState, Tsit5
+from equipoise.zoo import MDEQClassifier, MDEQConfig
 
 DIVERGED, MAX_STEPS = eq.Status.DIVERGED, eq.Status.MAX_STEPS
 STEPPERS = {"VCAB3": VCAB3(), "BS3": BS3(), "Tsit5": Tsit5(), "Euler": Euler()}

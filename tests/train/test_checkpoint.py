@@ -23,9 +23,9 @@ from train.toy import MODEL, PLAIN, Interrupt
 
 import equipoise as eq
 from equipoise import files, train
-from equipoise.models import MDEQClassifier
 from equipoise.train import SGD, Adam, AdamW, CheckpointError, Optimizer, checkpoint, fit
-from equipoise.train.loop import Average
+from equipoise.train.average import Average
+from equipoise.zoo import MDEQClassifier
 
 
 def make_model(**options: Any) -> MDEQClassifier:

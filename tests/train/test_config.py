@@ -10,30 +10,20 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from train.toy import FULL, PLAIN, Toy
+from train.toy import CLASSES, FULL, PLAIN, Toy, read_config
 
 import equipoise as eq
-from equipoise.models import ScaledLayers
-from equipoise.train import (
-    SGD,
-    Adam,
-    AdamW,
-    Digits,
-    FashionMNIST,
-    HubImages,
-    JacobianPenalty,
-    Pretraining,
-    RunError,
-    Schedule,
-    TrainConfig,
-    fit,
-    recipes,
-)
-from equipoise.train.run import config_yaml, overlay, read_config, write_config
+from equipoise import zoo
+from equipoise.data import Digits, FashionMNIST, HubImages
+from equipoise.train import SGD, Adam, AdamW, Pretraining, RunError, TrainConfig, fit
+from equipoise.train.optim import LRSchedule
+from equipoise.train.run_folder import config_yaml, write_config
 from equipoise.train.serialize import from_plain, to_plain
+from equipoise.zoo import Classify, JacobianPenalty, ScaledLayers
+from equipoise.zoo.files import overlay
 
 VARIANTS = {
-    **{name: make() for name, make in recipes.RECIPES.items()},
+    **{name: make() for name, make in zoo.RECIPES.items()},
     "toy": FULL,
     "nested": dataclasses.replace(
         PLAIN,
@@ -57,22 +47,22 @@ def test_yaml_gives_a_configuration_back(name: str, tmp_path: pathlib.Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
-@pytest.mark.parametrize("name", recipes.RECIPES)
+@pytest.mark.parametrize("name", zoo.RECIPES)
 def test_recipes_have_their_names_and_a_configuration_file_holds_every_field(name: str) -> None:
-    config = recipes.RECIPES[name]()
+    config = zoo.RECIPES[name]()
     assert config.name == name
     plain = yaml.safe_load(config_yaml(config))
-    assert list(plain) == [field.name for field in dataclasses.fields(TrainConfig)]
-    assert plain["model"]["class_path"] == f"equipoise.models.{type(config.model).__name__}"
+    assert list(plain) == ["version"] + [field.name for field in dataclasses.fields(TrainConfig)]
+    assert plain["model"]["class_path"] == f"equipoise.zoo.{type(config.model).__name__}"
     assert list(plain["model"]["init_args"]) == [field.name for field in dataclasses.fields(config.model)]
     assert plain["solver"]["class_path"] == f"equipoise.{type(config.solver).__name__}"
     assert plain["solver"]["init_args"].keys() == {field.name for field in dataclasses.fields(config.solver)}
     assert plain["optimizer"]["class_path"].startswith("equipoise.train.")
 
 
-@pytest.mark.parametrize("name", [name for name in recipes.RECIPES if name.startswith("lipschitz")])
+@pytest.mark.parametrize("name", [name for name in zoo.RECIPES if name.startswith("lipschitz")])
 def test_solvers_of_contracting_recipes_follow_from_the_constant_of_their_layers(name: str) -> None:
-    config = recipes.RECIPES[name]()
+    config = zoo.RECIPES[name]()
     layers, n, p = config.model.contraction, config.model.num_levels, config.model.dropout
     assert layers is not None
     assert isinstance(config.gradient, eq.Implicit)
@@ -88,18 +78,18 @@ def test_solvers_of_contracting_recipes_follow_from_the_constant_of_their_layers
         assert solver.lipschitz == constant
     assert (config.solver.max_steps, config.gradient.solver.max_steps) == (18, 20)
     assert config.eval_solver == eq.contraction_solver(in_evaluation, rtol=config.solver.rtol)
-    assert config.pretraining.steps == 0
+    assert config.task.pretraining.steps == 0
 
 
 def test_published_settings_of_the_lipschitz_mdeq() -> None:
-    config = recipes.lipschitz_cifar10()
+    config = zoo.lipschitz_cifar10()
     assert config.model.contraction == ScaledLayers(
         slope=0.4, update=0.5, exchange=0.3, weights="softmax", max_gamma=1.0, cap=2.0
     )
     assert config.model.channels == (32, 64, 128, 256)
     assert config.model.dropout == 0.3
     assert config.optimizer == Adam(lr=1e-3)
-    assert config.schedule == Schedule(final_lr=1e-6)
+    assert config.schedule == LRSchedule(final_lr=1e-6)
     assert (config.epochs, config.batch_size, config.solver.rtol) == (200, 128, 1e-3)
     assert config.data.flip
     assert config.data.crop_padding == 4
@@ -107,8 +97,8 @@ def test_published_settings_of_the_lipschitz_mdeq() -> None:
 
 def test_layers_that_do_not_contract_make_no_recipe() -> None:
     with pytest.raises(ValueError, match=r"ScaledLayers\(slope=0.8.* allows a constant of 4\.844.* lower slope, cap"):
-        recipes.contracting(recipes.mdeq_digits(), ScaledLayers(slope=0.8))
-    smaller = recipes.contracting(recipes.mdeq_digits(), ScaledLayers(slope=0.2))
+        zoo.contracting(zoo.mdeq_digits(), ScaledLayers(slope=0.8))
+    smaller = zoo.contracting(zoo.mdeq_digits(), ScaledLayers(slope=0.2))
     assert isinstance(smaller.solver, eq.Picard)
     assert smaller.solver.lipschitz == pytest.approx(0.1255, abs=0.01)
 
@@ -221,7 +211,7 @@ def test_a_file_may_name_only_what_differs_from_a_base(tmp_path: pathlib.Path) -
         "epochs: 3\nmodel: {dropout: 0}\noptimizer: {class_path: equipoise.train.Adam, init_args: {lr: 1e-2}}\n"
         "gradient: {class_path: Implicit}\n"
     )
-    base = recipes.mdeq_digits()
+    base = zoo.mdeq_digits()
     assert read_config(path, base) == dataclasses.replace(
         base,
         epochs=3,
@@ -242,7 +232,7 @@ def test_a_file_may_name_only_what_differs_from_a_base(tmp_path: pathlib.Path) -
     [
         (lambda: dataclasses.replace(PLAIN, epochs=0), "epochs=0: must be >= 1"),
         (lambda: dataclasses.replace(PLAIN, stop_after=0), "stop_after=0: must be >= 1, or None"),
-        (lambda: dataclasses.replace(PLAIN, label_smoothing=1.0), r"label_smoothing=1.0: must lie in \[0, 1\)"),
+        (lambda: Classify(label_smoothing=1.0), r"label_smoothing=1.0: must lie in \[0, 1\)"),
         (lambda: dataclasses.replace(PLAIN, clip_norm=0.0), "clip_norm=0.0: must be > 0, or None for no clipping"),
         (lambda: dataclasses.replace(PLAIN, clip_norm=float("nan")), "clip_norm=nan: must be > 0"),
         (lambda: dataclasses.replace(PLAIN, ema_decay=1.0), r"ema_decay=1.0: must lie in \[0, 1\), or None"),
@@ -253,8 +243,8 @@ def test_a_file_may_name_only_what_differs_from_a_base(tmp_path: pathlib.Path) -
         ),
         (lambda: Adam(lr=0.0), "optimizer.lr=0.0: must be > 0"),
         (lambda: SGD(weight_decay=-1.0), "optimizer.weight_decay=-1.0: must be >= 0"),
-        (lambda: Schedule(warmup_steps=-1), "schedule.warmup_steps=-1: must be >= 0"),
-        (lambda: Schedule(final_lr=-1.0), "schedule.final_lr=-1.0: must be >= 0"),
+        (lambda: LRSchedule(warmup_steps=-1), "schedule.warmup_steps=-1: must be >= 0"),
+        (lambda: LRSchedule(final_lr=-1.0), "schedule.final_lr=-1.0: must be >= 0"),
         (lambda: Pretraining(depth=0), "depth=0 >= 1"),
         (lambda: JacobianPenalty(weight=-1.0), "penalty.weight=-1.0: must be >= 0"),
         (lambda: JacobianPenalty(probability=1.5), r"penalty.probability=1.5: must lie in \[0, 1\]"),
@@ -277,6 +267,6 @@ def test_values_out_of_range_are_refused_when_they_are_set(make: Callable[[], ob
 
 
 def test_lists_from_a_file_make_equal_hashable_values() -> None:
-    found = from_plain(TrainConfig, to_plain(dataclasses.replace(FULL, data=Toy(mean=[0.4], std=[0.3]))))
+    found = from_plain(TrainConfig, to_plain(dataclasses.replace(FULL, data=Toy(mean=[0.4], std=[0.3]))), CLASSES)
     assert found.data == Toy()
     assert isinstance(found.data.mean, tuple)

@@ -13,9 +13,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import equipoise as eq
+from equipoise import zoo
 from equipoise.contraction import CappedConv2d
-from equipoise.models import MDEQClassifier
-from equipoise.train import TrainConfig, fit, recipes
+from equipoise.train import TrainConfig, fit
+from equipoise.zoo import MDEQClassifier
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("config", "epochs"),
-    [(recipes.lipschitz_digits(), 7), (recipes.lipschitz_tight_digits(), 5)],
+    [(zoo.lipschitz_digits(), 7), (zoo.lipschitz_tight_digits(), 5)],
     ids=lambda value: value.name if isinstance(value, TrainConfig) else str(value),
 )
 def test_digits_are_learned_by_a_map_that_is_proved_to_contract(
@@ -45,7 +46,7 @@ def test_caps_and_certificates_cost_less_than_a_twentieth_of_a_training_step() -
     torch.set_default_dtype(torch.float32)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    config = recipes.lipschitz_fashion_mnist()
+    config = zoo.lipschitz_fashion_mnist()
     three = eq.Picard(max_steps=3, rtol=0, atol=1e-30)  # as many evaluations as digits need, for both models
     capped, free = (MDEQClassifier(config.model, solver=three, gradient=eq.Implicit(solver=three)) for _ in range(2))
     free.load_state_dict(capped.state_dict())

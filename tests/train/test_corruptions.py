@@ -6,7 +6,7 @@ import pytest
 import scipy.ndimage
 import torch
 
-from equipoise.train import Blur, Corruption, Downsample, Hole, Noise
+from equipoise.zoo import Blur, Corruption, Downsample, Hole, Noise
 
 
 def images() -> torch.Tensor:

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from equipoise.train import DataError, Digits, FashionMNIST, HubImages
-from equipoise.train.data import Split, TensorSplit, carve, generator, mix, random_crop, random_flip
-from equipoise.train.readers import open_image, random_resized_crop, read_idx, resize_and_crop, to_mode, to_tensor
+from equipoise.data import DataError, Digits, FashionMNIST, HubImages
+from equipoise.data.base import Split, TensorSplit, derive_seed, generator, random_split
+from equipoise.data.images import random_crop, random_flip
+from equipoise.data.readers import open_image, random_resized_crop, read_idx, resize_and_crop, to_mode, to_tensor
 
 CIFAR = pathlib.Path(os.environ.get("EQUIPOISE_DATA") or pathlib.Path(__file__).parents[3] / "shared/data") / "cifar10"
 FASHION = pathlib.Path("/usr/share/datasets/fashion-mnist")
@@ -115,20 +116,20 @@ def test_the_digits_are_split_without_overlap_and_without_loss(fraction: float) 
 
 
 def test_a_carved_split_is_a_partition_that_never_changes() -> None:
-    rest, part = carve(1000, 200)
+    rest, part = random_split(1000, 200)
     assert sorted([*rest.tolist(), *part.tolist()]) == list(range(1000))
     assert (len(rest), len(part)) == (800, 200)
     torch.manual_seed(1)
-    assert all(torch.equal(a, b) for a, b in zip(carve(1000, 200), (rest, part), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(random_split(1000, 200), (rest, part), strict=True))
     assert part[:6].tolist() == [3, 7, 13, 19, 21, 24]  # published accuracies refer to it
 
 
 def test_mixed_seeds_are_spread_and_stable() -> None:
-    seeds = [mix(a, b) for a in range(50) for b in range(50)]
+    seeds = [derive_seed(a, b) for a in range(50) for b in range(50)]
     assert len(set(seeds)) == 2500
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert abs(np.mean(seeds) / 2**63 - 0.5) < 0.03
-    assert mix(1, 23) != mix(12, 3)
+    assert derive_seed(1, 23) != derive_seed(12, 3)
 
 
 @pytest.mark.parametrize("shuffle", [None, (3, 0)])
@@ -390,7 +391,7 @@ def test_a_local_copy_of_cifar10_is_read(in_memory: bool, cifar: pathlib.Path, m
     monkeypatch.setenv("EQUIPOISE_DATA", str(cifar))
     splits = dataclasses.replace(data, root=None, validation_fraction=0.25).load()
     assert splits.validation is not None
-    rest, held = carve(20, 5)
+    rest, held = random_split(20, 5)
     assert_same(content(splits.train), (train[0][rest], train[1][rest]))
     assert_same(content(splits.validation), (train[0][held], train[1][held]))
 

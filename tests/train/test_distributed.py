@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from train.toy import ENVIRONMENT, MODEL, PLAIN, Toy, command, timeless
 
-from equipoise.models import MDEQClassifier
+from equipoise.data.base import derive_seed, generator
 from equipoise.train import SGD, TrainConfig, checkpoint, evaluate
-from equipoise.train.data import generator, mix
-from equipoise.train.run import read_lines
+from equipoise.train.run_folder import read_lines
+from equipoise.zoo import MDEQClassifier
+from equipoise.zoo.files import load
 
 CONFIG = dataclasses.replace(
     PLAIN,
@@ -59,7 +60,7 @@ def by_hand(steps: int) -> tuple[dict[str, torch.Tensor], list[float]]:
     Each half has its own batch statistics and its own dropout, as on a device of its own.
     """
     split = CONFIG.data.load().train
-    torch.manual_seed(mix(0))
+    torch.manual_seed(derive_seed(0))
     torch.set_default_dtype(torch.float32)
     model = MDEQClassifier(MODEL, solver=CONFIG.solver, gradient=CONFIG.gradient).double()
     torch.set_default_dtype(torch.float64)
@@ -71,7 +72,7 @@ def by_hand(steps: int) -> tuple[dict[str, torch.Tensor], list[float]]:
         total = 0.0
         for rank in (0, 1):
             half = rows[rank::2]
-            torch.manual_seed(mix(0, step, rank, 3))
+            torch.manual_seed(derive_seed(0, step, rank, 3))
             images = CONFIG.data.prepare(split.images[half]).double()  # type: ignore[attr-defined]
             loss = F.cross_entropy(model(images), split.labels[half]) / 2  # type: ignore[attr-defined]
             loss.backward()
@@ -114,7 +115,7 @@ def test_two_processes_take_the_steps_of_one(together: pathlib.Path) -> None:
 def test_the_result_is_that_of_the_saved_model(together: pathlib.Path) -> None:
     found = json.loads((together / "result.json").read_text())
     assert found["world_size"] == 2
-    model = checkpoint.load(together / "model.safetensors")
+    model = load(together / "model.safetensors")
     again = evaluate(model, CONFIG.data.load().test, CONFIG)
     assert again["count"] == 15
     assert found["test_accuracy"] == again["accuracy"]
@@ -126,7 +127,7 @@ def test_the_result_is_that_of_the_saved_model(together: pathlib.Path) -> None:
 def test_two_processes_that_were_killed_go_on(torchrun: bool, together: pathlib.Path, tmp_path: pathlib.Path) -> None:
     for step in ("2", "6"):
         assert launch(TWO, tmp_path / "run", torchrun, TOY_DIES=step) != 0
-    assert state(tmp_path / "run").facts["place"]["step"] == 5
+    assert state(tmp_path / "run").facts["progress"]["step"] == 5
     launch(TWO, tmp_path / "run", torchrun)
     found, expected = state(tmp_path / "run"), state(together)
     for name, value in expected.tensors.items():

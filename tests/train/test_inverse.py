@@ -9,24 +9,25 @@ import pytest
 import torch
 
 import equipoise as eq
+from equipoise.data import Digits, Photographs
 from equipoise.inputs import Joint
-from equipoise.models import DecoderConfig, EquilibriumPrior, PriorConfig
-from equipoise.train import (
-    Adam,
+from equipoise.train import Adam, Pretraining, TrainConfig, fit
+from equipoise.train.task import StepInfo
+from equipoise.zoo import (
     Blur,
-    Digits,
+    DecoderConfig,
     Downsample,
+    EquilibriumPrior,
     Hole,
     Noise,
-    Photographs,
-    Pretraining,
+    ObservationCost,
+    PriorConfig,
     Reconstruct,
-    TrainConfig,
-    fit,
-    load,
+    explain,
+    psnr,
 )
-from equipoise.train.tasks import Moment, psnr
-from equipoise.train.tasks.reconstruct import LatentPenalty, ObservationCost, explain
+from equipoise.zoo.files import load
+from equipoise.zoo.generative.task import LatentPenalty
 
 CONFIG = TrainConfig(
     data=Digits(mean=(0.0,), std=(1.0,)),
@@ -91,8 +92,8 @@ def test_the_answer_is_a_minimum_of_misfit_and_penalty() -> None:
 @pytest.mark.slow
 def test_gradients_are_differences_of_the_solved_loss() -> None:
     model = drawn()
-    objective = CONFIG.task.objective(model, CONFIG)
-    moment, labels = Moment(0, 0, 0), torch.zeros(2)
+    objective = CONFIG.objective(model)
+    moment, labels = StepInfo(0, 0, 0), torch.zeros(2)
     objective(images(2), labels, moment)[0].backward()
     for weight in (model.log_weights, model.deq.cell.injection.parametrizations.weight.original, model.first.weight):
         direction, h = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)), 1e-4
@@ -108,10 +109,12 @@ def test_gradients_are_differences_of_the_solved_loss() -> None:
 
 def test_fixed_depth_steps_are_those_of_latents_of_zero() -> None:
     model = drawn()
-    config = dataclasses.replace(CONFIG, pretraining=Pretraining(steps=1, depth=3))
-    objective = config.task.objective(model, config)
-    early, late = (float(objective(images(2), torch.zeros(2), Moment(step, 0, 0))[0].detach()) for step in (0, 1))
-    observed, mask = objective._observe(images(2), Moment(0, 0, 0))
+    config = dataclasses.replace(
+        CONFIG, task=dataclasses.replace(CONFIG.task, pretraining=Pretraining(steps=1, depth=3))
+    )
+    objective = config.objective(model)
+    early, late = (float(objective(images(2), torch.zeros(2), StepInfo(step, 0, 0))[0].detach()) for step in (0, 1))
+    observed, mask = objective._observe(images(2), StepInfo(0, 0, 0))
     x = model.latents(2, 8, 8)
     context = model.context(observed, mask)
     z = model.start(x)
@@ -134,7 +137,7 @@ def test_what_is_seen_in_evaluation_does_not_depend_on_the_batch(
     config = dataclasses.replace(
         CONFIG, model=model, task=task, solver=eq.Anderson(max_steps=1), eval_solver=eq.Anderson(max_steps=1)
     )
-    objective = task.objective(drawn(model), config).eval()
+    objective = config.objective(drawn(model)).eval()
     seen: list[torch.Tensor] = []
     context = objective.model.context
 
@@ -157,18 +160,19 @@ def test_training_beats_the_observation(tmp_path: pathlib.Path) -> None:
     config = dataclasses.replace(
         CONFIG,
         model=dataclasses.replace(CONFIG.model, num_corruptions=1),
-        task=dataclasses.replace(CONFIG.task, corruptions=(Noise(std=0.4),), step_size=0.1),
+        task=dataclasses.replace(
+            CONFIG.task, corruptions=(Noise(std=0.4),), step_size=0.1, pretraining=Pretraining(steps=80, depth=5)
+        ),
         solver=eq.Anderson(memory=8, max_steps=12, rtol=1e-3, ridge=1e-3),
         gradient=eq.Implicit(solver=eq.GMRES(max_steps=15, rtol=0.0, atol=2e-2)),
         optimizer=Adam(lr=1e-2),
-        pretraining=Pretraining(steps=80, depth=5),
         epochs=10,
         stop_after=89,
         batch_size=16,
         eval_batch_size=360,
     )
     result = fit(config, run_dir=tmp_path / "run")
-    objective = config.task.objective(result.model, config)
+    objective = config.objective(result.model)
     clean = config.data.load().test.images.float() / 255
     observed, _ = objective._observe(clean, None)
     assert result.test["test_psnr"] > float(psnr(observed, clean).mean()) + 1
@@ -196,5 +200,5 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="sees the observation pixel by pixel, and Downsample leaves fewer of them"):
         dataclasses.replace(CONFIG, model=one, task=Reconstruct(corruptions=(Downsample(factor=2),)))
     decoder = DecoderConfig(image_size=8, image_channels=1, latent_size=4, width=24)
-    with pytest.raises(ValueError, match=r"pretraining=.* has no use in the task Reconstruct"):
-        dataclasses.replace(CONFIG, model=decoder, pretraining=Pretraining(steps=1))
+    with pytest.raises(ValueError, match=r"pretraining.steps=1: .* a DecoderConfig makes the same image every time"):
+        dataclasses.replace(CONFIG, model=decoder, task=Reconstruct(pretraining=Pretraining(steps=1)))

@@ -13,26 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from train.toy import FULL, MODEL, PLAIN, Interrupt, Run, Toy, timeless
+from train.toy import FULL, MODEL, PLAIN, Interrupt, Run, Toy, read_config, timeless
 
 import equipoise as eq
-from equipoise.models import MDEQClassifier
+from equipoise.data.base import derive_seed, generator
 from equipoise.nn import jacobian_penalty
-from equipoise.train import (
-    SGD,
-    JacobianPenalty,
-    NonFiniteLoss,
-    Observer,
-    Pretraining,
-    Schedule,
-    checkpoint,
-    evaluate,
-    fit,
-    loop,
-)
-from equipoise.train.data import generator, mix
-from equipoise.train.run import read_config, read_lines
-from equipoise.train.tasks import COMMON, Classification, Moment
+from equipoise.train import SGD, NonFiniteLoss, Observer, Pretraining, checkpoint, evaluate, fit, loop
+from equipoise.train.optim import LRSchedule
+from equipoise.train.run_folder import read_lines
+from equipoise.train.task import COMMON, StepInfo
+from equipoise.zoo import Classification, Classify, JacobianPenalty, MDEQClassifier
+from equipoise.zoo.files import load
 
 pytestmark = pytest.mark.slow  # each test trains: together they take too long for the fast set
 
@@ -50,7 +41,7 @@ def test_the_loop_equals_one_written_by_hand(tmp_path: pathlib.Path) -> None:
     )
     total, warmup, peak, final = 8, 3, 0.2, 1e-4
     split = config.data.load().train
-    torch.manual_seed(mix(0))
+    torch.manual_seed(derive_seed(0))
     torch.set_default_dtype(torch.float32)  # weights are drawn in single precision
     model = MDEQClassifier(MODEL, solver=config.solver, gradient=config.gradient).double()
     torch.set_default_dtype(torch.float64)
@@ -65,13 +56,13 @@ def test_the_loop_equals_one_written_by_hand(tmp_path: pathlib.Path) -> None:
         padded = nn.functional.pad(split.images[rows], (1, 1, 1, 1))  # type: ignore[attr-defined]
         images = torch.stack([p[:, y : y + 4, x : x + 4] for p, y, x in zip(padded, *corner.tolist(), strict=True)])
         labels = split.labels[rows]  # type: ignore[attr-defined]
-        torch.manual_seed(mix(0, step, 0, 3))
+        torch.manual_seed(derive_seed(0, step, 0, 3))
         early = {"solver": eq.Picard(max_steps=0), "gradient": eq.Unrolled(steps=2)} if step < 2 else {}
         with model.deq.using(**early):
             logits, solution = model.classify(((images.float() / 255 - mean) / std).double())
         log_p = logits.log_softmax(1)
         loss = -(0.9 * log_p[range(8), labels] + 0.1 * log_p.mean(1)).mean()
-        if mix(0, step, 1) < 0.5 * 2**63:
+        if derive_seed(0, step, 1) < 0.5 * 2**63:
             loss = loss + 0.1 * jacobian_penalty(solution, 1)
             penalized += 1
         gradients = torch.autograd.grad(loss, list(model.parameters()))
@@ -101,7 +92,7 @@ def test_the_loop_equals_one_written_by_hand(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize("warmup", [0, 7])
 def test_the_schedule_is_that_of_torch(warmup: int) -> None:
     peak, total = 0.3, 40
-    schedule = Schedule(warmup_steps=warmup, final_lr=0.01)
+    schedule = LRSchedule(warmup_steps=warmup, final_lr=0.01)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total - warmup, eta_min=0.01)
     expected = [peak * (k + 1) / warmup for k in range(warmup)]
@@ -111,17 +102,17 @@ def test_the_schedule_is_that_of_torch(warmup: int) -> None:
         cosine.step()
     assert [schedule.lr(k, total, peak) for k in range(total + 1)] == pytest.approx(expected, rel=1e-10)
     assert schedule.lr(total, total, peak) == pytest.approx(0.01)
-    assert Schedule(warmup_steps=50).lr(30, 40, peak) == pytest.approx(peak * 31 / 50)
+    assert LRSchedule(warmup_steps=50).lr(30, 40, peak) == pytest.approx(peak * 31 / 50)
 
 
 def test_label_smoothing_and_statistics_equal_their_formulas() -> None:
     model = MDEQClassifier(MODEL, solver=eq.Broyden(max_steps=6, memory=6, rtol=0.1)).eval()
     images, labels = torch.randn(5, 1, 4, 4), torch.tensor([0, 1, 2, 2, 0])
-    objective = Classification(model, label_smoothing=0.3)
+    objective = Classification(model, Classify(label_smoothing=0.3))
     logits, solution = model.classify(images)
     log_p = logits.log_softmax(1)
     plain, spread = -log_p[range(5), labels].mean(), -log_p.mean()
-    loss, sums = objective(images, labels, Moment(0, 0, 0))
+    loss, sums = objective(images, labels, StepInfo(0, 0, 0))
     torch.testing.assert_close(loss, 0.7 * plain + 0.3 * spread)
     torch.testing.assert_close(objective(images, labels)[0], plain)  # in evaluation there is none
     found = dict(zip((*COMMON, "accuracy"), sums.tolist(), strict=True))
@@ -144,8 +135,8 @@ def test_label_smoothing_and_statistics_equal_their_formulas() -> None:
 def test_the_jacobian_penalty_is_in_the_loss_with_its_weight() -> None:
     model = MDEQClassifier(MODEL, solver=eq.Broyden(max_steps=30, memory=30, rtol=1e-8)).eval()
     images, labels = torch.randn(2, 1, 4, 4), torch.tensor([0, 1])
-    objective = Classification(model, penalty=JacobianPenalty(weight=0.5, num_probes=200))
-    loss, sums = objective(images, labels, Moment(0, 0, 0))
+    objective = Classification(model, Classify(penalty=JacobianPenalty(weight=0.5, num_probes=200)))
+    loss, sums = objective(images, labels, StepInfo(0, 0, 0))
     logits, solution = model.classify(images)
     jacobians = []
     for i in range(2):
@@ -173,7 +164,7 @@ def test_when_the_penalty_applies() -> None:
 
 
 def test_pretraining_applies_the_map_a_fixed_number_of_times(tmp_path: pathlib.Path) -> None:
-    config = dataclasses.replace(PLAIN, pretraining=Pretraining(steps=4, depth=3), log_every=1, tensorboard=False)
+    config = dataclasses.replace(PLAIN, task=Classify(pretraining=Pretraining(steps=4, depth=3)), log_every=1)
     fit(config, run_dir=tmp_path)
     steps = [line["mean_steps"] for line in read_lines(tmp_path) if line["kind"] == "step"]
     assert steps[:4] == [3.0] * 4
@@ -226,7 +217,7 @@ def test_the_files_of_a_run_agree(precision: Any, tmp_path: pathlib.Path) -> Non
     assert all(torch.equal(weights[name], value) for name, value in result.model.state_dict().items())
     assert {value.dtype for value in weights.values()} == {torch.float32, torch.int64}
     assert found["parameters"] == sum(p.numel() for p in result.model.parameters())
-    loaded = checkpoint.load(tmp_path / "model.safetensors")
+    loaded = load(tmp_path / "model.safetensors")
     again = evaluate(loaded, config.data.load().test, config)
     assert again["accuracy"] == found["test_accuracy"]
     assert again["loss"] == found["test_loss"]
@@ -270,7 +261,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, at: int, kind: str) -> None:
     forward = Classification.forward
 
     def replaced(
-        self: Classification, images: Tensor, labels: Tensor, moment: Moment | None = None
+        self: Classification, images: Tensor, labels: Tensor, moment: StepInfo | None = None
     ) -> tuple[Tensor, Tensor]:
         loss, sums = forward(self, images, labels, moment)
         if moment is None and kind == "evaluation":

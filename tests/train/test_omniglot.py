@@ -15,8 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from equipoise.train import DataError, Omniglot, letters
-from equipoise.train.omniglot import Episodes, read_alphabets
+from benchmarks.few_shot import letters
+from equipoise.data import DataError
+from equipoise.zoo import Omniglot
+from equipoise.zoo.few_shot.omniglot import Episodes, read_alphabets
 
 REAL = pathlib.Path(os.environ.get("EQUIPOISE_DATA") or pathlib.Path(__file__).parents[3] / "shared/data") / "omniglot"
 NOTO = pathlib.Path("/usr/share/fonts/truetype/noto")
@@ -300,7 +302,7 @@ def test_letters_of_fonts_without_scripts_for_evaluation(tmp_path: pathlib.Path)
 
 
 def test_fonts_that_are_none_are_named(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(DataError, match=r"has no fonts .* fonts-noto-core, or set data.fonts to null"):
+    with pytest.raises(DataError, match=r"has no fonts .* fonts-noto-core, or name another folder"):
         letters.render(tmp_path, 28)
     (tmp_path / "broken.ttf").write_bytes(b"no font at all")
     with pytest.raises(DataError, match=r"broken\.ttf is a damaged font"):

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from train.toy import FULL, MODEL, PLAIN, Interrupt, Interrupted, timeless
+from train.toy import FULL, MODEL, PLAIN, Interrupt, Interrupted, read_config, timeless
+from train.toy import command_line as main
 
 import equipoise as eq
-from equipoise.cli import main
-from equipoise.models import MDEQClassifier
 from equipoise.train import Pretraining, evaluate, fit
-from equipoise.train.run import config_yaml, read_config, read_lines
+from equipoise.train.run_folder import config_yaml, read_lines
 from equipoise.train.serialize import from_plain, to_plain
-from equipoise.train.tasks import Classification, Moment
+from equipoise.train.task import StepInfo
+from equipoise.zoo import Classification, Classify, MDEQClassifier
 
 AWARE = eq.AdjointBroyden(max_steps=6, memory=8, rtol=0, cadence=2)
 LABELS = torch.tensor([0, 2, 1, 1, 0])
@@ -51,7 +51,7 @@ def test_the_solver_is_told_the_loss_of_each_sample_of_the_frozen_head(
     for norm in classifier.head.modules():  # statistics that a first step would change
         if isinstance(norm, nn.BatchNorm2d):
             norm.momentum = 0.5
-    loss, _ = Classification(classifier, label_smoothing=smoothing)(*batch(), Moment(0, 0, 0))
+    loss, _ = Classification(classifier, Classify(label_smoothing=smoothing))(*batch(), StepInfo(0, 0, 0))
     loss.backward()
     assert len(told) == 2  # after two and four steps of the five
     assert classifier.training
@@ -81,9 +81,9 @@ def test_the_inverse_is_exact_from_the_left_where_the_loss_leads() -> None:
 
     classifier.classify = spied  # type: ignore[method-assign]
     classifier.deq.solver = eq.AdjointBroyden(max_steps=60, memory=120, rtol=1e-9, cadence=1)
-    objective(*batch(), Moment(0, 0, 0))
+    objective(*batch(), StepInfo(0, 0, 0))
     classifier.deq.solver = dataclasses.replace(classifier.deq.solver, cadence=None)
-    objective(*batch(), Moment(0, 0, 0))
+    objective(*batch(), StepInfo(0, 0, 0))
     errors = []
     for solution in captured:
         solution.raise_for_status()
@@ -108,15 +108,15 @@ def test_neither_in_evaluation_nor_in_fixed_depth_steps_nor_without_cadence(monk
         return gradient(self, loss)
 
     monkeypatch.setattr(eq.Point, "gradient", noted)
-    objective = Classification(model(), pretraining=Pretraining(steps=1, depth=2))
-    objective(*batch(), Moment(0, 0, 0))
+    objective = Classification(model(), Classify(pretraining=Pretraining(steps=1, depth=2)))
+    objective(*batch(), StepInfo(0, 0, 0))
     with torch.no_grad():
         objective.eval()(*batch())
     objective.train().model.deq.solver = dataclasses.replace(AWARE, cadence=None)
-    objective(*batch(), Moment(1, 0, 0))
+    objective(*batch(), StepInfo(1, 0, 0))
     assert not calls
     objective.model.deq.solver = AWARE
-    objective(*batch(), Moment(1, 0, 0))
+    objective(*batch(), StepInfo(1, 0, 0))
     assert len(calls) == 2
     assert objective.model.deq.solver is AWARE
 

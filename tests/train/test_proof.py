@@ -9,17 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from train.toy import FULL, PLAIN, Run, contracting_toys
+from train.toy import CLASSES, FULL, PLAIN, Run, contracting_toys
 
 import equipoise as eq
-from equipoise import CertificateError, files, train
+from equipoise import CertificateError, files, train, zoo
 from equipoise.contraction.capped import _Cap
-from equipoise.models import MDEQClassifier, ScaledLayers, SLLLayers
-from equipoise.train import CheckpointError, TrainConfig, checkpoint, evaluate, fit, loop, recipes
+from equipoise.train import CheckpointError, TrainConfig, checkpoint, evaluate, fit, loop
+from equipoise.train.average import Average
 from equipoise.train.evaluation import certified
-from equipoise.train.loop import Average
 from equipoise.train.proof import FACTS, check_claims, prove, summarize
 from equipoise.train.serialize import from_plain, to_plain
+from equipoise.zoo import MDEQClassifier, ScaledLayers, SLLLayers
+from equipoise.zoo.files import load
 
 TOYS = contracting_toys()
 
@@ -53,7 +54,7 @@ def test_a_run_ends_with_a_proof_that_its_test_images_obey(kind: str, whole: Run
     assert stored["evaluation"] == json.loads(json.dumps(certificate.as_dict()))
     assert stored["training"]["norm"] == eq.certify(result.model, training=True).norm >= certificate.norm
     split = config.data.load().test
-    again = evaluate(train.load(result.run_dir / "model.safetensors"), split, config)
+    again = evaluate(load(result.run_dir / "model.safetensors"), split, config)
     assert {name: again[name] for name in FACTS} == pytest.approx({name: found[name] for name in FACTS})
     strict = dataclasses.replace(config.eval_solver, lipschitz=certificate.norm / 2)
     with pytest.raises(CertificateError, match=r"was given lipschitz=0.* and the weights prove 0\.\d+ only"):
@@ -116,28 +117,28 @@ def rewrite(path: pathlib.Path, **changes: Any) -> None:
 def test_a_file_whose_weights_prove_less_than_it_claims_is_refused(saved: pathlib.Path) -> None:
     facts = checkpoint.describe(saved)
     claimed = facts["certificate"]["evaluation"]["norm"]
-    assert train.load(saved).config.contraction == TOYS["scaled"].model.contraction
+    assert load(saved).config.contraction == TOYS["scaled"].model.contraction
     config = json.loads(json.dumps(facts["config"]))
     config["init_args"]["contraction"]["init_args"]["cap"] *= 1.1  # as if every convolution had been enlarged
     solver = to_plain(eq.Picard())
     rewrite(saved, config=config, solver=solver, gradient=to_plain(eq.JacobianFree()))
     with pytest.raises(CheckpointError, match=rf"block matrix has norm {claimed:.4f} in evaluation, and its weights"):
-        train.load(saved)
+        load(saved)
     config["init_args"]["contraction"]["init_args"].update(cap=50.0, slope=1.0)
     rewrite(saved, config=config)
     with pytest.raises(CheckpointError, match=r"claims that the map contracts in evaluation, and its weights do not"):
-        train.load(saved)
+        load(saved)
     rewrite(saved, certificate=None)
-    assert not eq.certify(train.load(saved)).contracts  # it claims nothing
+    assert not eq.certify(load(saved)).contracts  # it claims nothing
     rewrite(saved, certificate={"evaluation": 3})
     with pytest.raises(CheckpointError, match="is not what it says"):
-        train.load(saved)
+        load(saved)
 
 
 def test_a_file_whose_solver_was_told_a_smaller_constant_is_refused(saved: pathlib.Path) -> None:
     rewrite(saved, solver=to_plain(eq.Picard(lipschitz=0.01)))
     with pytest.raises(CheckpointError, match=r"is not what it says: the solver of the DEQ was given lipschitz=0\.01"):
-        train.load(saved)
+        load(saved)
     model = MDEQClassifier(TOYS["tight"].model, solver=eq.Picard(lipschitz=0.1))  # starts at 0.8 * 0.5
     with pytest.raises(CertificateError, match=r"given lipschitz=0\.1, and the weights prove 0\.\d+ only"):
         train.save(model, saved)
@@ -149,10 +150,10 @@ def test_files_without_a_certificate_are_still_read(tmp_path: pathlib.Path) -> N
     tensors, facts = files.read_tensors(tmp_path / "model")
     del facts["certificate"], facts["config"]["init_args"]["contraction"]
     files.write_tensors(tmp_path / "model", tensors, facts)
-    assert train.load(tmp_path / "model").config == FULL.model
+    assert load(tmp_path / "model").config == FULL.model
     plain = to_plain(PLAIN)
     del plain["model"]["init_args"]["contraction"]
-    assert from_plain(TrainConfig, plain) == PLAIN
+    assert from_plain(TrainConfig, plain, CLASSES) == PLAIN
 
 
 def claiming(**changes: Any) -> TrainConfig:
@@ -187,7 +188,7 @@ def test_a_run_does_not_start_with_a_constant_that_its_layers_may_exceed(
 
 
 def test_dropout_counts_in_training_alone() -> None:
-    config = recipes.contracting(PLAIN, ScaledLayers())
+    config = zoo.contracting(PLAIN, ScaledLayers())
     assert PLAIN.model.dropout > 0
     assert config.eval_solver is not None
     evaluated = getattr(config.eval_solver, "lipschitz")  # noqa: B009, a field of the two solvers of the policy alone
@@ -241,7 +242,7 @@ def test_a_proof_that_fails_at_the_end_does_not_cost_the_model(
     monkeypatch.setattr(loop, "certified", fail)
     with pytest.raises(CertificateError, match="nothing is proved"):
         fit(dataclasses.replace(TOYS["tight"], stop_after=1), run_dir=tmp_path)
-    assert eq.certify(train.load(tmp_path / "model.safetensors")).contracts
+    assert eq.certify(load(tmp_path / "model.safetensors")).contracts
 
 
 def test_a_model_in_half_precision_is_told_so() -> None:
@@ -255,29 +256,29 @@ def test_a_model_in_half_precision_is_told_so() -> None:
 def test_layers_are_part_of_the_configuration(tmp_path: pathlib.Path) -> None:
     config = dataclasses.replace(TOYS["tight"], model=dataclasses.replace(TOYS["tight"].model))
     plain = to_plain(config)
-    assert plain["model"]["init_args"]["contraction"]["class_path"] == "equipoise.models.SLLLayers"
-    assert from_plain(TrainConfig, plain) == config
+    assert plain["model"]["init_args"]["contraction"]["class_path"] == "equipoise.zoo.SLLLayers"
+    assert from_plain(TrainConfig, plain, CLASSES) == config
     plain["model"]["init_args"]["contraction"]["init_args"]["cieling"] = 0.5
     with pytest.raises(ValueError, match=r"unknown key 'model.contraction.cieling'; did you mean 'ceiling'"):
-        from_plain(TrainConfig, plain)
+        from_plain(TrainConfig, plain, CLASSES)
     plain["model"]["init_args"]["contraction"] = {"class_path": "SLLLayer", "init_args": {}}
     with pytest.raises(ValueError, match=r"model.contraction: unknown class 'SLLLayer'; did you mean 'SLLLayers'"):
-        from_plain(TrainConfig, plain)
+        from_plain(TrainConfig, plain, CLASSES)
     plain["model"]["init_args"]["contraction"] = {"class_path": "SLLLayers", "init_args": {"ceiling": 1.0}}
     with pytest.raises(ValueError, match=r"ceiling=1\.0: must lie in \(0, 1\)"):
-        from_plain(TrainConfig, plain)
+        from_plain(TrainConfig, plain, CLASSES)
     assert isinstance(config.model.contraction, SLLLayers)
 
 
 def test_a_model_with_the_solver_of_its_certificate_is_saved(tmp_path: pathlib.Path) -> None:
     """The constant is that of evaluation; with dropout the weights prove less, which is no reason to lose the model."""
-    config = dataclasses.replace(recipes.lipschitz_digits().model, dropout=0.3)
+    config = dataclasses.replace(zoo.lipschitz_digits().model, dropout=0.3)
     model = MDEQClassifier(config).eval()
     model.deq.solver = eq.certify(model).solver()
     train.save(model, tmp_path / "model")
     stored = checkpoint.describe(tmp_path / "model")["certificate"]
     assert stored["training"]["norm"] > stored["evaluation"]["norm"]
-    assert train.load(tmp_path / "model").deq.solver == model.deq.solver
+    assert load(tmp_path / "model").deq.solver == model.deq.solver
 
 
 def test_nothing_is_promised_in_bf16() -> None:

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 import equipoise as eq
+from equipoise.data import Digits
 from equipoise.inputs import Envelope
-from equipoise.models import DecoderConfig, MDEQConfig, build
-from equipoise.train import Adam, Digits, Hole, JacobianPenalty, Noise, Reconstruct, TrainConfig, fit, load
-from equipoise.train.tasks import Moment, psnr
+from equipoise.train import Adam, TrainConfig, fit
+from equipoise.train.task import StepInfo
+from equipoise.zoo import DecoderConfig, Hole, MDEQConfig, Noise, Reconstruct, psnr
+from equipoise.zoo.files import load
 
 CONFIG = TrainConfig(
     data=Digits(mean=(0.0,), std=(1.0,)),
@@ -42,9 +44,9 @@ def test_training_gradients_are_those_of_the_solved_problem(corruptions: tuple[N
     gradient = eq.Implicit(solver=eq.GMRES(max_steps=200, rtol=0.0, atol=1e-10)) if corruptions else Envelope()
     task = dataclasses.replace(CONFIG.task, corruptions=corruptions)
     config = exact(dataclasses.replace(CONFIG, task=task, gradient=gradient))
-    model = config.task.build(config).double().eval()  # no power iterations: the weights stay what they are
-    objective = config.task.objective(model, config)
-    images, moment = torch.rand(3, 1, 8, 8) * 0.2 + 0.4, Moment(0, 0, 0)
+    model = config.build().double().eval()  # no power iterations: the weights stay what they are
+    objective = config.objective(model)
+    images, moment = torch.rand(3, 1, 8, 8) * 0.2 + 0.4, StepInfo(0, 0, 0)
     loss, _ = objective(images, torch.zeros(3), moment)
     loss.backward()
     for weight in (model.head[0].bias, model.deq.cell.injection.weight):
@@ -63,8 +65,8 @@ def test_training_gradients_are_those_of_the_solved_problem(corruptions: tuple[N
 def test_evaluation_is_at_the_equilibrium_that_is_solved_for_again() -> None:
     torch.manual_seed(0)
     config = dataclasses.replace(CONFIG, solver=eq.Anderson(max_steps=3))  # far from converged
-    model = config.task.build(config).eval()
-    objective = config.task.objective(model, config)
+    model = config.build().eval()
+    objective = config.objective(model)
     images = torch.rand(5, 1, 8, 8, dtype=torch.float32)
     model.float()
     with torch.no_grad():
@@ -118,8 +120,6 @@ def test_what_does_not_fit_is_refused() -> None:
         dataclasses.replace(CONFIG, model=MDEQConfig.digits())
     with pytest.raises(ValueError, match=r"set gradient=Implicit\(\)"):
         dataclasses.replace(CONFIG, task=Reconstruct(corruptions=(Noise(),)))
-    with pytest.raises(ValueError, match=r"penalty=.* has no use"):
-        dataclasses.replace(CONFIG, penalty=JacobianPenalty(weight=1.0))
     with pytest.raises(ValueError, match="step_size=0"):
         Reconstruct(step_size=0.0)
-    assert build(CONFIG.model).config == CONFIG.model
+    assert CONFIG.model.build().config == CONFIG.model

@@ -14,10 +14,22 @@ import time
 
 import pytest
 import torch
-from train.toy import ENVIRONMENT, FULL, PLAIN, Interrupt, Interrupted, Run, Toy, command, contracting_toys, timeless
+from train.toy import (
+    ENVIRONMENT,
+    FULL,
+    PLAIN,
+    Interrupt,
+    Interrupted,
+    Run,
+    Toy,
+    command,
+    contracting_toys,
+    read_config,
+    timeless,
+)
 
 from equipoise.train import SGD, AdamW, Result, RunError, TrainConfig, checkpoint, fit
-from equipoise.train.run import read_config, read_lines
+from equipoise.train.run_folder import read_lines
 
 pytestmark = pytest.mark.slow  # each test trains: together they take too long for the fast set
 

@@ -12,17 +12,26 @@ from torch import Tensor, nn
 from train.toy import MODEL
 
 import equipoise as eq
+from equipoise import zoo
 from equipoise.files import DataError
-from equipoise.models import DenseClassifier, DenseConfig, MDEQClassifier, build
 from equipoise.nn import jacobian_penalty
-from equipoise.train import JacobianPenalty, Pretraining, SkipPenalty, TrainConfig, recipes
-from equipoise.train.tasks import COMMON, Classification, Moment
+from equipoise.train import Pretraining, TrainConfig
+from equipoise.train.task import COMMON, StepInfo
+from equipoise.zoo import (
+    Classification,
+    Classify,
+    DenseClassifier,
+    DenseConfig,
+    JacobianPenalty,
+    MDEQClassifier,
+    SkipPenalty,
+)
 
 ROWS = 5
 DENSE = DenseConfig(image_size=3, image_channels=1, num_classes=3, width=6)
 TIGHT = eq.Anderson(max_steps=300, rtol=1e-13)
 EXACT = eq.Implicit(solver=eq.GMRES(max_steps=60, rtol=0.0, atol=1e-13))
-FIRST = Moment(0, 0, 0)
+FIRST = StepInfo(0, 0, 0)
 
 variants = pytest.mark.parametrize("changes", [{"predictor": True}, {"explicit_steps": 1}], ids=["skip", "skip-reg"])
 
@@ -64,10 +73,10 @@ def told(sums: Tensor) -> dict[str, float]:
 @variants
 def test_the_loss_is_cross_entropy_and_the_weighted_distance(changes: dict[str, Any]) -> None:
     model, (images, labels) = dense(changes), batch()
-    objective = Classification(model, skip=SkipPenalty(weight=0.8, decay=0.92))
+    objective = Classification(model, Classify(skip=SkipPenalty(weight=0.8, decay=0.92)))
     start, z, entropy = by_hand(model, images, labels)
     for epoch in (0, 1, 7):
-        loss, sums = objective(images, labels, Moment(100 * epoch, epoch, 0))
+        loss, sums = objective(images, labels, StepInfo(100 * epoch, epoch, 0))
         penalty = 0.8 * 0.92**epoch * (z - start).abs().mean()
         torch.testing.assert_close(loss, entropy + penalty)
         assert told(sums)["penalty"] == pytest.approx(ROWS * float(penalty.detach()))
@@ -84,7 +93,7 @@ def test_the_equilibrium_is_drawn_to_its_start_unless_it_is_detached(
     changes: dict[str, Any], detach_target: bool
 ) -> None:
     model, (images, labels) = dense(changes), batch()
-    objective = Classification(model, skip=SkipPenalty(weight=3.0, detach_target=detach_target))
+    objective = Classification(model, Classify(skip=SkipPenalty(weight=3.0, detach_target=detach_target)))
     start, z, entropy = by_hand(model, images, labels)
     expected = gradients(entropy + 3 * ((z.detach() if detach_target else z) - start).abs().mean(), model)
     actual = gradients(objective(images, labels, FIRST)[0], model)
@@ -95,19 +104,19 @@ def test_the_equilibrium_is_drawn_to_its_start_unless_it_is_detached(
 @variants
 def test_fixed_depth_steps_are_penalized_too_and_count_their_depth(changes: dict[str, Any]) -> None:
     model, (images, labels) = dense(changes), batch()
-    objective = Classification(model, skip=SkipPenalty(weight=3.0), pretraining=Pretraining(steps=2, depth=4))
+    objective = Classification(model, Classify(skip=SkipPenalty(weight=3.0), pretraining=Pretraining(steps=2, depth=4)))
     start, z, entropy = by_hand(model, images, labels, depth=4)
-    loss, sums = objective(images, labels, Moment(1, 0, 0))
+    loss, sums = objective(images, labels, StepInfo(1, 0, 0))
     torch.testing.assert_close(loss, entropy + 3 * (z - start).abs().mean())
     torch.testing.assert_close(gradients(loss, model), gradients(entropy + 3 * (z - start).abs().mean(), model))
     assert told(sums)["steps"] == ROWS * (4 + model.config.explicit_steps)
-    after = told(objective(images, labels, Moment(2, 0, 0))[1])
+    after = told(objective(images, labels, StepInfo(2, 0, 0))[1])
     assert after["steps"] > ROWS * 5, "the steps after are solves"
 
 
 def test_both_penalties_add_up() -> None:
     model, (images, labels) = dense({"explicit_steps": 1}), batch()
-    both = Classification(model, penalty=JacobianPenalty(weight=0.5), skip=SkipPenalty(weight=2.0))
+    both = Classification(model, Classify(penalty=JacobianPenalty(weight=0.5), skip=SkipPenalty(weight=2.0)))
     start, z, entropy = by_hand(model, images, labels)
     torch.manual_seed(3)
     loss = both(images, labels, FIRST)[0]
@@ -126,7 +135,7 @@ def test_levels_count_alike_or_by_their_numbers() -> None:
     assert gaps[0].numel() == 4 * gaps[1].numel()
     entropy = nn.functional.cross_entropy(logits, labels)
     for per_scale, apart in ((True, means.sum()), (False, (4 * means[0] + means[1]) / 5)):
-        objective = Classification(model, skip=SkipPenalty(weight=2.0, per_scale=per_scale))
+        objective = Classification(model, Classify(skip=SkipPenalty(weight=2.0, per_scale=per_scale)))
         torch.testing.assert_close(objective(images, labels, FIRST)[0], entropy + 2 * apart)
 
 
@@ -147,7 +156,7 @@ def test_the_weight_decays_from_epoch_to_epoch() -> None:
         (lambda: SkipPenalty(decay=0.0), r"skip\.decay=0\.0: must lie in \(0, 1\]; 1 keeps the weight"),
         (lambda: SkipPenalty(decay=1.1), r"skip\.decay=1\.1: must lie in \(0, 1\]"),
         (
-            lambda: dataclasses.replace(recipes.continuous_mnist(), skip=SkipPenalty(weight=0.1)),
+            lambda: dataclasses.replace(zoo.continuous_mnist(), task=Classify(skip=SkipPenalty(weight=0.1))),
             r"skip\.weight=0\.1 would draw the equilibrium to zeros.*set model\.predictor=true",
         ),
     ],
@@ -160,7 +169,7 @@ def test_misuse_is_named_with_its_remedy(make: Any, message: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe",
-    [recipes.continuous_mnist, recipes.skip_mnist, recipes.skip_reg_mnist, recipes.skip_reg_fashion_mnist],
+    [zoo.continuous_mnist, zoo.skip_mnist, zoo.skip_reg_mnist, zoo.skip_reg_fashion_mnist],
     ids=lambda recipe: recipe.__name__,
 )
 def test_the_recipes_take_steps(recipe: Callable[[], TrainConfig]) -> None:
@@ -170,14 +179,14 @@ def test_the_recipes_take_steps(recipe: Callable[[], TrainConfig]) -> None:
         images, labels = next(config.data.load().train.batches(16))
     except DataError as error:
         pytest.skip(str(error))
-    model = build(config.model, solver=config.solver, gradient=config.gradient)
-    objective = Classification(model, skip=config.skip, pretraining=config.pretraining)
+    model = config.build()
+    objective = Classification(model, config.task)
     optimizer = config.optimizer.build(model.parameters())
     before = [p.detach().clone() for p in model.parameters()]
-    for step in {0, config.pretraining.steps}:  # a step of fixed depth, if there are such, and one by the flow
-        loss, sums = objective(config.data.prepare(images), labels, Moment(step, 0, 0))
+    for step in {0, config.task.pretraining.steps}:  # a step of fixed depth, if there are such, and one by the flow
+        loss, sums = objective(config.data.prepare(images), labels, StepInfo(step, 0, 0))
         assert bool(sums.isfinite().all())
-        assert (told(sums)["penalty"] > 0) == bool(config.skip.weight)
+        assert (told(sums)["penalty"] > 0) == bool(config.task.skip.weight)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -15,21 +16,13 @@ import torch
 from torch import nn
 
 import equipoise as eq
-from equipoise.models import MDEQConfig, ScaledLayers, SLLLayers
-from equipoise.train import (
-    Adam,
-    ImageData,
-    JacobianPenalty,
-    Observer,
-    Pretraining,
-    Result,
-    Schedule,
-    TrainConfig,
-    fit,
-    recipes,
-)
-from equipoise.train.data import Splits, TensorSplit
+from equipoise import cli, zoo
+from equipoise.data import ImageData
+from equipoise.data.base import Splits, TensorSplit
+from equipoise.train import Adam, Observer, Pretraining, Result, TrainConfig, fit
+from equipoise.train.optim import LRSchedule
 from equipoise.train.serialize import from_plain, to_plain
+from equipoise.zoo import Classify, JacobianPenalty, MDEQConfig, ScaledLayers, SLLLayers, files
 
 MODEL = MDEQConfig(
     image_size=4,
@@ -65,10 +58,15 @@ class Toy(ImageData):
         return Splits(train, validation, TensorSplit(images[:15], labels[:15]), ("first", "second", "third"))
 
 
+CLASSES = (*zoo.CLASSES, Toy)
+command_line = functools.partial(cli.main, classes=CLASSES)
+read_config = functools.partial(files.read_config, classes=CLASSES)
+
 PLAIN = TrainConfig(
     name="toy",
     data=Toy(),
     model=MODEL,
+    task=Classify(),
     solver=eq.Broyden(max_steps=4, memory=4),
     gradient=eq.Shine(),
     optimizer=Adam(lr=0.01),
@@ -83,11 +81,13 @@ PLAIN = TrainConfig(
 FULL = dataclasses.replace(
     PLAIN,
     data=Toy(crop_padding=1, flip=True, validation_fraction=0.1),
-    pretraining=Pretraining(steps=2, depth=2),
-    penalty=JacobianPenalty(weight=0.1, probability=0.5),
-    label_smoothing=0.1,
+    task=Classify(
+        pretraining=Pretraining(steps=2, depth=2),
+        penalty=JacobianPenalty(weight=0.1, probability=0.5),
+        label_smoothing=0.1,
+    ),
     optimizer=Adam(lr=0.01, weight_decay=0.01),
-    schedule=Schedule(warmup_steps=3, final_lr=1e-4),
+    schedule=LRSchedule(warmup_steps=3, final_lr=1e-4),
     clip_norm=1.0,
     ema_decay=0.9,
     checkpoint_every=1,
@@ -98,8 +98,8 @@ FULL = dataclasses.replace(
 def contracting_toys() -> dict[str, TrainConfig]:
     """Runs whose map contracts, one of each kind of layers; the caps are so low that they bind from the beginning."""
     layers = {"scaled": ScaledLayers(slope=0.8, cap=0.5), "tight": SLLLayers(ceiling=0.5)}
-    base = dataclasses.replace(FULL, checkpoint_every=None, penalty=JacobianPenalty())
-    return {kind: recipes.contracting(base, each) for kind, each in layers.items()}
+    base = dataclasses.replace(FULL, checkpoint_every=None, task=Classify(label_smoothing=0.1))
+    return {kind: zoo.contracting(base, each) for kind, each in layers.items()}
 
 
 Run = Callable[[TrainConfig], Result]
@@ -153,7 +153,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if "TOY_ALONE" in os.environ:
         nn.BatchNorm2d = GroupNorm  # type: ignore[assignment, misc]
-    config = from_plain(TrainConfig, json.loads(sys.argv[1]))
+    config = from_plain(TrainConfig, json.loads(sys.argv[1]), CLASSES)
     fit(config, run_dir=pathlib.Path(sys.argv[2]), resume=True, observer=Announce())
 
 

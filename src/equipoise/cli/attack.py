@@ -7,6 +7,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from equipoise.cli.commands import evaluated, folder_config, image_files, read_image, run_folder, run_model
+from equipoise.cli.commands import evaluated, run_folder, run_model
 from equipoise.cli.display import facts_table
 from equipoise.cli.errors import UsageError
 from equipoise.cli.flags import parse
 from equipoise.constraints import L2Ball, LInfBall
+from equipoise.data import image_files, read_image
+from equipoise.files import RunError
 from equipoise.inputs import Nested
-from equipoise.models import EquilibriumClassifier
-from equipoise.models import attack as find
 from equipoise.solvers import Picard
-from equipoise.train import Adversarial, TrainConfig
-from equipoise.train.recipes import RECIPES
-from equipoise.train.run import RunError
+from equipoise.train import TrainConfig
+from equipoise.zoo import CLASSES, RECIPES, Adversarial, EquilibriumClassifier
+from equipoise.zoo import attack as find
+from equipoise.zoo.files import folder_config
 
 BATCH = 50  # images that are attacked together, between two marks of the progress bar
 SHOWN = 10  # images in the picture
@@ -93,12 +95,12 @@ class Found:
         }
 
 
-def attack(arguments: list[str]) -> int:
+def attack(arguments: list[str], classes: Sequence[type] = CLASSES) -> int:
     """Attack the images of a run, or image files."""
     folder = run_folder(arguments, "attack")
-    found = folder_config(folder) if folder is not None else RECIPES["jiio-adversarial"]()
+    found = folder_config(folder, classes=classes) if folder is not None else RECIPES["jiio-adversarial"]()
     trained = found.task if isinstance(found.task, Adversarial) else Adversarial()
-    base = dataclasses.replace(evaluated(found), solver=found.task.forward_solver(found))
+    base = dataclasses.replace(evaluated(found), solver=found.forward_solver)
     own: list[tuple[str, dict[str, Any]]] = [
         ("run", {"metavar": "RUN", "help": "run folder"}),
         (
@@ -136,11 +138,12 @@ def attack(arguments: list[str]) -> int:
         description=DESCRIPTION,
         examples=EXAMPLES,
         own=own,
+        classes=classes,
         fields=("data", "solver"),
     )
     _check(options, trained)
     console = Console()
-    model, facts = run_model(Path(options.run), console, quiet=options.json)
+    model, facts = run_model(Path(options.run), console, quiet=options.json, classes=classes)
     if not isinstance(model, EquilibriumClassifier):
         raise RunError(f"{options.run} holds a {type(model).__name__}, and attack is for classifiers")
     model.eval().float()
@@ -183,7 +186,7 @@ def _images(options: Any, config: TrainConfig) -> tuple[Tensor, Tensor | None]:
     """Pixels in [0, 1] and labels; None where the classifier's own answers take their place."""
     if options.files:
         return torch.stack(
-            [read_image(path, config, options.invert)[0] for path in _paths(options)]
+            [read_image(path, config.data, options.invert)[0] for path in _paths(options)]
         ).float() / 255, None
     images, labels = next(iter(config.data.load().test.batches(options.images)))
     return images.float() / 255, labels

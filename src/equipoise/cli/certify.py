@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,18 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from equipoise.cli.commands import folder_config, run_folder, run_model
+from equipoise.cli.commands import run_folder, run_model
 from equipoise.cli.display import facts_table
 from equipoise.cli.errors import UsageError
 from equipoise.cli.flags import parse
 from equipoise.contraction.certificate import Certificate
 from equipoise.core.solution import Solution
+from equipoise.files import RunError
 from equipoise.gradients import Implicit
-from equipoise.models import EquilibriumClassifier, MDEQConfig
-from equipoise.train.evaluation import to_device
+from equipoise.train.device import to_device
 from equipoise.train.proof import Proof, prove
-from equipoise.train.recipes import RECIPES
-from equipoise.train.run import RunError
+from equipoise.zoo import CLASSES, RECIPES, EquilibriumClassifier, MDEQConfig
+from equipoise.zoo.files import folder_config
 
 DESCRIPTION = """\
 What the weights of a run prove about its map: whether it contracts, without and with the dropout of training, how
@@ -43,7 +43,7 @@ examples:
 """
 
 
-def certify(arguments: list[str]) -> int:
+def certify(arguments: list[str], classes: Sequence[type] = CLASSES) -> int:
     """Prove that the map of a run contracts."""
     own: list[tuple[str, dict[str, Any]]] = [
         ("run", {"metavar": "RUN", "help": "run folder"}),
@@ -52,7 +52,7 @@ def certify(arguments: list[str]) -> int:
         ("--json", {"action": "store_true", "help": "print JSON"}),
     ]
     folder = run_folder(arguments, "certify")
-    base = folder_config(folder) if folder is not None else RECIPES["lipschitz-digits"]()
+    base = folder_config(folder, classes=classes) if folder is not None else RECIPES["lipschitz-digits"]()
     config, options = parse(
         arguments,
         base,
@@ -60,6 +60,7 @@ def certify(arguments: list[str]) -> int:
         description=DESCRIPTION,
         examples=EXAMPLES,
         own=own,
+        classes=classes,
         fields=("data",),
     )
     if options.images < 0:
@@ -67,14 +68,18 @@ def certify(arguments: list[str]) -> int:
     if not options.rtol > 0:
         raise UsageError(f"--rtol {options.rtol:g}: must be > 0")
     console = Console()
-    model, _ = run_model(Path(options.run), console, quiet=options.json)
+    model, _ = run_model(Path(options.run), console, quiet=options.json, classes=classes)
     if not isinstance(model, EquilibriumClassifier):
         raise RunError(f"{options.run} holds a {type(model).__name__}, and certify is for classifiers")
     images, labels = None, None
     if options.images:
         batch = next(iter(config.data.load().test.batches(options.images)))
         images, labels = to_device(config, *batch, torch.device("cpu"))
-    proof = prove(model, solver=config.eval_solver, images=images)
+    proof = prove(
+        model,
+        solver=config.eval_solver,
+        solve=None if images is None else lambda model: config.task.solve(model, images),
+    )
     observed = None
     if proof.reason is None and images is not None and labels is not None:
         observed = _observe(model, proof, images, labels, options.rtol)

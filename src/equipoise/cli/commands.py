@@ -8,8 +8,7 @@ import json
 import shlex
 import sys
 import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,19 @@ from rich.table import Table
 from equipoise.cli.display import LiveDisplay, PlainDisplay, facts_table
 from equipoise.cli.errors import UsageError, fail
 from equipoise.cli.flags import parse
+from equipoise.data import image_files, read_image
+from equipoise.files import DataError, RunError
 from equipoise.gradients import JacobianFree
-from equipoise.models import ClassifierConfig
 from equipoise.train import CheckpointError, TrainConfig, checkpoint, fit
 from equipoise.train import evaluate as evaluate_split
-from equipoise.train.evaluation import to_device
+from equipoise.train.device import to_device
 from equipoise.train.proof import summarize
-from equipoise.train.readers import DataError, open_image, resize_and_crop, to_mode, to_tensor
-from equipoise.train.recipes import RECIPES
-from equipoise.train.run import RunError, config_yaml, folder_config, new_folder, read_config
+from equipoise.train.run_folder import config_yaml, new_folder
 from equipoise.train.serialize import nearest
-from equipoise.train.tasks import SCORES
+from equipoise.train.task import SCORES
+from equipoise.zoo import CLASSES, RECIPES, ClassifierConfig
+from equipoise.zoo.files import folder_config, load, read_config
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")  # in a folder; a file may have any
 TRAIN_EXAMPLES = """\
 fields of a class are flags, too; --solver.help Anderson lists those of a class. Dashes and underscores in flags
 mean the same. Lists are written [16,32].
@@ -40,7 +39,7 @@ mean the same. Lists are written [16,32].
 examples:
   equipoise train mdeq-digits --run-dir runs/demo
   equipoise train mdeq-digits --solver Anderson --solver.memory 6 --gradient Implicit --gradient.solver.rtol 1e-6
-  equipoise train mdeq-cifar10-tiny --data.root data/cifar10 --penalty.weight 0.5 --penalty.probability 0.05
+  equipoise train mdeq-cifar10-tiny --data.root data/cifar10 --task.penalty.weight 0.5 --task.penalty.probability 0.05
   equipoise train mdeq-digits --print_config > mine.yaml
   equipoise train --config mine.yaml --seed 1
   equipoise train --run-dir runs/demo --resume
@@ -48,7 +47,7 @@ examples:
 """
 
 
-def recipes(arguments: list[str]) -> int:
+def recipes(arguments: list[str], classes: Sequence[type] = CLASSES) -> int:
     """List the recipes."""
     if arguments and arguments[0] in ("-h", "--help"):
         sys.stdout.write("usage: equipoise recipes\n\nList the named recipes of `equipoise train`.\n")
@@ -62,7 +61,7 @@ def recipes(arguments: list[str]) -> int:
     return 0
 
 
-def train(arguments: list[str]) -> int:
+def train(arguments: list[str], classes: Sequence[type] = CLASSES) -> int:
     """Train a recipe or a configuration file, or go on with a run."""
     own: list[tuple[str, dict[str, Any]]] = [
         ("--config", {"metavar": "FILE", "help": "YAML file with fields of the configuration, over the recipe's"}),
@@ -73,7 +72,9 @@ def train(arguments: list[str]) -> int:
         ("--print-config", {"action": "store_true", "help": "print the configuration as YAML and stop"}),
     ]
     recipe, flags = _recipe(arguments)
-    base = _base(recipe, _value(flags, "config"), _value(flags, "run-dir"), any(f == "--resume" for f in flags))
+    base = _base(
+        recipe, _value(flags, "config"), _value(flags, "run-dir"), any(f == "--resume" for f in flags), classes
+    )
     config, options = parse(
         flags,
         base,
@@ -83,6 +84,7 @@ def train(arguments: list[str]) -> int:
         + f"\nIn brackets: the values of {base.name}; those of another recipe: equipoise train RECIPE --help",
         examples=TRAIN_EXAMPLES,
         own=own,
+        classes=classes,
     )
     if options.resume and options.overwrite:
         raise UsageError("--resume goes on with a run and --overwrite replaces it; give one of them")
@@ -123,11 +125,11 @@ def train(arguments: list[str]) -> int:
         except RunError as error:
             display.say(f"no report: {error}")
         else:
-            display.say(f"report {write_report(result.run_dir)}")
+            display.say(f"report {write_report(result.run_dir, classes=classes)}")
     return 0
 
 
-def evaluate(arguments: list[str]) -> int:
+def evaluate(arguments: list[str], classes: Sequence[type] = CLASSES) -> int:
     """Accuracy and solver statistics of a run on a split."""
     own: list[tuple[str, dict[str, Any]]] = [
         ("run", {"metavar": "RUN", "help": "run folder"}),
@@ -135,7 +137,7 @@ def evaluate(arguments: list[str]) -> int:
         ("--json", {"action": "store_true", "help": "print JSON"}),
     ]
     folder = run_folder(arguments, "evaluate")
-    base = evaluated(folder_config(folder) if folder is not None else RECIPES["mdeq-digits"]())
+    base = evaluated(folder_config(folder, classes=classes) if folder is not None else RECIPES["mdeq-digits"]())
     config, options = parse(
         arguments,
         base,
@@ -145,10 +147,11 @@ def evaluate(arguments: list[str]) -> int:
         "  equipoise evaluate runs/demo --solver.max_steps 6 --split train\n"
         "  equipoise evaluate runs/demo --solver Anderson --solver.rtol 1e-5 --json\n",
         own=own,
+        classes=classes,
         fields=("data", "solver", "eval_batch_size", "precision", "accelerator", "channels_last"),
     )
     console = Console()
-    model, _ = run_model(Path(options.run), console, quiet=options.json)
+    model, _ = run_model(Path(options.run), console, quiet=options.json, classes=classes)
     split = getattr(config.data.load(), options.split)
     if split is None:
         raise RunError("the run set no validation images aside; evaluate --split test")
@@ -177,7 +180,7 @@ def evaluate(arguments: list[str]) -> int:
     return 0
 
 
-def predict(arguments: list[str]) -> int:
+def predict(arguments: list[str], classes: Sequence[type] = CLASSES) -> int:
     """Classify image files."""
     own: list[tuple[str, dict[str, Any]]] = [
         ("run", {"metavar": "RUN", "help": "run folder"}),
@@ -187,8 +190,8 @@ def predict(arguments: list[str]) -> int:
         ("--json", {"action": "store_true", "help": "print JSON, one line per image"}),
     ]
     folder = run_folder(arguments, "predict")
-    found = folder_config(folder) if folder is not None else RECIPES["mdeq-digits"]()
-    base = dataclasses.replace(evaluated(found), solver=found.task.forward_solver(found))
+    found = folder_config(folder, classes=classes) if folder is not None else RECIPES["mdeq-digits"]()
+    base = dataclasses.replace(evaluated(found), solver=found.forward_solver)
     config, options = parse(
         arguments,
         base,
@@ -199,12 +202,13 @@ def predict(arguments: list[str]) -> int:
         "  equipoise predict runs/demo scan1.png scan2.png --invert --top 1\n"
         "  equipoise predict runs/demo scans/ --json\n",
         own=own,
+        classes=classes,
         fields=("solver",),
     )
     if options.top < 1:
         raise UsageError(f"--top {options.top}: must be >= 1")
     console = Console()
-    model, facts = run_model(Path(options.run), console, quiet=options.json)
+    model, facts = run_model(Path(options.run), console, quiet=options.json, classes=classes)
     if not isinstance(config.model, ClassifierConfig):
         raise RunError(f"{options.run} is a run of {type(config.task).__name__}, and predict names classes")
     names = facts["about"].get("classes") or [str(number) for number in range(config.model.num_classes)]
@@ -214,7 +218,7 @@ def predict(arguments: list[str]) -> int:
         images = {}
         for path in files[start : start + size]:
             try:
-                images[path] = read_image(path, config, options.invert)
+                images[path] = read_image(path, config.data, options.invert)
             except DataError as error:
                 fail(str(error), 1)
                 failed = True
@@ -254,21 +258,7 @@ def _predict_batch(
             console.print(f"  {note}", markup=False, highlight=False, soft_wrap=True)
 
 
-def image_files(names: list[str]) -> list[Path]:
-    """The files that are named, and those in the folders that are named, as far as their suffix tells an image."""
-    found: list[Path] = []
-    for path in map(Path, names):
-        if not path.is_dir():
-            found.append(path)
-            continue
-        inside = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-        if not inside:
-            raise DataError(f"{path} holds no image files ({', '.join(IMAGE_SUFFIXES)})")
-        found += inside
-    return list(dict.fromkeys(found))
-
-
-def report(arguments: list[str]) -> int:
+def report(arguments: list[str], classes: Sequence[type] = CLASSES) -> int:
     """Write the report of a run."""
     own: list[tuple[str, dict[str, Any]]] = [
         ("run", {"metavar": "RUN", "help": "run folder"}),
@@ -283,11 +273,12 @@ def report(arguments: list[str]) -> int:
         "residuals per solver step, mistakes and confusion matrix, in one file that needs no network.",
         examples="examples:\n  equipoise report runs/demo\n  equipoise report runs/demo --images 10000\n",
         own=own,
+        classes=classes,
         fields=(),
     )
     if options.images < 1:
         raise UsageError(f"--images {options.images}: must be >= 1")
-    path = _report_writer()(options.run, max_images=options.images)
+    path = _report_writer()(options.run, max_images=options.images, classes=classes)
     Console().print(f"report {path}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
@@ -302,55 +293,6 @@ def _report_writer() -> Callable[..., Path]:
     return write_report
 
 
-def read_image(path: Path, config: TrainConfig, invert: bool, *, side: int | None = None) -> tuple[torch.Tensor, str]:
-    """An image as the model's data has it, or of another side, and what had to be converted."""
-    image = _opened(path)
-    channels, size, _ = config.data.shape
-    before = f"{image.width}x{image.height} {image.mode}"
-    converted = to_mode(image, channels)
-    resize = getattr(config.data, "resize", None) or size
-    if side is not None:
-        size = resize = side
-    if converted.size != (size, size):
-        converted = resize_and_crop(converted, resize, size)
-    kind = "color" if channels == 3 else "grayscale"
-    unchanged = image.size == (size, size) and image.mode == ("RGB" if channels == 3 else "L")
-    note = "" if unchanged else f"{before} was converted to {size}x{size} {kind}"
-    if image.width != image.height:
-        note += " (the central square)"
-    pixels = to_tensor(converted)
-    if invert:
-        pixels = 255 - pixels
-    elif channels == 1 and not unchanged and float(pixels.float().mean()) > 160:
-        note += "; it is mostly light, and the model was trained on light marks on dark ground: try --invert"
-    return pixels, note
-
-
-def read_cropped(path: Path, channels: int, invert: bool, *, multiple: int) -> tuple[torch.Tensor, str]:
-    """An image in its own size, cut to a multiple of some pixels, and what had to be converted."""
-    image = _opened(path)
-    pixels = to_tensor(to_mode(image, channels))
-    height, width = (side - side % multiple for side in pixels.shape[1:])
-    if not height or not width:
-        raise DataError(f"{path} has {image.width}x{image.height} pixels, and each side must be at least {multiple}")
-    same = (width, height) == image.size and image.mode == ("RGB" if channels == 3 else "L")
-    kind = "color" if channels == 3 else "grayscale"
-    note = "" if same else f"{image.width}x{image.height} {image.mode} was cut to {width}x{height} {kind}"
-    pixels = pixels[:, :height, :width]
-    return 255 - pixels if invert else pixels, note
-
-
-def _opened(path: Path) -> Any:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    with warnings.catch_warnings():
-        # Pillow warns of large images and refuses huge ones; the first are as good as others here.
-        warnings.filterwarnings("ignore", ".*could be decompression bomb")
-        return open_image(content, str(path))
-
-
 def _recipe(arguments: list[str]) -> tuple[str | None, list[str]]:
     """The recipe that a command line names, and the rest of it."""
     for position, argument in enumerate(arguments):
@@ -362,16 +304,18 @@ def _recipe(arguments: list[str]) -> tuple[str | None, list[str]]:
     return None, arguments
 
 
-def _base(recipe: str | None, file: str | None, run_dir: str | None, resume: bool) -> TrainConfig:
+def _base(
+    recipe: str | None, file: str | None, run_dir: str | None, resume: bool, classes: Sequence[type]
+) -> TrainConfig:
     """The configuration that flags change."""
     base = RECIPES[recipe]() if recipe is not None else None
     if file is not None:
         try:
-            return read_config(file, base)
+            return read_config(file, base, classes=classes)
         except RunError as error:
             raise UsageError(str(error)) from error
     if resume and run_dir is not None and (Path(run_dir) / "config.yaml").exists():
-        found = read_config(Path(run_dir) / "config.yaml")
+        found = folder_config(Path(run_dir), classes=classes)
         if base is not None and base.name != found.name:
             raise RunError(f"{run_dir} holds a run of {found.name}, not of {base.name}; leave the recipe out")
         return found
@@ -403,18 +347,20 @@ def evaluated(config: TrainConfig) -> TrainConfig:
     )
 
 
-def run_model(folder: Path, console: Console, *, quiet: bool) -> tuple[Any, dict[str, Any]]:
+def run_model(
+    folder: Path, console: Console, *, quiet: bool, classes: Sequence[type] = CLASSES
+) -> tuple[Any, dict[str, Any]]:
     """The model of a run and its facts: the final one, or that of the newest whole checkpoint."""
     path = folder / "model.safetensors"
     if path.exists():
-        return checkpoint.load(path), checkpoint.describe(path)
+        return load(path, classes=classes), checkpoint.describe(path)
     state, problems = checkpoint.read_newest_state(folder / "checkpoints")
     if state is None:
         raise CheckpointError("; ".join([*problems, f"{folder} has no model yet: its run has saved no checkpoint"]))
-    config = folder_config(folder)
+    config = folder_config(folder, classes=classes)
     model = checkpoint.model_of_state(state, config)
     if not quiet:
         for problem in problems:
             console.print(f"{problem}. The checkpoint before it is used", markup=False, soft_wrap=True)
-        console.print(f"the run is not finished: its checkpoint at step {state.facts['place']['step']} is used")
+        console.print(f"the run is not finished: its checkpoint at step {state.facts['progress']['step']} is used")
     return model, {"about": {}}

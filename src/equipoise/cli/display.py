@@ -13,7 +13,7 @@ from rich.text import Text
 
 from equipoise.train import Observer, Result
 from equipoise.train.proof import summarize
-from equipoise.train.tasks import SCORES
+from equipoise.train.task import SCORES
 
 
 class PlainDisplay(Observer):

@@ -9,13 +9,14 @@ import inspect
 import re
 import typing
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import jsonargparse
 
 from equipoise.cli.errors import UsageError
 from equipoise.train import TrainConfig
-from equipoise.train.serialize import from_plain, known_classes, nearest, needs_python, public_path, to_plain
+from equipoise.train.serialize import from_plain, members, nearest, needs_python, public_path, to_plain
+from equipoise.zoo import CLASSES
 
 
 def parse(
@@ -27,6 +28,7 @@ def parse(
     examples: str,
     own: Sequence[tuple[str, dict[str, Any]]],
     fields: Sequence[str] | None = None,
+    classes: Sequence[type] = CLASSES,
 ) -> tuple[TrainConfig, argparse.Namespace]:
     """The configuration and the other options that a command line gives.
 
@@ -38,6 +40,7 @@ def parse(
         examples: end of the help.
         own: the command's own positionals and flags: name and arguments of `add_argument`.
         fields: those of the configuration that have flags; None: all.
+        classes: that flags may name.
 
     Raises:
         UsageError: an unknown flag (the nearest known one is named), a value of another type or out of range.
@@ -45,12 +48,16 @@ def parse(
     every = [field.name for field in dataclasses.fields(TrainConfig) if field.name != "name"]
     fields = every if fields is None else list(fields)
     arguments = [spell(argument, own) for argument in arguments]
-    plain = _choose_classes(to_plain(base), arguments, fields)
-    _check_names(plain, arguments, fields, own)
-
-    _allow_known_classes()
+    plain = _choose_classes(to_plain(base), arguments, fields, classes)
+    _check_names(plain, arguments, fields, own, classes)
+    jsonargparse.set_parsing_settings(
+        docstring_parse_attribute_docstrings=True,
+        import_path_denylist=["*"],
+        import_path_allowlist=["equipoise", *sorted({cls.__module__ for cls in classes})],
+    )
     parser = Parser(
         prog="equipoise",
+        formatter_class=type("Formatter", (Formatter,), {"classes": classes}),
         usage=usage,
         description=description,
         epilog=examples,
@@ -69,7 +76,7 @@ def parse(
     options = argparse.Namespace(**{key: value for key, value in parsed.items() if key not in fields})
     changed = {name: _dicts(parsed[name]) for name in fields}
     try:
-        return from_plain(TrainConfig, {**plain, **changed}), options
+        return from_plain(TrainConfig, {**plain, **changed}, classes), options
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
 
@@ -116,6 +123,8 @@ def _union_error(match: re.Match[str]) -> str:
 class Formatter(argparse.RawDescriptionHelpFormatter):
     """Help with types left to the metavar and defaults as they would be typed."""
 
+    classes: ClassVar[Sequence[type]] = CLASSES
+
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=34, width=110)
 
@@ -127,7 +136,8 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
         hint = getattr(action, "_typehint", None)
         family = _family(hint)
         if family is not None:
-            text += f" One of {', '.join(sorted(known_classes(family)))}; its fields follow as --{action.dest}.FIELD."
+            names = ", ".join(sorted(members(family, self.classes)))
+            text += f" One of {names}; its fields follow as --{action.dest}.FIELD."
         if hint is None or action.default is argparse.SUPPRESS:
             return text.replace("%", "%%")
         return f"{text} [{_shown(action.default)}]".replace("%", "%%")
@@ -204,17 +214,6 @@ def spell(argument: str, own: Sequence[tuple[str, dict[str, Any]]]) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
-def _allow_known_classes() -> None:
-    """Flags may name classes of this package and those that the running program defines; nothing else is imported."""
-    families = filter(None, map(_family, typing.get_type_hints(TrainConfig).values()))
-    modules = {cls.__module__ for family in families for cls in known_classes(family).values()}
-    jsonargparse.set_parsing_settings(
-        docstring_parse_attribute_docstrings=True,
-        import_path_denylist=["*"],
-        import_path_allowlist=["equipoise", *sorted(modules)],
-    )
-
-
 def _values(arguments: Sequence[str]) -> dict[str, str]:
     """Flags without dashes and what follows them."""
     found = {}
@@ -226,7 +225,9 @@ def _values(arguments: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _choose_classes(plain: dict[str, Any], arguments: Sequence[str], fields: Sequence[str]) -> dict[str, Any]:
+def _choose_classes(
+    plain: dict[str, Any], arguments: Sequence[str], fields: Sequence[str], classes: Sequence[type]
+) -> dict[str, Any]:
     """The base with another class where a flag names one: it keeps the fields that all solvers (optimizers) share."""
     values = _values(arguments)
     hints = typing.get_type_hints(TrainConfig)
@@ -236,15 +237,15 @@ def _choose_classes(plain: dict[str, Any], arguments: Sequence[str], fields: Seq
         chosen = values.get(name, "").rpartition(".")[2]
         if family is None:
             continue
-        classes = known_classes(family)
+        found = members(family, classes)
         asked = values.get(f"{name}.help", "").rpartition(".")[2]
-        if asked and not asked.startswith("-") and asked not in classes:
-            raise UsageError(f"--{name}.help: unknown class {asked!r}; {nearest(asked, classes)}")
+        if asked and not asked.startswith("-") and asked not in found:
+            raise UsageError(f"--{name}.help: unknown class {asked!r}; {nearest(asked, found)}")
         if not chosen or chosen == "null":
             continue
-        if chosen not in classes:
-            raise UsageError(f"--{name}: unknown class {chosen!r}; {nearest(chosen, classes)}")
-        path, old = public_path(classes[chosen]), plain[name]
+        if chosen not in found:
+            raise UsageError(f"--{name}: unknown class {chosen!r}; {nearest(chosen, found)}")
+        path, old = public_path(found[chosen]), plain[name]
         if old is not None and old["class_path"] != path:
             shared = {field.name for field in dataclasses.fields(family)} if name != "data" else set()
             kept = {key: value for key, value in old["init_args"].items() if key in shared}
@@ -253,32 +254,36 @@ def _choose_classes(plain: dict[str, Any], arguments: Sequence[str], fields: Seq
 
 
 def _check_names(
-    plain: dict[str, Any], arguments: Sequence[str], fields: Sequence[str], own: Sequence[tuple[str, dict[str, Any]]]
+    plain: dict[str, Any],
+    arguments: Sequence[str],
+    fields: Sequence[str],
+    own: Sequence[tuple[str, dict[str, Any]]],
+    classes: Sequence[type],
 ) -> None:
     values = _values(arguments)
     hints = typing.get_type_hints(TrainConfig)
     known = {name[2:] for name, _ in own if name.startswith("--")} | {"help"}
     for name in fields:
-        known |= _names(name, hints[name], plain.get(name), values)
+        known |= _names(name, hints[name], plain.get(name), values, classes)
     for given in values:
         if given and given not in known:
             raise UsageError(f"unknown flag --{given}; {nearest_flag(given, known)}")
 
 
-def _names(name: str, hint: Any, value: Any, values: dict[str, str]) -> set[str]:
+def _names(name: str, hint: Any, value: Any, values: dict[str, str], classes: Sequence[type]) -> set[str]:
     """Flags of a field and of the fields inside it."""
     names = {name}
     family = _family(hint)
     if family is not None:
         names.add(f"{name}.help")
-        classes = known_classes(family)
+        found = members(family, classes)
         given = values.get(name, "").rpartition(".")[2]
-        if given.isidentifier() and given not in {*classes, "null"}:
-            raise UsageError(f"--{name}: unknown class {given!r}; {nearest(given, classes)}")
+        if given.isidentifier() and given not in {*found, "null"}:
+            raise UsageError(f"--{name}: unknown class {given!r}; {nearest(given, found)}")
         chosen = given or (value or {}).get("class_path", "").rpartition(".")[2]
-        if chosen not in classes:
+        if chosen not in found:
             return names
-        cls, inside = classes[chosen], (value or {}).get("init_args", {})
+        cls, inside = found[chosen], (value or {}).get("init_args", {})
         if not inside:
             inside = {
                 field.name: to_plain(field.default)
@@ -291,7 +296,7 @@ def _names(name: str, hint: Any, value: Any, values: dict[str, str]) -> set[str]
         return names
     for inner, inner_hint in typing.get_type_hints(cls).items():
         if inner in {field.name for field in dataclasses.fields(cls)} and not needs_python(inner_hint):
-            names |= _names(f"{name}.{inner}", inner_hint, inside.get(inner), values)
+            names |= _names(f"{name}.{inner}", inner_hint, inside.get(inner), values, classes)
     return names
 
 

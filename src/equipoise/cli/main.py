@@ -44,13 +44,21 @@ examples:
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 1 for a failure, 2 for a command line that is not understood."""
+def main(argv: Sequence[str] | None = None, *, classes: Sequence[type] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: the command and its arguments; None: those of the process.
+        classes: that flags and files may name; None: `equipoise.zoo.CLASSES`.
+
+    Returns:
+        Exit code: 0, 1 for a failure, 2 for a command line that is not understood.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        return run(arguments)
+        return run(arguments, classes)
     except KeyboardInterrupt as stop:
         return fail(f"interrupted{''.join(f'; {advice}' for advice in stop.args)}", 130)
     except SystemExit as end:  # argparse leaves this way when it has shown a help text
@@ -76,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(text, 1)
 
 
-def run(arguments: list[str]) -> int:
+def run(arguments: list[str], classes: Sequence[type] | None = None) -> int:
     """Dispatch to a command."""
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(HELP)
@@ -90,6 +98,7 @@ def run(arguments: list[str]) -> int:
     from equipoise.cli.certify import certify
     from equipoise.cli.reconstruct import reconstruct
     from equipoise.cli.tune import tune
+    from equipoise.zoo import CLASSES
 
     known = {
         "recipes": commands.recipes,
@@ -104,4 +113,4 @@ def run(arguments: list[str]) -> int:
     }
     if command not in known:
         raise UsageError(f"unknown command {command!r}; {nearest(command, known)}")
-    return known[command](rest)
+    return known[command](rest, CLASSES if classes is None else classes)

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,28 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from equipoise.cli.commands import evaluated, folder_config, read_cropped, read_image, run_folder, run_model
+from equipoise.cli.commands import evaluated, run_folder, run_model
 from equipoise.cli.display import facts_table
 from equipoise.cli.errors import UsageError
 from equipoise.cli.flags import parse
-from equipoise.models import PriorConfig
-from equipoise.train import Blur, Corruption, Downsample, Hole, Noise, Reconstruct, TrainConfig
-from equipoise.train.data import generator
-from equipoise.train.recipes import RECIPES
-from equipoise.train.run import RunError
-from equipoise.train.tasks import explain, psnr
+from equipoise.data import read_cropped, read_image
+from equipoise.data.base import generator
+from equipoise.files import RunError
+from equipoise.train import TrainConfig
+from equipoise.zoo import (
+    CLASSES,
+    RECIPES,
+    Blur,
+    Corruption,
+    Downsample,
+    Hole,
+    Noise,
+    PriorConfig,
+    Reconstruct,
+    explain,
+    psnr,
+)
+from equipoise.zoo.files import folder_config
 
 DESCRIPTION = """\
 Recover an image from what is left of it: the decoder of a run makes the image, and its latents are optimized, together
@@ -40,10 +53,10 @@ examples:
 """
 
 
-def reconstruct(arguments: list[str]) -> int:
+def reconstruct(arguments: list[str], classes: Sequence[type] = CLASSES) -> int:
     """Recover an image file."""
     folder = run_folder(arguments, "reconstruct")
-    found = folder_config(folder) if folder is not None else RECIPES["jiio-generative"]()
+    found = folder_config(folder, classes=classes) if folder is not None else RECIPES["jiio-generative"]()
     if not isinstance(found.task, Reconstruct):
         raise RunError(
             f"{folder} is a run of {type(found.task).__name__}, and reconstruct needs a decoder: equipoise train "
@@ -76,6 +89,7 @@ def reconstruct(arguments: list[str]) -> int:
         description=DESCRIPTION,
         examples=EXAMPLES,
         own=own,
+        classes=classes,
         fields=("solver",),
     )
     corruption = _corruption(options)
@@ -84,7 +98,7 @@ def reconstruct(arguments: list[str]) -> int:
         raise UsageError(
             f"{options.run} has learned to denoise and inpaint; for --task {options.task} take a run of jiio-generative"
         )
-    model, _ = run_model(Path(options.run), console, quiet=options.json)
+    model, _ = run_model(Path(options.run), console, quiet=options.json, classes=classes)
     model.eval().float().requires_grad_(False)
     problem = _read(options, config, corruption)
     start = time.perf_counter()
@@ -173,7 +187,7 @@ def _read_fixed(name: str, invert: bool, config: TrainConfig, factor: int, simul
     side = config.data.shape[1]
     if side % factor:
         raise UsageError(f"--factor {factor} does not divide the {side} pixels of the decoder's images")
-    return read_image(Path(name), config, invert, side=side if simulate else side // factor)
+    return read_image(Path(name), config.data, invert, side=side if simulate else side // factor)
 
 
 def _read_free(name: str, invert: bool, config: TrainConfig, factor: int, simulate: bool) -> tuple[Tensor, str]:

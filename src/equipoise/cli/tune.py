@@ -21,10 +21,10 @@ from equipoise.bilevel import OuterStep
 from equipoise.cli.display import TwoLines, facts_table
 from equipoise.cli.errors import UsageError
 from equipoise.cli.flags import Formatter, Parser, nearest_flag, spell
-from equipoise.files import write_atomic
+from equipoise.files import RunError, write_atomic
 from equipoise.gradients import Gradient, Implicit, JacobianFree, Shine
 from equipoise.solvers import CG
-from equipoise.train.run import RunError, new_folder
+from equipoise.train.run_folder import new_folder
 from equipoise.train.serialize import nearest
 
 GRADIENTS: dict[str, Gradient] = {
@@ -50,7 +50,7 @@ The model predicts new rows in Python:
 """
 
 
-def tune(arguments: list[str]) -> int:
+def tune(arguments: list[str], classes: Sequence[type] = ()) -> int:
     """Tune the penalties of a linear model by gradient."""
     options = _parse(arguments)
     # They need scikit-learn, which the other commands do without.

@@ -214,7 +214,7 @@ def certify(model: nn.Module, *, training: bool | None = None, solution: Solutio
 
     Example:
         >>> import dataclasses, equipoise as eq
-        >>> from equipoise.models import MDEQClassifier, MDEQConfig, SLLLayers
+        >>> from equipoise.zoo import MDEQClassifier, MDEQConfig, SLLLayers
         >>> config = dataclasses.replace(MDEQConfig.digits(), dropout=0.0, contraction=SLLLayers(ceiling=0.5))
         >>> certificate = eq.certify(MDEQClassifier(config).eval())
         >>> certificate.contracts, certificate.norm <= 0.5, certificate.evaluations(1e-3) <= 12

@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from torch import Tensor
 
 from equipoise.report.predictions import Predictions
-from equipoise.train.tasks import SCORES
+from equipoise.train.task import SCORES
 
 # Colors for the color-blind (Okabe and Ito), each with one meaning on the whole page.
 BLUE, ORANGE, GREEN, RED, GRAY, INK = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#5b6673", "#1d2733"

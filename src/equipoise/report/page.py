@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,17 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from equipoise.data.base import Splits
 from equipoise.files import write_atomic
-from equipoise.models import EquilibriumClassifier
 from equipoise.report.figures import confusion_map, curve, residual_plot, step_counts, to_svg
 from equipoise.report.predictions import Predictions, collect_predictions
 from equipoise.train import RunError, TrainConfig, checkpoint, evaluate
-from equipoise.train.data import Splits
 from equipoise.train.evaluation import summary
 from equipoise.train.proof import FACTS, summarize
-from equipoise.train.run import config_yaml, folder_config, read_lines
-from equipoise.train.tasks import SCORES
+from equipoise.train.run_folder import config_yaml, read_lines
+from equipoise.train.task import SCORES
+from equipoise.zoo import CLASSES, EquilibriumClassifier
+from equipoise.zoo.files import folder_config, load
 
 EXAMPLES, CONFUSED = 24, 12  # images and rows shown
 
@@ -47,12 +48,13 @@ TEMPLATES = Environment(
 TEMPLATES.globals |= {"SCORES": SCORES, "format_score": format_score}
 
 
-def write_report(run_dir: str | os.PathLike[str], *, max_images: int = 2000) -> Path:
+def write_report(run_dir: str | os.PathLike[str], *, max_images: int = 2000, classes: Iterable[type] = CLASSES) -> Path:
     """Write `report.html` into the folder of a run, atomically; the page needs no network.
 
     Args:
         run_dir: folder of the run; an unfinished run is reported as of its newest complete checkpoint.
         max_images: test images to classify; a random sample of this size if there are more.
+        classes: that the files of the run may name.
 
     Returns:
         Path of the page.
@@ -66,11 +68,11 @@ def write_report(run_dir: str | os.PathLike[str], *, max_images: int = 2000) -> 
     folder = Path(run_dir)
     if max_images < 1:
         raise ValueError(f"max_images={max_images!r}: must be >= 1")
-    config = folder_config(folder)
+    config = folder_config(folder, classes=classes)
     splits = config.data.load()
     finished = (folder / "result.json").is_file()
     if finished:
-        model, state = checkpoint.load(folder / "model.safetensors"), None
+        model, state = load(folder / "model.safetensors", classes=classes), None
     else:
         state, problems = checkpoint.read_newest_state(folder / "checkpoints")
         if state is None:
@@ -94,7 +96,7 @@ def write_report(run_dir: str | os.PathLike[str], *, max_images: int = 2000) -> 
 
 def _so_far(model: Any, state: checkpoint.State, splits: Splits, config: TrainConfig) -> dict[str, Any]:
     """Return the content of `result.json` as of a checkpoint, and a note that the run is unfinished."""
-    place = state.facts["place"]
+    place = state.facts["progress"]
     steps_per_epoch = len(splits.train) // config.batch_size
     tested = evaluate(model, splits.test, config)
     facts = summary(
@@ -161,7 +163,7 @@ def _titled(title: str, figure: Figure) -> tuple[str, Markup]:
 
 
 def _learning(config: TrainConfig, lines: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> Titled:
-    end, fixed = _last_epoch(lines), config.pretraining.steps
+    end, fixed = _last_epoch(lines), config.task.pretraining.steps
     figures = [
         _titled(
             f"Loss: {end['loss']:.3f} in the last epoch of training, {result['test_loss']:.3f} on the test images",
@@ -181,7 +183,7 @@ def _learning(config: TrainConfig, lines: Sequence[Mapping[str, Any]], result: M
 
 
 def _solving(config: TrainConfig, lines: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> Titled:
-    end, fixed = _last_epoch(lines), config.pretraining.steps
+    end, fixed = _last_epoch(lines), config.task.pretraining.steps
     return [
         _titled(
             f"Solver steps: {end['mean_steps']:.1f} per image in the last epoch, at most {config.solver.max_steps}",

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from equipoise.models import EquilibriumClassifier
-from equipoise.train import DataError, TrainConfig
-from equipoise.train.data import Split
-from equipoise.train.evaluation import make_fabric, to_device
+from equipoise.data import DataError
+from equipoise.data.base import Split
+from equipoise.train import TrainConfig
+from equipoise.train.device import make_fabric, to_device
+from equipoise.zoo import EquilibriumClassifier
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,7 @@ def collect_predictions(
     for images, labels in split.batches(min(config.eval_batch_size, max_images), shuffle=shuffle):
         images, labels = images[:left], labels[:left]
         inputs, _ = to_device(config, images, labels, fabric.device)
-        with fabric.autocast(), model.deq.using(solver=config.task.forward_solver(config)):
+        with fabric.autocast(), model.deq.using(solver=config.forward_solver):
             solution = model.deq.solve(model.stem(inputs), trace=True)
             best = model.head(solution.value).float().softmax(1).max(1)
         size = torch.linalg.vector_norm(solution.map.pack(solution.value).float(), dim=1)

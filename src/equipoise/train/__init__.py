@@ -1,64 +1,35 @@
-"""Training: complete configurations, named recipes, data, one loop, checkpoints."""
+"""Engine of training: configuration, loop, checkpoints, evaluation. It imports no model and no data set by name."""
 
-from equipoise.files import CheckpointError, DataError
-from equipoise.train import checkpoint, recipes
-from equipoise.train.checkpoint import load, save
-from equipoise.train.config import (
-    SGD,
-    Adam,
-    AdamW,
-    Optimizer,
-    Schedule,
-    TrainConfig,
-)
-from equipoise.train.corruptions import Blur, Corruption, Downsample, Hole, Noise
-from equipoise.train.data import MNIST5K, Digits, FashionMNIST, HubImages, ImageData
+from equipoise.files import CheckpointError, RunError
+from equipoise.train import checkpoint
+from equipoise.train.checkpoint import save
+from equipoise.train.config import TrainConfig
 from equipoise.train.evaluation import evaluate
 from equipoise.train.loop import NonFiniteLoss, Observer, Result, fit
-from equipoise.train.omniglot import Omniglot
-from equipoise.train.penalties import JacobianPenalty, Pretraining, SkipPenalty
-from equipoise.train.photographs import Photographs
-from equipoise.train.run import RunError
-from equipoise.train.tasks import Adversarial, Classify, FewShot, Objective, Reconstruct, Task
+from equipoise.train.model import ModelConfig
+from equipoise.train.optim import SGD, Adam, AdamW, LRSchedule, Optimizer
+from equipoise.train.pretraining import Pretraining
+from equipoise.train.task import Objective, StepInfo, Task
 
 __all__ = [
-    "MNIST5K",
     "SGD",
     "Adam",
     "AdamW",
-    "Adversarial",
-    "Blur",
     "CheckpointError",
-    "Classify",
-    "Corruption",
-    "DataError",
-    "Digits",
-    "Downsample",
-    "FashionMNIST",
-    "FewShot",
-    "Hole",
-    "HubImages",
-    "ImageData",
-    "JacobianPenalty",
-    "Noise",
+    "LRSchedule",
+    "ModelConfig",
     "NonFiniteLoss",
     "Objective",
     "Observer",
-    "Omniglot",
     "Optimizer",
-    "Photographs",
     "Pretraining",
-    "Reconstruct",
     "Result",
     "RunError",
-    "Schedule",
-    "SkipPenalty",
+    "StepInfo",
     "Task",
     "TrainConfig",
     "checkpoint",
     "evaluate",
     "fit",
-    "load",
-    "recipes",
     "save",
 ]

@@ -11,14 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import equipoise
 from equipoise.files import CheckpointError, read_facts, read_tensors, write_tensors
-from equipoise.gradients import Gradient
-from equipoise.models import ModelConfig, build
-from equipoise.models.build import MODELS
-from equipoise.solvers import Solver
 from equipoise.train.config import TrainConfig
+from equipoise.train.model import ModelConfig
 from equipoise.train.proof import prove
-from equipoise.train.serialize import from_plain, to_plain
+from equipoise.train.serialize import to_plain
 
 KEEP = 2  # resumable checkpoints in a run folder
 
@@ -29,7 +27,7 @@ def save(model: Any, path: str | os.PathLike[str], *, about: Mapping[str, Any] |
     The certificates of the map, in evaluation and in training, are among the facts, or the reason why there are none.
 
     Args:
-        model: a model of `equipoise.models`.
+        model: a module whose `config` is a `ModelConfig` that builds it.
         path: of the file; its folder exists.
         about: further facts as plain JSON data, such as class names.
 
@@ -40,17 +38,17 @@ def save(model: Any, path: str | os.PathLike[str], *, about: Mapping[str, Any] |
 
     Example:
         >>> import tempfile, pathlib, equipoise as eq
-        >>> from equipoise.models import MDEQClassifier, MDEQConfig
-        >>> from equipoise.train import load, save
+        >>> from equipoise.train import save
+        >>> from equipoise.zoo import MDEQClassifier, MDEQConfig
+        >>> from equipoise.zoo.files import load
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "model.safetensors"
         >>> save(MDEQClassifier(MDEQConfig.digits(), solver=eq.Broyden(memory=18)), path)
         >>> load(path).deq.solver.memory
         18
     """
-    if type(model) not in MODELS.values():
-        known = ", ".join(kind.__name__ for kind in MODELS.values())
+    if not _rebuilds(model):
         raise ValueError(
-            f"cannot save a {type(model).__name__}; known: {known}. For other modules use their state_dict"
+            f"cannot save a {type(model).__name__}: its `config` is no ModelConfig that builds it. Save its state_dict"
         )
     config = {
         "config": to_plain(model.config),
@@ -59,37 +57,16 @@ def save(model: Any, path: str | os.PathLike[str], *, about: Mapping[str, Any] |
         "certificate": prove(model).as_dict(),
         "about": dict(about or {}),
     }
-    write_tensors(Path(path), model.state_dict(), {"kind": "model", **config})
+    write_tensors(Path(path), model.state_dict(), {"kind": "model", "version": equipoise.__version__, **config})
 
 
-def load(path: str | os.PathLike[str]) -> Any:
-    """Load what `save` wrote: a model in evaluation mode, on the CPU.
-
-    Only safetensors are read, and only known dataclasses restored; nothing in the file can run code. The certificates
-    are computed again.
-
-    Raises:
-        CheckpointError: the file is missing, truncated, damaged, of another kind, or claims a contraction that its
-            weights do not prove.
-    """
-    tensors, facts = read_tensors(Path(path))
-    if facts.get("kind") != "model":
-        raise CheckpointError(f"{path} is no saved model but {facts.get('kind', 'something else')!r}")
-    try:
-        model = build(
-            from_plain(ModelConfig, facts["config"], "model"),
-            solver=from_plain(Solver, facts["solver"], "solver"),
-            gradient=from_plain(Gradient, facts["gradient"], "gradient"),
-        )
-        dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)
-        model.to(dtype).load_state_dict(tensors)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path} does not describe a model of this version: {error}") from error
-    try:
-        prove(model.eval()).supports(facts.get("certificate") or {})  # files of older versions claim nothing
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"{path} is not what it says: {error}") from error
-    return model
+def _rebuilds(model: Any) -> bool:
+    """Whether a model's configuration builds models of its class."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, ModelConfig):
+        return False
+    with torch.random.fork_rng([]):
+        return type(config.build()) is type(model)
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -137,7 +114,7 @@ def model_of_state(state: State, config: TrainConfig) -> Any:
     Raises:
         CheckpointError: the checkpoint is of another configuration.
     """
-    model = config.task.build(config)
+    model = config.build()
     kind = "average." if any(name.startswith("average.") for name in state.tensors) else "model."
     tensors = {name.removeprefix(kind): value for name, value in state.tensors.items() if name.startswith(kind)}
     try:

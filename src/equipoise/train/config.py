@@ -2,105 +2,15 @@
 
 from __future__ import annotations
 
-import abc
 import dataclasses
-import math
-from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
-import torch
-from torch import nn
-
+from equipoise.data.base import Data
 from equipoise.gradients import Gradient, Implicit
-from equipoise.models import ModelConfig
 from equipoise.solvers import Anderson, Solver
-from equipoise.train.data import ImageData
-from equipoise.train.penalties import JacobianPenalty, Pretraining, SkipPenalty
-from equipoise.train.tasks import Classify, Task
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Optimizer(abc.ABC):
-    """How parameters follow their gradients."""
-
-    lr: float = 1e-3
-    """Learning rate at the end of the warm-up, from which the cosine descends."""
-    weight_decay: float = 0.0
-    """Weight decay."""
-
-    def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ValueError(f"optimizer.lr={self.lr!r}: must be > 0")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"optimizer.weight_decay={self.weight_decay!r}: must be >= 0")
-
-    @abc.abstractmethod
-    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """The torch optimizer of some parameters."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Adam(Optimizer):
-    """Adam; its weight decay is the L2 penalty."""
-
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of the first and second moment."""
-
-    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.Adam(parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AdamW(Optimizer):
-    """Adam with decoupled weight decay."""
-
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of the first and second moment."""
-
-    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SGD(Optimizer):
-    """Stochastic gradient descent with momentum."""
-
-    momentum: float = 0.9
-    """Momentum."""
-    nesterov: bool = True
-    """Whether the momentum is Nesterov's."""
-
-    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.SGD(
-            parameters,
-            lr=self.lr,
-            momentum=self.momentum,
-            nesterov=self.nesterov and self.momentum > 0,
-            weight_decay=self.weight_decay,
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """Learning rate over the run: linear warm-up, then a cosine, both by step."""
-
-    warmup_steps: int = 0
-    """Steps over which the learning rate rises from zero."""
-    final_lr: float = 1e-6
-    """Learning rate at the end of the run."""
-
-    def __post_init__(self) -> None:
-        if self.warmup_steps < 0:
-            raise ValueError(f"schedule.warmup_steps={self.warmup_steps!r}: must be >= 0")
-        if not self.final_lr >= 0:
-            raise ValueError(f"schedule.final_lr={self.final_lr!r}: must be >= 0")
-
-    def lr(self, step: int, total: int, peak: float) -> float:
-        """Learning rate of step number `step`, counted from zero, of a run of `total` steps."""
-        if step < self.warmup_steps:
-            return peak * (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / max(1, total - self.warmup_steps)
-        return self.final_lr + (peak - self.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+from equipoise.train.model import ModelConfig
+from equipoise.train.optim import Adam, LRSchedule, Optimizer
+from equipoise.train.task import Objective, Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,19 +24,19 @@ class TrainConfig:
 
     Example:
         >>> import dataclasses
-        >>> from equipoise.train import recipes
-        >>> config = dataclasses.replace(recipes.mdeq_digits(), seed=1, epochs=2)
+        >>> from equipoise import zoo
+        >>> config = dataclasses.replace(zoo.mdeq_digits(), seed=1, epochs=2)
         >>> config.data.shape
         (1, 8, 8)
     """
 
     name: str = "custom"
     """Name of the recipe; new run folders are called after it."""
-    data: ImageData
+    data: Data
     """Images and labels: source, split, augmentation."""
     model: ModelConfig
     """Shape of the model."""
-    task: Task = Classify()
+    task: Task
     """What the model is trained for."""
     solver: Solver = Anderson()
     """Finds the equilibrium; in tasks that optimize inputs, state, adjoint and input together."""
@@ -134,17 +44,9 @@ class TrainConfig:
     """Differentiates what the solver found."""
     eval_solver: Solver | None = None
     """Takes the solver's place in evaluation; None: the same solver."""
-    pretraining: Pretraining = Pretraining()
-    """Fixed-depth steps at the beginning."""
-    penalty: JacobianPenalty = JacobianPenalty()
-    """Jacobian penalty."""
-    skip: SkipPenalty = SkipPenalty()
-    """Penalty on the distance of the equilibrium from the start of its solve."""
-    label_smoothing: float = 0.0
-    """Share of the target probability that is spread over all classes."""
     optimizer: Optimizer = Adam()
     """Optimizer."""
-    schedule: Schedule = Schedule()
+    schedule: LRSchedule = LRSchedule()
     """Learning rate over the run."""
     epochs: int = 10
     """Passes over the training images."""
@@ -191,21 +93,32 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value!r}: must be >= 1, or None")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing={self.label_smoothing!r}: must lie in [0, 1)")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm={self.clip_norm!r}: must be > 0, or None for no clipping")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay!r}: must lie in [0, 1), or None for no average")
-        expected = (self.model.image_channels, self.model.image_size, self.model.image_size)
-        if self.data.shape != expected:
+        if self.channels_last and not self.data.image_batches:
             raise ValueError(
-                f"the data has images of shape {self.data.shape}, the model takes {expected}; set model.image_size and "
-                "model.image_channels, or data.image_size"
+                f"channels_last=true needs batches of images, and {type(self.data).__name__} has others; set it false"
             )
         if self.gradient.uses_inverse and not self.solver.keeps_inverse:
             raise ValueError(
                 f"gradient {type(self.gradient).__name__} reads the inverse estimate of the forward solver, and "
                 f"{type(self.solver).__name__} keeps none; use the solver Broyden, or the gradient Implicit"
             )
-        self.task.check(self)
+        self.task.check(self.model, self.data, self.gradient)
+
+    @property
+    def forward_solver(self) -> Solver:
+        """Solver of an equilibrium alone, in evaluation."""
+        return self.task.forward_solver(self.solver, self.eval_solver)
+
+    def build(self) -> Any:
+        """Build the model, with weights drawn at random."""
+        return self.task.build(self.model, self.solver, self.gradient)
+
+    def objective(self, model: Any) -> Objective:
+        """Return the objective of a model."""
+        return self.task.objective(
+            model, data=self.data, solver=self.solver, gradient=self.gradient, eval_solver=self.eval_solver
+        )

@@ -1,25 +1,21 @@
-"""Evaluation, and what it shares with training: devices, batches as the model takes them, sums and means."""
+"""Evaluation of a model on a split, and the facts of a result."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
-import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import equipoise
-from equipoise.models import EquilibriumClassifier
+from equipoise.data.base import Split
 from equipoise.solvers import Solver
 from equipoise.train.config import TrainConfig
-from equipoise.train.data import Split
+from equipoise.train.device import device_name, isolated_rng, make_fabric, to_device
 from equipoise.train.proof import MEASURED, prove
-from equipoise.train.run import RunError
-from equipoise.train.tasks import Objective
+from equipoise.train.task import Objective
 
 
 def evaluate(model: Any, split: Split, config: TrainConfig, *, solver: Solver | None = None) -> dict[str, Any]:
@@ -42,9 +38,9 @@ def evaluate(model: Any, split: Split, config: TrainConfig, *, solver: Solver | 
     fabric = make_fabric(config)
     fabric.launch()
     config = dataclasses.replace(config, eval_solver=solver or config.eval_solver)
-    objective = config.task.objective(model, config).to(fabric.device)
+    objective = config.objective(model).to(fabric.device)
     objective.eval()
-    with surroundings(config, fabric.device):
+    with isolated_rng(config, fabric.device):
         proved = certified(model, split, config, fabric.device)
         found = means(objective.names, evaluate_sums(fabric, objective, split, config))
     del found["penalty"]
@@ -57,9 +53,13 @@ def certified(model: Any, split: Split, config: TrainConfig, device: torch.devic
     Raises:
         CertificateError: the solver was given a Lipschitz constant that the weights do not prove.
     """
-    batch = next(iter(split.batches(MEASURED)), None) if isinstance(model, EquilibriumClassifier) else None
-    images = None if batch is None else to_device(config, *batch, device)[0]
-    proof = prove(model, solver=config.task.forward_solver(config), images=images)
+    batch = next(iter(split.batches(MEASURED)), None)
+    samples = None if batch is None else to_device(config, *batch, device)[0]
+    proof = prove(
+        model,
+        solver=config.forward_solver,
+        solve=None if samples is None else lambda model: config.task.solve(model, samples),
+    )
     if config.precision == "bf16-mixed" and proof.reason is None:
         # Rounding of a part in 256 is beyond what the proof is about: solves stall above the tolerance.
         proof = dataclasses.replace(proof, evaluation=None, reason="bf16-mixed rounds more than a proof allows")
@@ -141,68 +141,3 @@ def summary(
         "torch": torch.__version__,
         "equipoise": equipoise.__version__,
     }
-
-
-def to_device(
-    config: TrainConfig, images: Tensor, labels: Tensor, device: torch.device, crops: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
-    """A batch as the model takes it, augmented if there is a source of randomness."""
-    if device.type == "cuda":
-        images, labels = images.pin_memory(), labels.pin_memory()
-    prepared = config.data.prepare(images.to(device, non_blocking=True), crops)
-    if config.precision == "64-true":
-        prepared = prepared.double()
-    if config.channels_last:
-        prepared = prepared.contiguous(memory_format=torch.channels_last)
-    return prepared, labels.to(device, non_blocking=True)
-
-
-def make_fabric(config: TrainConfig) -> Any:
-    """Lightning Fabric on the devices that a configuration, or torchrun, names.
-
-    Raises:
-        RunError: the extra `train` is not installed, or the devices do not exist.
-    """
-    try:
-        from lightning_fabric import Fabric
-    except ImportError as error:
-        raise RunError("training needs Lightning Fabric: pip install 'equipoise[train]'") from error
-    devices, nodes = config.devices, config.num_nodes
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        devices = int(os.environ["LOCAL_WORLD_SIZE"])
-        nodes = int(os.environ["WORLD_SIZE"]) // devices
-    return Fabric(
-        accelerator=config.accelerator,
-        devices=devices,
-        num_nodes=nodes,
-        strategy=config.strategy,
-        precision=config.precision,
-    )
-
-
-def bf16_is_native() -> bool:
-    """Whether the CPU has instructions with which bfloat16 pays; on x86-64 that takes AVX-512 at the least."""
-    return platform.machine() not in ("x86_64", "AMD64") or "AVX512" in torch.backends.cpu.get_cpu_capability()
-
-
-def device_name(device: torch.device) -> str:
-    """What a result was computed on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-@contextlib.contextmanager
-def surroundings(config: TrainConfig, device: torch.device) -> Iterator[None]:
-    """The caller's random state and switches decide nothing, and are as before when the run is over."""
-    before, dtype = torch.are_deterministic_algorithms_enabled(), torch.get_default_dtype()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
-            torch.set_default_dtype(torch.float32)
-            if config.deterministic and device.type == "cuda":
-                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-                torch.use_deterministic_algorithms(True)
-            yield
-        finally:
-            torch.use_deterministic_algorithms(before)
-            torch.set_default_dtype(dtype)

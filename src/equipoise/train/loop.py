@@ -13,25 +13,17 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.nn.utils.parametrize import ParametrizationList
 
+from equipoise.data.base import Split, Splits, derive_seed, generator
 from equipoise.train import checkpoint
+from equipoise.train.average import Average
 from equipoise.train.config import TrainConfig
-from equipoise.train.data import Split, Splits, generator, mix
-from equipoise.train.evaluation import (
-    bf16_is_native,
-    certified,
-    evaluate_sums,
-    make_fabric,
-    means,
-    summary,
-    surroundings,
-    to_device,
-)
+from equipoise.train.device import BackwardClock, bf16_is_native, isolated_rng, make_fabric, to_device
+from equipoise.train.evaluation import certified, evaluate_sums, means, summary
 from equipoise.train.proof import check_claims
-from equipoise.train.run import RunFolder, new_folder
+from equipoise.train.run_folder import RunFolder, new_folder
 from equipoise.train.serialize import to_plain
-from equipoise.train.tasks import SCORES, Moment
+from equipoise.train.task import SCORES, StepInfo
 
 NEVER = 2**62  # step of the first loss that is not finite, as long as there is none
 
@@ -90,7 +82,7 @@ class Result:
 
 
 @dataclasses.dataclass
-class Place:
+class Progress:
     """Where a run is: everything that the loop changes and that is not a tensor of weights or moments."""
 
     step: int = 0
@@ -136,8 +128,9 @@ def fit(
 
     Example:
         >>> import dataclasses, tempfile
-        >>> from equipoise.train import fit, recipes
-        >>> config = dataclasses.replace(recipes.mdeq_digits(), stop_after=2, tensorboard=False)
+        >>> from equipoise import zoo
+        >>> from equipoise.train import fit
+        >>> config = dataclasses.replace(zoo.mdeq_digits(), stop_after=2, tensorboard=False)
         >>> result = fit(config, run_dir=tempfile.mkdtemp())
         >>> 0 <= result.test_accuracy <= 1
         True
@@ -155,7 +148,7 @@ def fit(
     fabric.barrier()
     if config.precision == "bf16-mixed" and fabric.device.type == "cpu" and not bf16_is_native():
         observer.noted("this CPU computes in bf16 by emulation, several times slower: --precision 32-true is faster")
-    with surroundings(config, fabric.device):
+    with isolated_rng(config, fabric.device):
         try:
             return _Trainer(fabric, config, splits, folder, observer).run(resume)
         finally:
@@ -169,18 +162,18 @@ class _Trainer:
         self.fabric, self.config, self.splits, self.folder, self.observer = fabric, config, splits, folder, observer
         self.steps_per_epoch = len(splits.train) // config.batch_size
         self.total = min(self.steps_per_epoch * config.epochs, config.stop_after or NEVER)
-        torch.manual_seed(mix(config.seed))
-        self.model = config.task.build(config)
+        torch.manual_seed(derive_seed(config.seed))
+        self.model = config.build()
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
         if config.compile_cell:
             self.model.deq.cell.compile()
-        self.objective = config.task.objective(self.model, config)
+        self.objective = config.objective(self.model)
         self.names = self.objective.train().names
         optimizer = config.optimizer.build(self.model.parameters())
         self.module, self.optimizer = fabric.setup(self.objective, optimizer)
         self.average = None if config.ema_decay is None else Average(self.model, config.ema_decay)
-        self.place = Place(epoch_sums=self._zeros, window_sums=self._zeros)
+        self.progress = Progress(epoch_sums=self._zeros, window_sums=self._zeros)
         self.clock = BackwardClock(fabric.device)
         # Reading a number makes the host wait for a device, and all processes for each other.
         self.read_every = 1 if fabric.device.type == "cpu" and fabric.world_size == 1 else config.log_every
@@ -193,10 +186,10 @@ class _Trainer:
         """Train to the end, from wherever the folder says, and evaluate."""
         if resume:
             self._restore()
-        history = [line for line in self.folder.rewind(self.place.step) if line["kind"] == "epoch"]
+        history = [line for line in self.folder.rewind(self.progress.step) if line["kind"] == "epoch"]
         parameters = sum(p.numel() for p in self.model.parameters())
-        self.observer.started(self.folder.path, self.total, self.place.step, parameters)
-        while self.place.step < self.total:
+        self.observer.started(self.folder.path, self.total, self.progress.step, parameters)
+        while self.progress.step < self.total:
             history += self._epoch()
         if self.average is not None:  # for good: these weights are tested, saved and returned
             self.average.swap(self.model)
@@ -211,15 +204,15 @@ class _Trainer:
             }
             checkpoint.save(self.model, self.folder.path / "model.safetensors", about=about)
         proved = certified(self.model, self.splits.test, self.config, self.fabric.device)
-        place = self.place
+        progress = self.progress
         facts = summary(
             self.config,
             line,
             proved,
-            steps=place.step,
+            steps=progress.step,
             steps_per_epoch=self.steps_per_epoch,
-            seconds=place.seconds + time.perf_counter() - start,
-            backward_share=place.backward_seconds / place.seconds if place.seconds else 0.0,
+            seconds=progress.seconds + time.perf_counter() - start,
+            backward_share=progress.backward_seconds / progress.seconds if progress.seconds else 0.0,
             parameters=parameters,
             device=self.fabric.device,
             world_size=self.fabric.world_size,
@@ -232,68 +225,69 @@ class _Trainer:
 
     def _epoch(self) -> list[dict[str, Any]]:
         """One pass over the training images, or what is left of it; returns the lines for the history."""
-        config, place, device = self.config, self.place, self.fabric.device
+        config, progress, device = self.config, self.progress, self.fabric.device
         self.module.train()
         window, whole = (
-            torch.tensor(sums, dtype=torch.float64, device=device) for sums in (place.window_sums, place.epoch_sums)
+            torch.tensor(sums, dtype=torch.float64, device=device)
+            for sums in (progress.window_sums, progress.epoch_sums)
         )
         bad = torch.full((), NEVER, device=device)
         batches = self.splits.train.batches(
             config.batch_size,
-            shuffle=(config.seed, place.epoch),
-            start=place.batch,
+            shuffle=(config.seed, progress.epoch),
+            start=progress.batch,
             rank=self.fabric.global_rank,
             world_size=self.fabric.world_size,
         )
         before = time.perf_counter()
         for images, labels in batches:
             sums = self._step(images, labels)
-            bad = torch.where(sums.isfinite().all(), bad, bad.clamp(max=place.step))
+            bad = torch.where(sums.isfinite().all(), bad, bad.clamp(max=progress.step))
             window, whole = window + sums, whole + sums
-            place.step, place.batch = place.step + 1, place.batch + 1
-            last = place.batch == self.steps_per_epoch or place.step == self.total
-            saving = config.checkpoint_every is not None and place.step % config.checkpoint_every == 0 and not last
-            logging = place.step % config.log_every == 0
-            if saving or logging or last or place.step % self.read_every == 0:
+            progress.step, progress.batch = progress.step + 1, progress.batch + 1
+            last = progress.batch == self.steps_per_epoch or progress.step == self.total
+            saving = config.checkpoint_every is not None and progress.step % config.checkpoint_every == 0 and not last
+            logging = progress.step % config.log_every == 0
+            if saving or logging or last or progress.step % self.read_every == 0:
                 self._stop_if_bad(bad)
-                place.backward_seconds += self.clock.read()
+                progress.backward_seconds += self.clock.read()
                 now = time.perf_counter()
-                place.seconds, before = place.seconds + now - before, now
-                line = self._line("step", "train", self.names, self._over_all(window), place.window_start)
+                progress.seconds, before = progress.seconds + now - before, now
+                line = self._line("step", "train", self.names, self._over_all(window), progress.window_start)
                 self.observer.stepped(line)
                 if logging:
                     self.folder.log(line)
                     window = torch.zeros_like(window)
-                    place.window_start = (place.seconds, place.backward_seconds)
+                    progress.window_start = (progress.seconds, progress.backward_seconds)
                 if saving:
-                    place.window_sums, place.epoch_sums = window.tolist(), whole.tolist()
+                    progress.window_sums, progress.epoch_sums = window.tolist(), whole.tolist()
                     self._save()
                     before = time.perf_counter()
             if last:
                 break
         self.module.eval()  # on the way capped norms are compared with their bounds: those of the trained weights
-        lines = [self._line("epoch", "train", self.names, self._over_all(whole), place.epoch_start)]
+        lines = [self._line("epoch", "train", self.names, self._over_all(whole), progress.epoch_start)]
         if self.splits.validation is not None:
             with self._averaged():
                 lines.append(self._evaluate("validation", self.splits.validation))
         for line in lines:
             self._log(line)
-        place.epoch, place.batch = place.epoch + 1, 0
-        place.epoch_sums, place.window_sums = self._zeros, window.tolist()
-        place.epoch_start = (place.seconds, place.backward_seconds)
+        progress.epoch, progress.batch = progress.epoch + 1, 0
+        progress.epoch_sums, progress.window_sums = self._zeros, window.tolist()
+        progress.epoch_start = (progress.seconds, progress.backward_seconds)
         self._save()
         return lines
 
     def _step(self, images: Tensor, labels: Tensor) -> Tensor:
         """One optimizer step; returns the sums of its batch, on the device."""
-        config, place, fabric = self.config, self.place, self.fabric
-        torch.manual_seed(mix(config.seed, place.step, fabric.global_rank, 3))
-        crops = generator(config.seed, place.step, fabric.global_rank, 4)
+        config, progress, fabric = self.config, self.progress, self.fabric
+        torch.manual_seed(derive_seed(config.seed, progress.step, fabric.global_rank, 3))
+        crops = generator(config.seed, progress.step, fabric.global_rank, 4)
         images, labels = to_device(config, images, labels, fabric.device, crops)
-        lr = config.schedule.lr(place.step, self.total, config.optimizer.lr)
+        lr = config.schedule.lr(progress.step, self.total, config.optimizer.lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss, sums = self.module(images, labels, Moment(place.step, place.epoch, config.seed))
+        loss, sums = self.module(images, labels, StepInfo(progress.step, progress.epoch, config.seed))
         with self.clock:
             fabric.backward(loss)
         if config.clip_norm is not None:
@@ -301,7 +295,7 @@ class _Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average is not None:
-            self.average.update(self.model, place.step)
+            self.average.update(self.model, progress.step)
         return sums.to(torch.float64)
 
     def _evaluate(self, name: str, split: Split) -> dict[str, Any]:
@@ -312,8 +306,8 @@ class _Trainer:
         told = functools.partial(self.observer.evaluating, name, total=len(split))
         sums = evaluate_sums(self.fabric, self.objective, split, self.config, told)
         if not sums.isfinite().all():
-            self._stop(f"the loss of the {name} images after {self.place.step} steps")
-        start_of_line = self.place.seconds, self.place.backward_seconds
+            self._stop(f"the loss of the {name} images after {self.progress.step} steps")
+        start_of_line = self.progress.seconds, self.progress.backward_seconds
         line = self._line("epoch", name, self.objective.names, sums, start_of_line)
         del line["backward_seconds"], line["lr"], line["penalty"]
         return {**line, "seconds": time.perf_counter() - start}
@@ -322,20 +316,20 @@ class _Trainer:
         self, kind: str, split: str, names: tuple[str, ...], sums: Tensor, start: tuple[float, float]
     ) -> dict[str, Any]:
         """A line of the log: means over the images of all processes, and the time since `start`."""
-        place = self.place
+        progress = self.progress
         return {
             "kind": kind,
             "split": split,
-            "step": place.step,
-            "epoch": place.epoch,
+            "step": progress.step,
+            "epoch": progress.epoch,
             **means(names, sums),
-            "lr": self.config.schedule.lr(max(0, place.step - 1), self.total, self.config.optimizer.lr),
-            "seconds": place.seconds - start[0],
-            "backward_seconds": place.backward_seconds - start[1],
+            "lr": self.config.schedule.lr(max(0, progress.step - 1), self.total, self.config.optimizer.lr),
+            "seconds": progress.seconds - start[0],
+            "backward_seconds": progress.backward_seconds - start[1],
         }
 
     def _over_all(self, sums: Tensor) -> Tensor:
-        """Sums over all processes; a copy, as Fabric reduces in place and each process goes on with its own."""
+        """Sums over all processes; a copy, as Fabric reduces in progress and each process goes on with its own."""
         return self.fabric.all_reduce(sums.clone(), reduce_op="sum") if self.fabric.world_size > 1 else sums
 
     def _log(self, line: dict[str, Any]) -> None:
@@ -360,18 +354,18 @@ class _Trainer:
     def _save(self) -> None:
         # A finite loss may have a gradient that is not; such weights must not replace a good checkpoint.
         if not all(bool(value.isfinite().all()) for value in self.model.state_dict().values()):
-            self._stop(f"one of the weights after {self.place.step} steps")
-        place = dataclasses.asdict(self.place)
+            self._stop(f"one of the weights after {self.progress.step} steps")
+        progress = dataclasses.asdict(self.progress)
         for name in ("epoch_sums", "window_sums"):
-            sums = torch.tensor(place[name], dtype=torch.float64, device=self.fabric.device)
-            place[name] = self._over_all(sums).tolist()
+            sums = torch.tensor(progress[name], dtype=torch.float64, device=self.fabric.device)
+            progress[name] = self._over_all(sums).tolist()
         if self.folder.writes:
             tensors, facts = checkpoint.pack_optimizer(self.optimizer.optimizer)
             tensors |= {f"model.{name}": value for name, value in self.model.state_dict().items()}
             if self.average is not None:
                 tensors |= {f"average.{name}": value for name, value in self.average.values.items()}
-            content = {"place": place, "optimizer": facts}
-            checkpoint.write_state(self.folder.checkpoints, self.place.step, checkpoint.State(tensors, content))
+            content = {"progress": progress, "optimizer": facts}
+            checkpoint.write_state(self.folder.checkpoints, self.progress.step, checkpoint.State(tensors, content))
         self.fabric.barrier()
 
     def _restore(self) -> None:
@@ -391,13 +385,17 @@ class _Trainer:
         if self.average is not None:
             for name, value in self.average.values.items():
                 value.copy_(part["average"][name])
-        place = state.facts["place"]
-        self.place = Place(
-            **{**place, "epoch_start": tuple(place["epoch_start"]), "window_start": tuple(place["window_start"])}
+        progress = state.facts["progress"]
+        self.progress = Progress(
+            **{
+                **progress,
+                "epoch_start": tuple(progress["epoch_start"]),
+                "window_start": tuple(progress["window_start"]),
+            }
         )
         if self.fabric.global_rank != 0:  # sums over all processes were saved; one of them goes on with them
-            self.place.epoch_sums, self.place.window_sums = self._zeros, self._zeros
-        self.observer.noted(f"resumed at step {self.place.step} of {self.total}")
+            self.progress.epoch_sums, self.progress.window_sums = self._zeros, self._zeros
+        self.observer.noted(f"resumed at step {self.progress.step} of {self.total}")
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -412,77 +410,10 @@ class _Trainer:
             self.average.swap(self.model)
 
 
-class Average:
-    """Exponential moving average of a model's weights and statistics, faster in the first steps.
-
-    What parametrisations remember, such as the vectors of power iterations, is copied: a mean of it means nothing.
-
-    Args:
-        model: whose state is averaged.
-        decay: of the average once it has warmed up.
-    """
-
-    def __init__(self, model: torch.nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.values = {name: value.detach().clone() for name, value in model.state_dict().items()}
-        self.copied = {
-            f"{path}.{name}"
-            for path, module in model.named_modules()
-            if isinstance(module, ParametrizationList)
-            for name, _ in module.named_buffers()
-        }
-
-    @torch.no_grad()
-    def update(self, model: torch.nn.Module, step: int) -> None:
-        """Move towards the model's present state."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        for name, value in model.state_dict().items():
-            if value.is_floating_point() and name not in self.copied:
-                self.values[name].lerp_(value, 1 - decay)
-            else:
-                self.values[name].copy_(value)
-
-    @torch.no_grad()
-    def swap(self, model: torch.nn.Module) -> None:
-        """Exchange the model's state and the average."""
-        for name, value in model.state_dict().items():
-            kept = value.clone()
-            value.copy_(self.values[name])
-            self.values[name].copy_(kept)
-
-
-class BackwardClock:
-    """Adds up the time between entry and exit; on CUDA by events, which do not make the host wait until read."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.seconds = 0.0
-        self.pairs: list[list[torch.cuda.Event]] = []
-
-    def __enter__(self) -> None:
-        if self.cuda:
-            self.pairs.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
-            self.pairs[-1][0].record()
-        else:
-            self.start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        if self.cuda:
-            self.pairs[-1][1].record()
-        else:
-            self.seconds += time.perf_counter() - self.start
-
-    def read(self) -> float:
-        """Seconds since the last reading."""
-        if self.pairs:
-            self.pairs[-1][1].synchronize()
-            self.seconds += sum(start.elapsed_time(end) for start, end in self.pairs) / 1000
-        seconds, self.seconds, self.pairs = self.seconds, 0.0, []
-        return seconds
-
-
 def _check(config: TrainConfig, splits: Splits, world_size: int) -> None:
     check_claims(config)
     if config.batch_size % world_size:
         raise ValueError(f"batch_size={config.batch_size} must be a multiple of the number of devices, {world_size}")
-    config.task.check_data(config, splits)
+    if len(splits.train) < config.batch_size:
+        raise ValueError(f"batch_size={config.batch_size} exceeds the {len(splits.train)} training images; lower it")
+    config.task.check_data(config.model, splits)

@@ -5,18 +5,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from equipoise.contraction.certificate import ROUNDING, Certificate, CertificateError, UnprovedConstant, certify
-from equipoise.models import EquilibriumClassifier
+from equipoise.core.solution import Solution
 from equipoise.solvers import Solver
 from equipoise.train.config import TrainConfig
 
-MEASURED = 32  # images at which the norm of the Jacobian is measured, at most
+MEASURED = 32  # samples at which the norm of the Jacobian is measured, at most
 FACTS = ("certified_lipschitz", "predicted_evaluations", "measured_lipschitz", "tightness", "not_certified")
 
 
@@ -78,13 +77,15 @@ class Proof:
                     )
 
 
-def prove(model: EquilibriumClassifier, *, solver: Solver | None = None, images: Tensor | None = None) -> Proof:
-    """Certify a classifier's map as evaluation finds it, whatever mode the model is in.
+def prove(
+    model: Any, *, solver: Solver | None = None, solve: Callable[[Any], Solution[Any] | None] | None = None
+) -> Proof:
+    """Certify the map of a model in evaluation mode, whatever mode the model is in.
 
     Args:
-        model: a classifier, which stays as it is.
+        model: stays as it is.
         solver: that finds the equilibrium in evaluation; None: the model's.
-        images: a batch as the model takes it, at which the norm of the Jacobian is measured; None: it is not.
+        solve: returns equilibria of a model, at which the norm of the Jacobian is measured; None: it is not.
 
     Raises:
         CertificateError: the solver was given a Lipschitz constant that the weights do not prove.
@@ -95,9 +96,9 @@ def prove(model: EquilibriumClassifier, *, solver: Solver | None = None, images:
     try:
         with model.deq.using(solver=solver):
             solution = None
-            if images is not None:
+            if solve is not None:
                 with torch.no_grad():
-                    solution = model.deq.solve(model.stem(images))
+                    solution = solve(model)
             evaluation = certify(model, solution=solution)
         # Of the cell alone: what the solvers were told is for the mode in which they are used.
         training = certify(model.deq.cell, training=True)

@@ -47,24 +47,25 @@ def to_plain(value: Any) -> Any:
     raise ValueError(f"a {type(value).__name__} cannot be part of a saved configuration: {value!r}")
 
 
-def from_plain(hint: Any, value: Any, where: str = "") -> Any:
-    """The inverse of `to_plain`, checked against a type.
+def from_plain(hint: Any, value: Any, classes: Iterable[type] = (), where: str = "configuration") -> Any:
+    """Build what `to_plain` gave, checked against a type.
 
-    Only dataclasses that the running program already knows are built; no module is imported because a file names it.
+    No module is imported, and no class built, because a file names it: a member of an abstract family is one of
+    `classes`. The path before its name is that of this package, as of another version, or the module of the class.
 
     Args:
         hint: the type that is wanted.
         value: plain data.
+        classes: members of abstract families that may be built.
         where: name of the value in messages.
 
     Raises:
-        ValueError: an unknown or missing key (the nearest known one is named), an unknown class, or a value of another
+        ValueError: an unknown or missing key or another class (the nearest known one is named), or a value of another
             type.
     """
-    where = where or "configuration"
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
-        return _from_union(hint, value, where)
+        return _from_union(hint, value, classes, where)
     if origin is typing.Literal:
         if value not in typing.get_args(hint):
             raise ValueError(f"{where} is {value!r}; choose one of {', '.join(map(repr, typing.get_args(hint)))}")
@@ -77,11 +78,12 @@ def from_plain(hint: Any, value: Any, where: str = "") -> Any:
             if len(value) != 1 + len(more):
                 raise ValueError(f"{where} must have {1 + len(more)} entries, got {value!r}")
             return tuple(
-                from_plain(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip([item, *more], value, strict=True))
+                from_plain(h, v, classes, f"{where}[{i}]")
+                for i, (h, v) in enumerate(zip([item, *more], value, strict=True))
             )
-        return tuple(from_plain(item, v, f"{where}[{i}]") for i, v in enumerate(value))
+        return tuple(from_plain(item, v, classes, f"{where}[{i}]") for i, v in enumerate(value))
     if inspect.isclass(hint) and dataclasses.is_dataclass(hint):
-        return _from_dict(hint, value, where)
+        return _from_dict(hint, value, classes, where)
     if hint is float and isinstance(value, str):  # YAML reads 1e-3 as a string
         with contextlib.suppress(ValueError):
             value = float(value)
@@ -92,15 +94,9 @@ def from_plain(hint: Any, value: Any, where: str = "") -> Any:
     raise ValueError(f"{where} must be {getattr(hint, '__name__', hint)}, got {value!r}")
 
 
-def known_classes(family: type) -> dict[str, type]:
-    """The concrete public classes of an abstract family that are loaded, by name."""
-    found: dict[str, type] = {}
-    cls: type
-    for cls in family.__subclasses__():
-        if not inspect.isabstract(cls) and not cls.__name__.startswith("_"):
-            found[cls.__name__] = cls
-        found.update(known_classes(cls))
-    return found
+def members(family: type, classes: Iterable[type]) -> dict[str, type]:
+    """Classes of a family by name."""
+    return {cls.__name__: cls for cls in classes if issubclass(cls, family)}
 
 
 def public_path(cls: type) -> str:
@@ -119,7 +115,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
 
 
-def _from_union(hint: Any, value: Any, where: str) -> Any:
+def _from_union(hint: Any, value: Any, classes: Iterable[type], where: str) -> Any:
     options = typing.get_args(hint)
     if value is None and type(None) in options:
         return None
@@ -128,10 +124,10 @@ def _from_union(hint: Any, value: Any, where: str) -> Any:
     if not readable:
         raise ValueError(f"{where} cannot be given in a file; set it in Python")
     if len(readable) == 1:
-        return from_plain(readable[0], value, where)
+        return from_plain(readable[0], value, classes, where)
     for option in readable:
         try:
-            return from_plain(option, value, where)
+            return from_plain(option, value, classes, where)
         except ValueError:
             continue
     raise ValueError(f"{where} must be {hint}, got {value!r}")
@@ -146,18 +142,13 @@ def needs_python(hint: Any) -> bool:
     )
 
 
-def _from_dict(cls: type, value: Any, where: str) -> Any:
+def _from_dict(cls: type, value: Any, classes: Iterable[type], where: str) -> Any:
     if not isinstance(value, dict):
         raise ValueError(f"{where} must hold the fields of {cls.__name__}, got {value!r}")
     if issubclass(cls, abc.ABC):
         if set(value) - {"class_path", "init_args"} or not isinstance(value.get("class_path"), str):
             raise ValueError(f"{where} must have the keys class_path and init_args, got {sorted(map(str, value))}")
-        family = known_classes(cls) | ({} if inspect.isabstract(cls) else {cls.__name__: cls})
-        module, _, name = value["class_path"].rpartition(".")
-        paths = ("", public_path(family[name]).rpartition(".")[0], family[name].__module__) if name in family else ()
-        if module not in paths:
-            raise ValueError(f"{where}: unknown class {value['class_path']!r}; {nearest(name, family)}")
-        cls, value = family[name], value.get("init_args") or {}
+        cls, value = _named(cls, value["class_path"], classes, where), value.get("init_args") or {}
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     prefix = "" if where == "configuration" else f"{where}."
@@ -168,4 +159,16 @@ def _from_dict(cls: type, value: Any, where: str) -> Any:
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in value:
             raise ValueError(f"{prefix}{name} is missing")
-    return cls(**{key: from_plain(hints[key], item, prefix + key) for key, item in value.items()})
+    return cls(**{key: from_plain(hints[key], item, classes, prefix + key) for key, item in value.items()})
+
+
+def _named(family: type, path: str, classes: Iterable[type], where: str) -> type:
+    """Find the member of a family that a file names."""
+    module, _, name = path.rpartition(".")
+    package = module.partition(".")[0]
+    known = [cls for cls in classes if issubclass(cls, family)]
+    for cls in known:
+        ours = package == cls.__module__.partition(".")[0] == "equipoise"  # the class may have moved
+        if name == cls.__name__ and (ours or module in ("", cls.__module__)):
+            return cls
+    raise ValueError(f"{where}: unknown class {path!r}; {nearest(name, [cls.__name__ for cls in known])}")

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 import equipoise as eq
 from equipoise.contraction import CappedConv2d
 from equipoise.contraction.certificate import jacobian_norm
-from equipoise.models import Contraction, MDEQCell, MDEQClassifier, MDEQConfig, ScaledLayers, SLLLayers
+from equipoise.zoo import Contraction, MDEQCell, MDEQClassifier, MDEQConfig, ScaledLayers, SLLLayers
 
 State = tuple[Tensor, ...]
 SMALL = MDEQConfig(

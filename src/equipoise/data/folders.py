@@ -1,0 +1,78 @@
+"""Readers of image files and folders of them."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from equipoise.data.images import ImageData
+from equipoise.data.readers import open_image, resize_and_crop, to_mode, to_tensor
+from equipoise.files import DataError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")  # in a folder; a file may have any
+
+
+def image_files(names: list[str]) -> list[Path]:
+    """The files that are named, and those in the folders that are named, as far as their suffix tells an image."""
+    found: list[Path] = []
+    for path in map(Path, names):
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+        if not inside:
+            raise DataError(f"{path} holds no image files ({', '.join(IMAGE_SUFFIXES)})")
+        found += inside
+    return list(dict.fromkeys(found))
+
+
+def read_image(path: Path, data: ImageData, invert: bool, *, side: int | None = None) -> tuple[Tensor, str]:
+    """An image as the model's data has it, or of another side, and what had to be converted."""
+    image = _opened(path)
+    channels, size, _ = data.shape
+    before = f"{image.width}x{image.height} {image.mode}"
+    converted = to_mode(image, channels)
+    resize = getattr(data, "resize", None) or size
+    if side is not None:
+        size = resize = side
+    if converted.size != (size, size):
+        converted = resize_and_crop(converted, resize, size)
+    kind = "color" if channels == 3 else "grayscale"
+    unchanged = image.size == (size, size) and image.mode == ("RGB" if channels == 3 else "L")
+    note = "" if unchanged else f"{before} was converted to {size}x{size} {kind}"
+    if image.width != image.height:
+        note += " (the central square)"
+    pixels = to_tensor(converted)
+    if invert:
+        pixels = 255 - pixels
+    elif channels == 1 and not unchanged and float(pixels.float().mean()) > 160:
+        note += "; it is mostly light, and the model was trained on light marks on dark ground: try --invert"
+    return pixels, note
+
+
+def read_cropped(path: Path, channels: int, invert: bool, *, multiple: int) -> tuple[Tensor, str]:
+    """An image in its own size, cut to a multiple of some pixels, and what had to be converted."""
+    image = _opened(path)
+    pixels = to_tensor(to_mode(image, channels))
+    height, width = (side - side % multiple for side in pixels.shape[1:])
+    if not height or not width:
+        raise DataError(f"{path} has {image.width}x{image.height} pixels, and each side must be at least {multiple}")
+    same = (width, height) == image.size and image.mode == ("RGB" if channels == 3 else "L")
+    kind = "color" if channels == 3 else "grayscale"
+    note = "" if same else f"{image.width}x{image.height} {image.mode} was cut to {width}x{height} {kind}"
+    pixels = pixels[:, :height, :width]
+    return 255 - pixels if invert else pixels, note
+
+
+def _opened(path: Path) -> Any:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    with warnings.catch_warnings():
+        # Pillow warns of large images and refuses huge ones; the first are as good as others here.
+        warnings.filterwarnings("ignore", ".*could be decompression bomb")
+        return open_image(content, str(path))

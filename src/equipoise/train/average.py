@@ -1,0 +1,45 @@
+"""Moving average of the weights."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.utils.parametrize import ParametrizationList
+
+
+class Average:
+    """Exponential moving average of a model's weights and statistics, faster in the first steps.
+
+    What parametrisations remember, such as the vectors of power iterations, is copied: a mean of it means nothing.
+
+    Args:
+        model: whose state is averaged.
+        decay: of the average once it has warmed up.
+    """
+
+    def __init__(self, model: torch.nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.values = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        self.copied = {
+            f"{path}.{name}"
+            for path, module in model.named_modules()
+            if isinstance(module, ParametrizationList)
+            for name, _ in module.named_buffers()
+        }
+
+    @torch.no_grad()
+    def update(self, model: torch.nn.Module, step: int) -> None:
+        """Move towards the model's present state."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, value in model.state_dict().items():
+            if value.is_floating_point() and name not in self.copied:
+                self.values[name].lerp_(value, 1 - decay)
+            else:
+                self.values[name].copy_(value)
+
+    @torch.no_grad()
+    def swap(self, model: torch.nn.Module) -> None:
+        """Exchange the model's state and the average."""
+        for name, value in model.state_dict().items():
+            kept = value.clone()
+            value.copy_(self.values[name])
+            self.values[name].copy_(kept)

@@ -1,0 +1,182 @@
+"""Zoo: one folder per model, with its task and its recipes."""
+
+import abc
+import dataclasses
+import inspect
+from collections.abc import Callable
+from types import ModuleType
+
+from equipoise import data, gradients, inputs, solvers, train
+from equipoise.train.config import TrainConfig
+from equipoise.zoo import adversarial, classification, continuous, few_shot, generative, inverse, lipschitz_mdeq, mdeq
+from equipoise.zoo.adversarial import (
+    Adversarial,
+    AdversarialClassification,
+    attack,
+    jiio_adversarial,
+    jiio_adversarial_fashion_mnist,
+)
+from equipoise.zoo.classification import (
+    Classification,
+    ClassifierConfig,
+    ClassifierTask,
+    Classify,
+    EquilibriumClassifier,
+    JacobianPenalty,
+    SkipPenalty,
+)
+from equipoise.zoo.continuous import (
+    DenseClassifier,
+    DenseConfig,
+    continuous_mnist,
+    skip_mnist,
+    skip_reg_fashion_mnist,
+    skip_reg_mnist,
+)
+from equipoise.zoo.few_shot import Episodes, FewShot, FewShotConfig, FewShotLearner, Omniglot, QueryLoss, jiio_meta
+from equipoise.zoo.generative import (
+    Blur,
+    Corruption,
+    DecoderConfig,
+    Downsample,
+    Hole,
+    ImageDecoder,
+    ImageDecoderConfig,
+    LatentDecoder,
+    Noise,
+    ObservationCost,
+    Reconstruct,
+    Reconstruction,
+    explain,
+    jiio_generative,
+    psnr,
+)
+from equipoise.zoo.images import ImageModelConfig
+from equipoise.zoo.inverse import EquilibriumPrior, PriorConfig, jiio_inverse
+from equipoise.zoo.lipschitz_mdeq import (
+    ScaledLayers,
+    SLLLayers,
+    contracting,
+    lipschitz_cifar10,
+    lipschitz_digits,
+    lipschitz_fashion_mnist,
+    lipschitz_tight_cifar10,
+    lipschitz_tight_digits,
+    lipschitz_tight_fashion_mnist,
+)
+from equipoise.zoo.mdeq import (
+    Contraction,
+    Layers,
+    MDEQCell,
+    MDEQClassifier,
+    MDEQConfig,
+    MDEQHead,
+    MDEQPredictor,
+    MDEQShape,
+    MDEQStem,
+    mdeq_cifar10_large,
+    mdeq_cifar10_tiny,
+    mdeq_digits,
+    mdeq_fashion_mnist,
+    mdeq_imagenet_large,
+    mdeq_imagenet_small,
+    mdeq_imagenet_xl,
+)
+
+MEMBERS = (classification, mdeq, lipschitz_mdeq, continuous, generative, inverse, adversarial, few_shot)
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    recipe.__name__.replace("_", "-"): recipe for member in MEMBERS for recipe in getattr(member, "RECIPES", ())
+}
+"""Recipes by name."""
+
+
+def _families(module: ModuleType) -> list[type]:
+    """Public members of abstract families of dataclasses in a module."""
+    found = [getattr(module, name) for name in module.__all__]
+    return [
+        cls
+        for cls in found
+        if isinstance(cls, abc.ABCMeta) and dataclasses.is_dataclass(cls) and not inspect.isabstract(cls)
+    ]
+
+
+CLASSES: tuple[type, ...] = tuple(
+    cls for module in (solvers, gradients, inputs, data, train, *MEMBERS) for cls in _families(module)
+)
+"""Classes that a file may name."""
+
+__all__ = [
+    "CLASSES",
+    "MEMBERS",
+    "RECIPES",
+    "Adversarial",
+    "AdversarialClassification",
+    "Blur",
+    "Classification",
+    "ClassifierConfig",
+    "ClassifierTask",
+    "Classify",
+    "Contraction",
+    "Corruption",
+    "DecoderConfig",
+    "DenseClassifier",
+    "DenseConfig",
+    "Downsample",
+    "Episodes",
+    "EquilibriumClassifier",
+    "EquilibriumPrior",
+    "FewShot",
+    "FewShotConfig",
+    "FewShotLearner",
+    "Hole",
+    "ImageDecoder",
+    "ImageDecoderConfig",
+    "ImageModelConfig",
+    "JacobianPenalty",
+    "LatentDecoder",
+    "Layers",
+    "MDEQCell",
+    "MDEQClassifier",
+    "MDEQConfig",
+    "MDEQHead",
+    "MDEQPredictor",
+    "MDEQShape",
+    "MDEQStem",
+    "Noise",
+    "ObservationCost",
+    "Omniglot",
+    "PriorConfig",
+    "QueryLoss",
+    "Reconstruct",
+    "Reconstruction",
+    "SLLLayers",
+    "ScaledLayers",
+    "SkipPenalty",
+    "attack",
+    "continuous_mnist",
+    "contracting",
+    "explain",
+    "jiio_adversarial",
+    "jiio_adversarial_fashion_mnist",
+    "jiio_generative",
+    "jiio_inverse",
+    "jiio_meta",
+    "lipschitz_cifar10",
+    "lipschitz_digits",
+    "lipschitz_fashion_mnist",
+    "lipschitz_tight_cifar10",
+    "lipschitz_tight_digits",
+    "lipschitz_tight_fashion_mnist",
+    "mdeq_cifar10_large",
+    "mdeq_cifar10_tiny",
+    "mdeq_digits",
+    "mdeq_fashion_mnist",
+    "mdeq_imagenet_large",
+    "mdeq_imagenet_small",
+    "mdeq_imagenet_xl",
+    "psnr",
+    "skip_mnist",
+    "skip_reg_fashion_mnist",
+    "skip_reg_mnist",
+]

@@ -1,0 +1,128 @@
+"""The worst that a small change of an image does to a classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from equipoise.constraints import Constraint
+from equipoise.gradients import Gradient
+from equipoise.inputs import Envelope, InputSolution, Nested, Schedule, optimize_inputs
+from equipoise.nn import frozen
+from equipoise.solvers import Anderson, Picard, Solver
+from equipoise.zoo.classification import EquilibriumClassifier
+
+
+def attack(
+    model: EquilibriumClassifier,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    constraint: Constraint,
+    mean: Sequence[float] = (0.0,),
+    std: Sequence[float] = (1.0,),
+    start: Tensor | None = None,
+    step_size: float | Tensor | None = 1.0,
+    solver: Solver = Picard(max_steps=40, rtol=1e-3),
+    schedule: Schedule = Nested(steps=2),
+    gradient: Gradient = Envelope(),
+    equilibrium: Solver | None = Anderson(max_steps=60, rtol=1e-4),
+) -> InputSolution:
+    r"""Images near the given ones that a classifier errs on most, found together with their equilibria.
+
+    $$ \max_{x \in X} \; \ell, \quad \ell = \log \sum_{j \ne y} e^{h_j} - h_y, \quad h = \mathrm{head}(z^*)
+       \quad \text{subject to} \quad z^* = f(z^*, \mathrm{stem}((x - m) / s)) $$
+
+    These log odds against the label have the maxima of the cross-entropy, $\log(1 + e^\ell)$. But their slope does not
+    vanish where the classifier is sure of itself, where an attack by the slope of the cross-entropy goes nowhere. The
+    model is frozen meanwhile: samples do not see each other, statistics do not move, no random numbers are drawn.
+
+    With plain iteration and a step that is long against the slope, a step is the projection of a long move: it ends
+    on the border of the set, where the maximum is. The default does that. Extrapolation of such iterates, by Anderson,
+    gains nothing.
+
+    Args:
+        model: a classifier.
+        images: `(B, C, H, W)`, with values in [0, 1].
+        labels: `(B,)` classes that the model is to be led away from.
+        constraint: what the images may become, such as `L2Ball(radius=1.0, center=images, lower=0.0, upper=1.0)`.
+        mean: of each channel, that is subtracted before the model sees the image.
+        std: of each channel, by which is divided.
+        start: where the search begins; None: the images.
+        step_size: as in `optimize_inputs`, along the slope of the log odds.
+        solver: of state, adjoint and image together.
+        schedule: of a round.
+        gradient: of the answer in the parameters; `Envelope()` fits a training loss that is the cross-entropy, whose
+            slope is a multiple for each sample.
+        equilibrium: finds the state once more at the answer, for `cost`; None: leave that out, as in training.
+
+    Returns:
+        The solution, with `value` $(z, \mu, x)$ and `cost` the negative log odds.
+
+    Example:
+        >>> import torch, equipoise as eq
+        >>> from equipoise.zoo import DenseClassifier, DenseConfig, attack
+        >>> model = DenseClassifier(DenseConfig(image_size=8, image_channels=1, num_classes=10, width=32, cap=0.8))
+        >>> images, labels = torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 2])
+        >>> ball = eq.constraints.L2Ball(radius=0.5, center=images, lower=0.0, upper=1.0)
+        >>> solution = attack(model, images, labels, constraint=ball)
+        >>> _, _, attacked = solution.value
+        >>> bool(((attacked - images).flatten(1).norm(dim=1) <= 0.5).all())
+        True
+
+    Source: Gurumurthy, Bai, Manchester and Kolter (2021), adversarial training.
+    """
+    cell = _Pixels(model, images, mean, std)
+    with frozen(model):
+        with torch.no_grad():
+            z0 = model.deq.start(cell.inject(images))
+        return optimize_inputs(
+            cell,
+            z0=z0,
+            x0=images if start is None else start,
+            cost=_Gain(model.head),
+            targets=(labels,),
+            constraint=constraint,
+            step_size=step_size,
+            solver=solver,
+            schedule=schedule,
+            gradient=gradient,
+            equilibrium=equilibrium,
+        )
+
+
+class _Pixels(nn.Module):
+    """The map of a classifier as one of state and image, of pixels in [0, 1]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, model: EquilibriumClassifier, images: Tensor, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
+        super().__init__()
+        self.stem, self.cell = model.stem, model.deq.cell
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values).to(images)[:, None, None])
+
+    def inject(self, x: Tensor) -> Any:
+        return self.stem((x - self.mean) / self.std)
+
+    def forward(self, z: Any, x: Tensor) -> Any:
+        return self.cell(z, self.inject(x))
+
+
+class _Gain(nn.Module):
+    """The log odds against the label, negative: what an adversary minimizes."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, z: Any, x: Tensor, labels: Tensor) -> Tensor:
+        logits, label = self.head(z), labels[:, None]
+        others = logits.scatter(1, label, -torch.inf).logsumexp(1)
+        return logits.gather(1, label)[:, 0] - others

@@ -1,0 +1,15 @@
+"""Classification of images by an equilibrium: what its models share, and how they are trained."""
+
+from equipoise.zoo.classification.model import ClassifierConfig, EquilibriumClassifier
+from equipoise.zoo.classification.penalties import JacobianPenalty, SkipPenalty
+from equipoise.zoo.classification.task import Classification, ClassifierTask, Classify
+
+__all__ = [
+    "Classification",
+    "ClassifierConfig",
+    "ClassifierTask",
+    "Classify",
+    "EquilibriumClassifier",
+    "JacobianPenalty",
+    "SkipPenalty",
+]

@@ -1,0 +1,63 @@
+"""Recipes: each function returns a complete configuration; vary it with `dataclasses.replace`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from equipoise.data import MNIST5K
+from equipoise.gradients import Implicit
+from equipoise.solvers import GMRES, SteadyState
+from equipoise.train.config import TrainConfig
+from equipoise.train.optim import Adam
+from equipoise.zoo.classification import Classify, SkipPenalty
+from equipoise.zoo.continuous.model import DenseConfig
+from equipoise.zoo.mdeq import mdeq_fashion_mnist
+
+
+def continuous_mnist() -> TrainConfig:
+    """Fully connected DEQ whose equilibrium is the steady state of a flow, on 5,000 digits: some minutes on a CPU."""
+    return TrainConfig(
+        name="continuous-mnist",
+        data=MNIST5K(),
+        model=DenseConfig(image_size=28, image_channels=1, num_classes=10),
+        task=Classify(),
+        solver=SteadyState(max_steps=50, rtol=5e-3),
+        gradient=Implicit(solver=GMRES(max_steps=15, rtol=0.0, atol=5e-3)),
+        optimizer=Adam(lr=1e-3),
+        epochs=25,
+        batch_size=32,
+    )
+
+
+def skip_mnist() -> TrainConfig:
+    """Skip DEQ: `continuous-mnist`, begun at the guess of a network that learns to predict the equilibrium."""
+    config = continuous_mnist()
+    model = dataclasses.replace(config.model, predictor=True)
+    return dataclasses.replace(config, name="skip-mnist", model=model, task=Classify(skip=SkipPenalty(weight=1.0)))
+
+
+def skip_reg_mnist() -> TrainConfig:
+    """Skip Reg DEQ: `continuous-mnist`, begun at the first step of the map, to which the equilibrium is drawn.
+
+    With a weight of a tenth the map still depends on its state for many images; from one on it does for none.
+    """
+    config = continuous_mnist()
+    model = dataclasses.replace(config.model, explicit_steps=1)
+    return dataclasses.replace(config, name="skip-reg-mnist", model=model, task=Classify(skip=SkipPenalty(weight=0.1)))
+
+
+def skip_reg_fashion_mnist() -> TrainConfig:
+    """Skip Reg DEQ with two levels, by the flow, on Fashion-MNIST."""
+    config = mdeq_fashion_mnist()
+    return dataclasses.replace(
+        config,
+        name="skip-reg-fashion-mnist",
+        model=dataclasses.replace(config.model, explicit_steps=1),
+        solver=SteadyState(max_steps=18, rtol=5e-2),
+        gradient=Implicit(solver=GMRES(max_steps=20, rtol=0.0, atol=5e-2)),
+        task=dataclasses.replace(config.task, skip=SkipPenalty(weight=0.1)),
+        epochs=2,
+    )
+
+
+RECIPES = (continuous_mnist, skip_mnist, skip_reg_mnist, skip_reg_fashion_mnist)

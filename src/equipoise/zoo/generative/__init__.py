@@ -1,0 +1,26 @@
+"""Generative model: images from latents that are optimized."""
+
+from equipoise.zoo.generative.corruptions import Blur, Corruption, Downsample, Hole, Noise
+from equipoise.zoo.generative.decoder import ImageDecoder, ImageDecoderConfig
+from equipoise.zoo.generative.model import DecoderConfig, LatentDecoder
+from equipoise.zoo.generative.recipes import RECIPES, jiio_generative
+from equipoise.zoo.generative.task import ObservationCost, Reconstruct, Reconstruction, explain, psnr
+
+__all__ = [
+    "RECIPES",
+    "Blur",
+    "Corruption",
+    "DecoderConfig",
+    "Downsample",
+    "Hole",
+    "ImageDecoder",
+    "ImageDecoderConfig",
+    "LatentDecoder",
+    "Noise",
+    "ObservationCost",
+    "Reconstruct",
+    "Reconstruction",
+    "explain",
+    "jiio_generative",
+    "psnr",
+]

@@ -1,0 +1,128 @@
+"""An equilibrium that decodes one latent vector into an image: configuration, map and model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor, nn
+
+from equipoise.gradients import Gradient, Implicit
+from equipoise.nn.deq import DEQ
+from equipoise.nn.norms import spectral_norm
+from equipoise.solvers import Anderson, Solver
+from equipoise.zoo.generative.decoder import ImageDecoder, ImageDecoderConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig(ImageDecoderConfig):
+    """Shape of a decoder of latent vectors.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    latent_size: int = 64
+    """Numbers of a latent."""
+    width: int = 256
+    """Numbers of the state."""
+    contraction: float = 0.5
+    """Norm of the map's matrix: the smaller, the fewer steps an equilibrium takes and the less it does."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("latent_size", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.contraction < 1:
+            raise ValueError(f"contraction must lie in (0, 1), got {self.contraction}; below 1 the map contracts")
+
+    def build(self, *, solver: Solver = Anderson(), gradient: Gradient = Implicit()) -> LatentDecoder:
+        return LatentDecoder(self, solver=solver, gradient=gradient)
+
+    @property
+    def state_size(self) -> int:
+        return self.width
+
+
+class DecoderCell(nn.Module):
+    r"""The map $f(z, x) = \tanh(\rho \, W z + U x + b)$ with $\|W\|_2 = 1$: smooth, and a contraction by $\rho$.
+
+    Args:
+        config: shape of the model.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.contraction = config.contraction
+        self.state = spectral_norm(nn.Linear(config.width, config.width, bias=False))
+        self.injection = nn.Linear(config.latent_size, config.width)
+        nn.init.normal_(self.injection.weight, std=config.latent_size**-0.5)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        """`(B, width), (B, latent_size) -> (B, width)`."""
+        return torch.tanh(self.contraction * self.state(z) + self.injection(x))
+
+
+class LatentDecoder(ImageDecoder):
+    r"""Decoder of one latent vector a picture, as a generative model has it.
+
+    $$ z^* = \tanh(\rho \, W z^* + U x + b), \qquad \mathrm{image} = \sigma(V z^* + c) $$
+
+    It has no encoder: the latent of an image is found by `optimize_inputs`, in training as afterwards.
+
+    Args:
+        config: shape of the model.
+        solver: finds the equilibrium.
+        gradient: differentiates it.
+
+    Example:
+        >>> import torch, equipoise as eq
+        >>> from equipoise.zoo import DecoderConfig, LatentDecoder
+        >>> model = LatentDecoder(DecoderConfig(image_size=8, image_channels=1, latent_size=4, width=32))
+        >>> x = model.latents(3, 8, 8)
+        >>> model(x).shape
+        torch.Size([3, 1, 8, 8])
+        >>> images = torch.rand(3, 1, 8, 8)
+        >>> cost = lambda z, x: (model.decode(z) - images).square().sum((1, 2, 3))
+        >>> z, mu, x = eq.optimize_inputs(model.deq.cell, z0=model.start(x), x0=x, cost=cost).value
+
+    Source: Gurumurthy, Bai, Manchester and Kolter (2021), with a dense map in place of the multiscale one.
+    """
+
+    def __init__(self, config: DecoderConfig, *, solver: Solver = Anderson(), gradient: Gradient = Implicit()) -> None:
+        super().__init__()
+        self.config = config
+        self.deq = DEQ(DecoderCell(config), solver=solver, gradient=gradient, init=self.start)
+        size = math.prod(config.image_shape)
+        self.head = nn.Sequential(nn.Linear(config.width, size), nn.Sigmoid(), nn.Unflatten(1, config.image_shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images of latents, `(B, latent_size) -> (B, C, H, W)`, between 0 and 1."""
+        return self.decode(self.deq(x))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Images of states, `(B, width) -> (B, C, H, W)`, between 0 and 1."""
+        images: Tensor = self.head(z)
+        return images
+
+    def latents(self, batch: int, height: int, width: int) -> Tensor:
+        """Where the search for latents begins: zeros `(batch, latent_size)`.
+
+        Args:
+            batch: number of images.
+            height: of the images.
+            width: of the images.
+
+        Raises:
+            ValueError: this is not the size of the model's images.
+        """
+        size = self.config.image_size
+        if (height, width) != (size, size):
+            raise ValueError(f"the decoder makes images of {size}x{size}, not of {height}x{width}; resize them")
+        return next(self.parameters()).new_zeros(batch, self.config.latent_size)
+
+    def start(self, x: Tensor) -> Tensor:
+        """Where the solve for the state begins: zeros `(B, width)`."""
+        return x.new_zeros(len(x), self.config.width)
