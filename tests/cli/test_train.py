@@ -130,7 +130,7 @@ def test_what_was_interrupted_goes_on_as_advised(
 def test_an_interruption_elsewhere_promises_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def press(_: list[str]) -> int:
+    def press(*_: object) -> int:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(commands, "recipes", press)

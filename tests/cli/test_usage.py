@@ -84,9 +84,10 @@ def test_every_field_of_the_configuration_is_in_the_help(capsys: pytest.CaptureF
     for field in dataclasses.fields(TrainConfig):
         if field.name != "name":
             assert re.search(rf"^  --{field.name}[. ]", text, re.MULTILINE), field.name
-    for nested in (Pretraining, JacobianPenalty, SkipPenalty, LRSchedule):
+    task = shown(capsys, "train", "--task.help", "Classify")
+    for nested, where in ((LRSchedule, text), (Pretraining, task), (JacobianPenalty, task), (SkipPenalty, task)):
         for field in dataclasses.fields(nested):
-            assert re.search(rf"^  --\w+\.{field.name} ", text, re.MULTILINE), field.name
+            assert re.search(rf"^  --[\w.]+\.{field.name} ", where, re.MULTILINE), field.name
     for line in text.splitlines():
         if not line.startswith("  equipoise"):
             assert len(line) <= 112, line
@@ -122,6 +123,13 @@ def test_every_class_has_a_help_with_its_fields(family: type, capsys: pytest.Cap
         for field in dataclasses.fields(cls):
             assert (f"--{flag}.{field.name} " in text) == (field.name not in PYTHON_ONLY), (name, field.name)
         assert "$" not in text.replace("$EQUIPOISE_DATA", ""), name  # no TeX
+
+
+def parsed(text: str) -> TrainConfig:
+    content = yaml.safe_load(text)
+    assert content.pop("version") == eq.__version__
+    found: TrainConfig = from_plain(TrainConfig, content, CLASSES)
+    return found
 
 
 def examples(text: str) -> list[str]:
@@ -243,7 +251,7 @@ def test_flags_reach_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     assert [key for key in plain if plain[key] == before[key]] == ["name"]
     words = [word for pair in flags_of(plain) if pair[0] not in silent for word in pair]
     text = shown(capsys, "train", "mdeq-digits", *words, "--print-config")
-    assert from_plain(TrainConfig, yaml.safe_load(text), CLASSES) == target
+    assert parsed(text) == target
     dashed = [word.replace("_", "-") if word.startswith("--") else word for word in words]
     joined = [f"{flag}={value}" for flag, value in zip(dashed[::2], dashed[1::2], strict=True)]
     assert shown(capsys, "train", "mdeq-digits", "--print_config", *joined) == text
@@ -276,15 +284,13 @@ def test_the_printed_configuration_is_the_recipe_and_prints_itself(
 def test_flags_go_over_the_file_and_the_file_over_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     pathlib.Path("part.yaml").write_text("epochs: 3\nseed: 4\noptimizer: {class_path: Adam, init_args: {lr: 1e-2}}\n")
     text = shown(capsys, "train", "mdeq-digits", "--config", "part.yaml", "--seed", "5", "--print-config")
-    found = from_plain(TrainConfig, yaml.safe_load(text), CLASSES)
+    found = parsed(text)
     assert (found.epochs, found.seed, found.optimizer.lr, found.batch_size) == (3, 5, 0.01, 64)
 
 
 def test_another_class_keeps_what_all_classes_share(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--solver", "LBFGS", "--gradient", "Implicit", "--optimizer", "SGD", "--data", "Digits")
-    found = from_plain(
-        TrainConfig, yaml.safe_load(shown(capsys, "train", "mdeq-digits", *words, "--print-config")), CLASSES
-    )
+    found = parsed(shown(capsys, "train", "mdeq-digits", *words, "--print-config"))
     assert found.solver == eq.LBFGS(max_steps=18, rtol=1e-2)
     assert found.optimizer == SGD(lr=2e-3)
     assert found.gradient == eq.Implicit()

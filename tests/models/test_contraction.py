@@ -35,7 +35,7 @@ def make_cell(
 ) -> tuple[MDEQCell, Tensor | tuple[Tensor, ...]]:
     """A cell whose kernels reach their caps, and an injection for three samples."""
     config = dataclasses.replace(TINY, contraction=contraction, **fields)
-    cell = MDEQCell(config)
+    cell = config.cell()
     with torch.no_grad():
         for module in cell.modules():
             if isinstance(module, CappedConv2d):
@@ -376,7 +376,7 @@ class Smooth(nn.Module):
 
 def test_gradcheck_of_a_solve_with_smooth_activations() -> None:
     config = dataclasses.replace(TINY, contraction=RELEASED, image_size=4, channels=(2, 4), num_groups=2, expansion=1)
-    cell = MDEQCell(config)
+    cell = config.cell()
     for block, post in zip(cell.blocks, cell.post, strict=True):
         block.activation = Smooth()
         post[0] = Smooth()

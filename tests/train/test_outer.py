@@ -123,7 +123,7 @@ def test_neither_in_evaluation_nor_in_fixed_depth_steps_nor_without_cadence(monk
 
 def test_the_loss_is_no_part_of_a_configuration() -> None:
     solver = dataclasses.replace(AWARE, outer=lambda z, rows: z.sum(1))
-    assert from_plain(eq.Solver, to_plain(solver)) == AWARE
+    assert from_plain(eq.Solver, to_plain(solver), [eq.AdjointBroyden]) == AWARE
 
 
 @pytest.mark.slow

@@ -172,13 +172,19 @@ def _shown(value: Any) -> str:
         value = value.as_dict()
     if isinstance(value, dict):
         items = value.get("init_args", {}).items()
-        inside = ", ".join(f"{key}={_shown(item)}" for key, item in items if item is not None)
+        # Fields of plain dataclasses would make the line too long; they have flags of their own.
+        shown = {key: item for key, item in items if item is not None and not _is_plain(item)}
+        inside = ", ".join(f"{key}={_shown(item)}" for key, item in shown.items())
         return f"{value['class_path'].rpartition('.')[2]}({inside})"
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(map(_shown, value)) + "]"
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, dict) and "class_path" not in value
 
 
 def _type_name(hint: Any) -> str:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from torch import nn
+
 from equipoise.gradients import Gradient, Implicit
 from equipoise.nn.deq import DEQ
 from equipoise.solvers import Anderson, Solver
@@ -41,6 +43,14 @@ class MDEQConfig(MDEQShape):
 
     def build(self, *, solver: Solver = Anderson(), gradient: Gradient = Implicit()) -> MDEQClassifier:
         return MDEQClassifier(self, solver=solver, gradient=gradient)
+
+    def stem(self) -> nn.Module:
+        """Build the modules from images to injections."""
+        return MDEQStem(self) if self.contraction is None else self.contraction.stem(self)
+
+    def cell(self) -> nn.Module:
+        """Build the map."""
+        return MDEQCell(self) if self.contraction is None else self.contraction.cell(self)
 
     @classmethod
     def digits(cls) -> MDEQConfig:
@@ -163,9 +173,7 @@ class MDEQClassifier(EquilibriumClassifier):
     """
 
     def __init__(self, config: MDEQConfig, *, solver: Solver = Anderson(), gradient: Gradient = Implicit()) -> None:
-        layers = config.contraction
-        stem = MDEQStem(config) if layers is None else layers.stem(config)
-        cell = MDEQCell(config) if layers is None else layers.cell(config)
+        stem, cell = config.stem(), config.cell()
         super().__init__(
             config,
             stem=stem,
