@@ -33,6 +33,9 @@ class Problem:
     inputs: tuple[Tensor, ...]
     expected: Any
 
+    def solve(self, solver: eq.Solver) -> eq.Solution[Any]:
+        return eq.fixed_point(self.f, self.z0, *self.inputs, solver=solver, params=())
+
 
 def spectral(d: int, norm: float, generator: torch.Generator) -> Tensor:
     """A matrix of the given spectral norm, `(d, d)`."""
