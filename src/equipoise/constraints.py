@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from equipoise.core.linalg import readable
+from equipoise.core.linalg import can_branch_on
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -145,7 +145,7 @@ class L2Ball(_Ball):
         near = super().project(x)
         inside = (near - center).square().flatten(1).sum(1) <= self.radius**2
         # Sorting is slow, and iterates are often projected twice. On a device this test would block the host.
-        if readable(x) and bool(inside.all()):
+        if can_branch_on(x) and bool(inside.all()):
             return near
         offset = x - center
         length, room = offset.square().flatten(1), self._room(offset, center).flatten(1)

@@ -167,7 +167,7 @@ def test_rows_do_not_depend_on_their_batch(closure: bool) -> None:
 def test_same_answers_with_rare_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     often = AWARE.solve(DescentMap(rosenbrock, STARTS, params=()), STARTS).raise_for_status()
     for module in (base, lbfgs):
-        monkeypatch.setattr(module, "readable", lambda x: False)
+        monkeypatch.setattr(module, "can_branch_on", lambda x: False)
     rarely = AWARE.solve(DescentMap(rosenbrock, STARTS, params=()), STARTS)
     assert rarely.num_steps.tolist() == often.num_steps.tolist()
     torch.testing.assert_close(rarely.value, often.value, rtol=1e-10, atol=0)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from equipoise.core.linalg import readable
+from equipoise.core.linalg import can_branch_on
 from equipoise.core.map import Map, Point
 from equipoise.core.state import InputLayout, Layout
 
@@ -261,7 +261,7 @@ class DescentMap(FunctionMap):
         if graph:
             return super().evaluate(z, rows, running, graph=True)
         value, gradient = self._value_and_gradient(z)
-        if not readable(value) or not bool(value.isfinite().all()):
+        if not can_branch_on(value) or not bool(value.isfinite().all()):
             # Automatic differentiation follows the formula out of the domain of h: log(-1) is NaN, its slope is not.
             gradient = torch.where(value.isfinite()[:, None], gradient, torch.nan)
         return Point(z, z - gradient, -gradient, rows, running, self, value=value)

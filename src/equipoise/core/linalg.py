@@ -8,9 +8,19 @@ import torch
 from torch import Tensor
 
 
-def readable(x: Tensor) -> bool:
-    """Whether the host may branch on the values of `x` at no cost: on the CPU, and not while a graph is exported."""
+def can_branch_on(x: Tensor) -> bool:
+    """Return whether the host may branch on the values of `x` at no cost: on the CPU, not during an export."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def dots(x: Tensor, y: Tensor) -> Tensor:
+    """Return dot products row by row, in float64: `(b, D), (b, D) -> (b,)`."""
+    return torch.linalg.vecdot(x, y).to(torch.float64)
+
+
+def norms(x: Tensor) -> Tensor:
+    """Return the norm of each row, in float64: `(b, D) -> (b,)`."""
+    return torch.linalg.vector_norm(x, dim=1).to(torch.float64)
 
 
 def row_dots(x: Tensor, rows: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from equipoise.core.linalg import InverseEstimate, readable
+from equipoise.core.linalg import InverseEstimate, can_branch_on
 from equipoise.core.solution import Solution
 from equipoise.gradients.adjoint import AdjointMap
 from equipoise.gradients.base import Gradient
@@ -63,6 +63,6 @@ class Shine(Gradient):
         fallen = ~(norms[1] <= self.fallback_ratio * norms[0]) | ~norms[1].isfinite()
         if self.observe is not None:
             self.observe(fallen)
-        if not readable(g) or bool(fallen.any()):
+        if not can_branch_on(g) or bool(fallen.any()):
             w = torch.where(fallen[:, None], g, w)
         return w, fallen

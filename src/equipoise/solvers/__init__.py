@@ -4,7 +4,8 @@ from equipoise.solvers.adjoint_broyden import AdjointBroyden
 from equipoise.solvers.anderson import Anderson
 from equipoise.solvers.base import Solver
 from equipoise.solvers.broyden import Broyden
-from equipoise.solvers.krylov import CG, GMRES
+from equipoise.solvers.cg import CG
+from equipoise.solvers.gmres import GMRES
 from equipoise.solvers.lbfgs import LBFGS
 from equipoise.solvers.picard import Picard
 from equipoise.solvers.steady_state import SteadyState

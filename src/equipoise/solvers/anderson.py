@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from equipoise.core.linalg import readable, row_dots, row_sums
+from equipoise.core.linalg import can_branch_on, row_dots, row_sums
 from equipoise.core.map import Point
 from equipoise.solvers.base import Solver
 from equipoise.solvers.picard import check_contraction
@@ -132,7 +132,7 @@ class Anderson(Solver):
         weights = torch.cholesky_solve(torch.ones_like(squares)[..., None], factor)[..., 0]
         weights = weights / weights.sum(dim=1, keepdim=True)
         restart = restart | (info != 0)
-        if not readable(gram) or bool(restart.any()):
+        if not can_branch_on(gram) or bool(restart.any()):
             best = torch.nn.functional.one_hot(squares.argmin(dim=1), squares.shape[1]).to(gram.dtype)
             weights = torch.where(restart[:, None], best, weights)
             best = best[:, None]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from equipoise.core.linalg import InverseEstimate, LowRank, readable
+from equipoise.core.linalg import InverseEstimate, LowRank, can_branch_on
 from equipoise.core.map import Map, Point
 from equipoise.core.solution import Solution, Status
 
@@ -149,7 +149,7 @@ class Solver(abc.ABC):
         if f.projected and not self.supports_projection:
             raise ValueError(f"{type(self).__name__} cannot follow a projected map; use Anderson or Picard")
         evals, vjps = f.counts.evals, f.counts.vjps
-        on_host = readable(z0)
+        on_host = can_branch_on(z0)
         tracing = torch.compiler.is_compiling()  # an exported solve runs all its steps and reads no flag
         with f.solve_context():
             z0 = f.project(z0)

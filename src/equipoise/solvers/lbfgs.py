@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from equipoise.core.linalg import readable
+from equipoise.core.linalg import can_branch_on, dots
 from equipoise.core.map import Point
 from equipoise.core.solution import Solution
 from equipoise.solvers.base import Solver
-from equipoise.solvers.pairs import NEVER, Pairs, SecantInverse, dots
+from equipoise.solvers.pairs import NEVER, Pairs, SecantInverse
 
 NOISE = 1e3  # rounding errors, relative to the largest value seen, below which a change is taken from the slopes
 
@@ -152,9 +152,9 @@ class LBFGS(Solver):
         accepted = ~memory.probing & (met | (lower & (trials + 1 >= self.max_trials)))
         failed = ~memory.probing & ~met & (trials + 1 == self.max_trials)
         begun = accepted | failed | memory.probing
-        if not readable(trial) or not bool(begun.all()):
+        if not can_branch_on(trial) or not bool(begun.all()):
             self._narrow(memory, trial, lower)
-        if not readable(trial) or bool(begun.any()):
+        if not can_branch_on(trial) or bool(begun.any()):
             self._advance(memory, point, accepted, begun, failed)
         return torch.addcmul(memory.base, memory.search[:, 1:2].to(point.z.dtype), memory.direction)
 
@@ -277,7 +277,7 @@ class LBFGS(Solver):
         memory.probing = torch.zeros_like(memory.probing)
         if self.outer is not None and self.cadence is not None:
             due = accepted & point.running & ((memory.taken - 1) % self.cadence == 0) & (memory.taken > 0)
-            if not readable(due) or bool(due.any()):
+            if not can_branch_on(due) or bool(due.any()):
                 self._probe(memory, point, inverse, dots(step, step).sqrt(), due)
 
     def _probe(self, memory: _Memory, point: Point, inverse: SecantInverse, length: Tensor, due: Tensor) -> None:

@@ -7,14 +7,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from equipoise.core.linalg import LowRank, row_dots
+from equipoise.core.linalg import LowRank, dots, row_dots
 
 NEVER = torch.iinfo(torch.int64).max
-
-
-def dots(x: Tensor, y: Tensor) -> Tensor:
-    """Row by row, in float64: `(b, D), (b, D) -> (b,)`."""
-    return torch.linalg.vecdot(x, y).to(torch.float64)
 
 
 @dataclasses.dataclass(frozen=True)

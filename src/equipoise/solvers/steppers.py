@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from equipoise.core.linalg import readable, row_sums
+from equipoise.core.linalg import can_branch_on, row_sums
 from equipoise.core.map import Point
 
 SHRINK = 0.2  # least ratio of a step to the last one that error control asks for
@@ -176,7 +176,7 @@ class RungeKutta(Stepper):
         slopes[rows, stage] = where_rows(sound, point.residual, point.residual.new_zeros(1))
         last = stage == self.slots - 1
         landed = stage == 0
-        if not readable(last) or bool(last.any()):
+        if not can_branch_on(last) or bool(last.any()):
             vector = row_sums(track.tableau[:, -1], slopes)
             error, power = self.error(vector, track.base, track.size, control), self.order
             if control is not None:
@@ -259,7 +259,7 @@ class Euler(RungeKutta):
 
 def where_rows(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
     """Rows `(b, D)` of one or the other; on the host without a copy where all are of one kind."""
-    if readable(mask):
+    if can_branch_on(mask):
         if bool(mask.all()):
             return yes
         if not bool(mask.any()):

@@ -41,7 +41,7 @@ def solve(solver: eq.Solver) -> tuple[eq.Solution, torch.Tensor]:
 def test_same_answers_with_rare_reads(solver: eq.Solver, monkeypatch: pytest.MonkeyPatch) -> None:
     often, grad_often = solve(solver)
     for module in (base, anderson):
-        monkeypatch.setattr(module, "readable", lambda x: False)
+        monkeypatch.setattr(module, "can_branch_on", lambda x: False)
     rarely, grad_rarely = solve(solver)
     assert rarely.status.tolist() == often.status.tolist()
     assert rarely.num_steps.tolist() == often.num_steps.tolist()

@@ -264,7 +264,7 @@ def test_same_answers_with_rare_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     solver = eq.LBFGS(max_steps=200, memory=5, rtol=0, atol=1e-8)
     often = minimise(rosenbrock, STARTS, solver)
     for module in (base, lbfgs):
-        monkeypatch.setattr(module, "readable", lambda x: False)
+        monkeypatch.setattr(module, "can_branch_on", lambda x: False)
     rarely = minimise(rosenbrock, STARTS, solver)
     assert rarely.num_steps.tolist() == often.num_steps.tolist()
     assert rarely.status.tolist() == often.status.tolist()
