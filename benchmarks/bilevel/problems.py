@@ -12,12 +12,12 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
+from benchmarks.bilevel.named import NAMED
 from equipoise.bilevel import InnerLoss
 from equipoise.core.function_map import DescentMap
 from equipoise.core.solution import Solution
 from equipoise.estimators.design import Design
 from equipoise.estimators.linear import GroupPenalty, LogisticLoss, MultinomialLoss
-from equipoise.estimators.tables import read_table
 from equipoise.fixed_point import solve_map
 from equipoise.gradients import JacobianFree
 from equipoise.solvers import LBFGS
@@ -121,8 +121,7 @@ class Problem:
 
 def load(name: str) -> tuple[Any, np.ndarray]:
     """Features and labels of a data set, some of its rows if it is too large for hundreds of solves."""
-    table = read_table(name)
-    X, y = table.X, table.y
+    X, y = NAMED[name]()
     if name in SUBSAMPLED:
         rows = np.random.default_rng(0).choice(len(y), SUBSAMPLED[name], replace=False)
         X, y = X[rows], y[rows]

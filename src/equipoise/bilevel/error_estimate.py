@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from torch import Tensor
 
-from equipoise.bilevel.problem import Evaluation, Hypergradient
+from equipoise.bilevel.problem import Evaluation
 from equipoise.bilevel.steps import Trial
 
 LARGEST = 0.1  # estimates may be far off themselves: no error larger than this share of the outer loss is believed
@@ -38,24 +39,22 @@ class ErrorEstimate:
     def trial(self, evaluation: Evaluation) -> Trial:
         """Return the point and its value for the step rule, without gradient."""
         value = evaluation.value
-        noise = _limited(self.noise * evaluation.residual, value)
+        residual = float(torch.linalg.vector_norm(evaluation.solution.residual))
+        noise = _limited(self.noise * residual, value)
         return Trial(x=evaluation.x, value=value, noise=noise, tolerance=evaluation.tolerance)
 
-    def updated(self, trial: Trial, hypergradient: Hypergradient) -> tuple[ErrorEstimate, Trial]:
+    def updated(self, trial: Trial, evaluation: Evaluation, gradient: Tensor) -> tuple[ErrorEstimate, Trial]:
         """Return the estimate at an accepted point, and the trial with its gradient and its corrected value."""
         estimate, error = self, 0.0
-        if hypergradient.adjoint is not None and hypergradient.residual is not None:
-            w, r = hypergradient.adjoint, hypergradient.residual
+        if evaluation.adjoint is not None:
+            w, r = evaluation.adjoint
             error, last = float((w * r).sum()), float(torch.linalg.vector_norm(w))
             noise = abs(error) / max(float(torch.linalg.vector_norm(r)), 1e-300)
             estimate = ErrorEstimate(noise, self.first or max(last, 1e-300), last)
         # To first order the residual lowers the outer loss by w . r below that of the exact inner solution; points
         # solved at different tolerances compare only with this correction.
         error = _limited(error, trial.value)
-        corrected = dataclasses.replace(
-            trial, gradient=hypergradient.vector, value=trial.value + error, noise=abs(error)
-        )
-        return estimate, corrected
+        return estimate, dataclasses.replace(trial, gradient=gradient, value=trial.value + error, noise=abs(error))
 
 
 def _limited(error: float, value: float) -> float:

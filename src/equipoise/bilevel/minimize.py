@@ -104,8 +104,8 @@ def minimize_outer(
         accepted = math.isfinite(trial.value) and (number == 1 or step.accepts(memory, trial))
         hypergradient = evaluation.hypergradient() if accepted else None
         if hypergradient is not None:
-            error, trial = error.updated(trial, hypergradient)
-            start = problem.start_at(evaluation, hypergradient.adjoint)
+            error, trial = error.updated(trial, evaluation, hypergradient)
+            start = problem.start_at(evaluation)
         history.add(evaluation, trial, accepted=hypergradient is not None)
         if hypergradient is None and number == 1:
             return history.solution(OuterStatus.NONFINITE)

@@ -55,21 +55,6 @@ class Start:
     adjoint: Tensor | None = None
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Hypergradient:
-    """Gradient of the outer loss in the hyperparameters.
-
-    Attributes:
-        vector: `(p,)` float64.
-        adjoint: `(B, D)` adjoint solution w; None if no adjoint system was solved.
-        residual: `(B, D)` residual r of the inner solution; None without `adjoint`.
-    """
-
-    vector: Tensor
-    adjoint: Tensor | None = None
-    residual: Tensor | None = None
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Evaluation:
     """Outer loss at one point, and the inner solution behind it.
@@ -83,7 +68,7 @@ class Evaluation:
         solution: record of the inner solve.
         total: outer loss, summed over the rows.
         counts: evaluations and vector-Jacobian products, those of a later hypergradient included.
-        record: adjoint solution and inner residual, once the hypergradient is computed.
+        record: `adjoint`, as the hypergradient leaves it.
     """
 
     x: Tensor
@@ -102,19 +87,17 @@ class Evaluation:
         failed = (self.solution.status == Status.NONFINITE) | (self.solution.status == Status.DIVERGED)
         return math.nan if bool(failed.any()) else float(self.total.detach())
 
-    @property
-    def residual(self) -> float:
-        """Norm of the inner residual over all rows."""
-        return float(torch.linalg.vector_norm(self.solution.residual))
-
-    def hypergradient(self) -> Hypergradient | None:
-        """Return the hypergradient; None if it is not finite."""
+    def hypergradient(self) -> Tensor | None:
+        """Return the gradient of the outer loss, `(p,)` float64; None if it is not finite."""
         if not self.total.requires_grad:
-            return Hypergradient(torch.zeros_like(self.x))
-        vector = flatten(torch.autograd.grad(self.total, self.leaves, materialize_grads=True))
-        if not bool(vector.isfinite().all()):
-            return None
-        return Hypergradient(vector, *(self.record[0] if self.record else ()))
+            return torch.zeros_like(self.x)
+        gradient = flatten(torch.autograd.grad(self.total, self.leaves, materialize_grads=True))
+        return gradient if bool(gradient.isfinite().all()) else None
+
+    @property
+    def adjoint(self) -> tuple[Tensor, Tensor] | None:
+        """Adjoint solution and inner residual, each `(B, D)`; None without an adjoint solve."""
+        return self.record[0] if self.record else None
 
 
 class OuterProblem:
@@ -192,10 +175,10 @@ class OuterProblem:
             record=record,
         )
 
-    def start_at(self, evaluation: Evaluation, adjoint: Tensor | None = None) -> Start:
-        """Return the start of a later inner solve: the solution of this one."""
+    def start_at(self, evaluation: Evaluation) -> Start:
+        """Return the start of later inner and adjoint solves: the solutions of this evaluation."""
         pairs = LBFGS.pairs_of(evaluation.solution) if isinstance(self.solver, LBFGS) else None
-        return Start(evaluation.z, pairs, evaluation.hyper, adjoint)
+        return Start(evaluation.z, pairs, evaluation.hyper, evaluation.adjoint and evaluation.adjoint[0])
 
     def _unit(self, f: FunctionMap, z0: Any) -> float:
         """Return the norm of the first residual, per row; 0 if it is not finite."""

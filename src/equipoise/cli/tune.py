@@ -1,4 +1,4 @@
-"""`equipoise tune`: a linear model of a table, its penalties found by gradient."""
+"""`equipoise tune`: fit a linear model to a table, with penalties found by gradient."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ GRADIENTS: dict[str, Gradient] = {
 }
 NAMES = {"accuracy": "accuracy", "r2": "R²"}
 PENALTIES = {"shared": None, "per-feature": "feature", "per-class": "output"}
-MAX_CLASSES = 100  # whole-numbered labels with more values are targets of a regression
+MAX_CLASSES = 100  # integer labels with more values are targets of a regression
 FILES = ("config.json", "history.jsonl", "model.safetensors", "result.json", "loss.png")
 EXAMPLES = """\
 examples:
@@ -53,10 +53,10 @@ The model predicts new rows in Python:
 def tune(arguments: list[str], classes: Sequence[type] = ()) -> int:
     """Tune the penalties of a linear model by gradient."""
     options = _parse(arguments)
-    # They need scikit-learn, which the other commands do without.
+    # The other commands work without scikit-learn.
     from equipoise.estimators import read_table, save
 
-    table = read_table(options.data, label=options.label, drop=options.drop, root=options.root)
+    table = read_table(options.data, label=options.label, drop=options.drop)
     console = Console(quiet=options.json)
 
     def say(text: str) -> None:
@@ -67,19 +67,15 @@ def tune(arguments: list[str], classes: Sequence[type] = ()) -> int:
     task, reason = _task(table.y, options.task)
     say(f"{table.name}: {table.X.shape[0]:,} rows, {table.X.shape[1]:,} features; {task}, {reason}")
     model = _model(task, options, len(np.unique(table.y)))
-    train, test = _split(table.y if task == "classification" else None, len(table.y), options)
+    train, test = _split(table.y, task, options)
     folder = Path(options.run_dir) if options.run_dir is not None else new_folder(f"tune-{Path(options.data).stem}")
-    asked = {**vars(options), "task": task}
-    run = _Run(folder, overwrite=options.overwrite, asked=asked)
+    score = "accuracy" if task == "classification" else "r2"
+    run = _Run(folder, score, {**vars(options), "task": task})
     say(f"run folder {folder}")
     start = time.perf_counter()
-    score = "accuracy" if task == "classification" else "r2"
-    with _Progress(console, run, options.max_steps, score) as progress, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model.fit(table.X[train], table.y[train], observe=progress.observe)
+    for warning in _fit(model, table.X[train], table.y[train], run, console):
+        say(f"note: {warning}")
     seconds = time.perf_counter() - start
-    for warning in caught:
-        say(f"note: {warning.message}")
     tested = float(model.score(table.X[test], table.y[test])) if len(test) else None
     alphas = np.atleast_1d(model.alpha_).tolist()
     result = {
@@ -117,34 +113,43 @@ def tune(arguments: list[str], classes: Sequence[type] = ()) -> int:
 
 
 def _finite(value: float) -> float | None:
-    """A number as JSON has it."""
+    """Return a number as JSON has it."""
     return value if math.isfinite(value) else None
 
 
 def _span(alphas: Sequence[float]) -> str:
-    """One penalty, or the range of several."""
+    """Format one penalty, or the range of several."""
     return f"{alphas[0]:.4g}" if len(alphas) == 1 else f"{min(alphas):.3g} to {max(alphas):.3g} ({len(alphas)})"
 
 
 class _Run:
-    """The folder of a search: what was asked, a line for each outer step, the model, the result, a figure."""
+    """Run folder of a search: configuration, outer steps, model, result and figure.
 
-    def __init__(self, folder: Path, *, overwrite: bool, asked: dict[str, Any]) -> None:
-        self.folder = folder
+    Args:
+        folder: path of the folder.
+        score: key of the score, `accuracy` or `r2`.
+        config: options of the search.
+
+    Raises:
+        RunError: the folder holds a run that the options do not overwrite.
+    """
+
+    def __init__(self, folder: Path, score: str, config: dict[str, Any]) -> None:
+        self.folder, self.score = folder, score
         self.lines: list[dict[str, Any]] = []
-        if any((folder / name).exists() for name in (*FILES, "config.yaml")) and not overwrite:
+        if any((folder / name).exists() for name in (*FILES, "config.yaml")) and not config["overwrite"]:
             raise RunError(f"{folder} already holds a run; replace it with --overwrite, or choose another --run-dir")
         folder.mkdir(parents=True, exist_ok=True)
         for name in FILES:
             (folder / name).unlink(missing_ok=True)
-        write_atomic(folder / "config.json", (json.dumps(asked, indent=2) + "\n").encode())
+        write_atomic(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
-    def log(self, step: OuterStep, score: dict[str, float | None]) -> dict[str, Any]:
+    def log(self, step: OuterStep, score: float) -> None:
         """Append an outer step and its score to `history.jsonl`."""
         line = {
             "step": step.step,
             "held_out_loss": _finite(step.value),
-            **score,
+            f"held_out_{self.score}": _finite(score),
             "log_alpha": step.hyper[0].tolist(),
             "gradient_norm": _finite(step.gradient_norm),
             "accepted": step.accepted,
@@ -155,10 +160,9 @@ class _Run:
         with open(self.folder / "history.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
         self.lines.append(line)
-        return line
 
     def finish(self, result: dict[str, Any], say: Any) -> None:
-        """Write the figure and, last of all, `result.json`."""
+        """Write the figure, then `result.json`."""
         try:
             from equipoise.report.tuning import search_figure
         except ImportError as error:
@@ -170,59 +174,55 @@ class _Run:
         write_atomic(self.folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
 
 
-class _Progress:
-    """A bar on a terminal, a line for each outer step elsewhere."""
+def _fit(model: Any, X: Any, y: np.ndarray, run: _Run, console: Console) -> list[str]:
+    """Fit with a progress bar on a terminal and a line for each outer step elsewhere; returns the warnings."""
+    bar = TwoLines(
+        TextColumn("outer step"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("at most"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    task = bar.add_task("tune", total=model.max_iter, figures="")
 
-    def __init__(self, console: Console, run: _Run, total: int, score: str) -> None:
-        self.console, self.run, self.score = console, run, score
-        self.bar = TwoLines(
-            TextColumn("outer step"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("at most"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self.task = self.bar.add_task("tune", total=total, figures="")
-
-    def __enter__(self) -> _Progress:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def observe(self, step: OuterStep, score: float) -> None:
-        """Log a step and show it."""
-        self.run.log(step, {f"held_out_{self.score}": _finite(score)})
-        figures = f"held-out loss {step.value:.6g}  {NAMES[self.score]} {score:.4f}"
+    def observe(step: OuterStep, score: float) -> None:
+        run.log(step, score)
         text = (
-            f"alpha {_span(step.hyper[0].exp().tolist())}  {figures}{'' if step.accepted else '  (rejected)'}  "
+            f"alpha {_span(step.hyper[0].exp().tolist())}  held-out loss {step.value:.6g}  "
+            f"{NAMES[run.score]} {score:.4f}{'' if step.accepted else '  (rejected)'}  "
             f"gradients {step.gradient_evals:,}"
         )
-        self.bar.update(self.task, completed=step.step, figures=text)
-        if not self.console.is_terminal:
-            self.console.print(f"step {step.step:>3}  {text}  {step.seconds:.1f} s", highlight=False, soft_wrap=True)
+        bar.update(task, completed=step.step, figures=text)
+        if not console.is_terminal:
+            console.print(f"step {step.step:>3}  {text}  {step.seconds:.1f} s", highlight=False, soft_wrap=True)
+
+    with bar, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.fit(X, y, observe=observe)
+    return [str(warning.message) for warning in caught]
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     flags: list[tuple[str, dict[str, Any]]] = [
-        ("data", {"metavar": "DATA", "help": "a file (.csv, .tsv, .parquet, .npz, libsvm text) or a named data set"}),
-        ("--task", {"choices": ["classification", "regression"], "help": "[guessed from the labels]"}),
-        ("--label", {"metavar": "COLUMN", "help": "column of the labels [label, or else the last]"}),
+        (
+            "data",
+            {"metavar": "DATA", "help": "file (.csv, .tsv, .parquet, .npz, libsvm text), breast-cancer or diabetes"},
+        ),
+        ("--task", {"choices": ["classification", "regression"], "help": "kind of model [guessed from the labels]"}),
+        ("--label", {"metavar": "COLUMN", "help": "label column [label, or else the last]"}),
         ("--drop", {"metavar": "COLUMN", "nargs": "+", "default": [], "help": "columns to leave out"}),
-        ("--root", {"metavar": "FOLDER", "help": "folder of the named data sets [$EQUIPOISE_DATA, the usual places]"}),
         ("--penalty", {"default": "shared", "help": f"{', '.join(PENALTIES)} [shared]"}),
         ("--gradient", {"default": "Shine", "help": f"{', '.join(GRADIENTS)} [Shine]"}),
-        ("--validation-fraction", {"type": float, "default": 0.25, "help": "share held out to judge"}),
-        ("--test-fraction", {"type": float, "default": 0.2, "help": "share kept for the test at the end"}),
-        ("--max-steps", {"type": int, "default": 30, "help": "outer steps, at most"}),
-        ("--seed", {"type": int, "default": 0, "help": "of the splits"}),
-        ("--run-dir", {"metavar": "FOLDER", "help": "folder of the run [runs/tune-DATA-NUMBER]"}),
-        ("--overwrite", {"action": "store_true", "help": "replace the run that the folder holds"}),
-        ("--json", {"action": "store_true", "help": "print the result as JSON and nothing else"}),
+        ("--validation-fraction", {"type": float, "default": 0.25, "help": "share held out to choose the penalties"}),
+        ("--test-fraction", {"type": float, "default": 0.2, "help": "share held out to test the final model"}),
+        ("--max-steps", {"type": int, "default": 30, "help": "largest number of outer steps"}),
+        ("--seed", {"type": int, "default": 0, "help": "seed of the splits"}),
+        ("--run-dir", {"metavar": "FOLDER", "help": "run folder [runs/tune-DATA-NUMBER]"}),
+        ("--overwrite", {"action": "store_true", "help": "replace the run in the folder"}),
+        ("--json", {"action": "store_true", "help": "print only the result, as JSON"}),
     ]
     known = {name[2:] for name, _ in flags if name.startswith("--")} | {"help"}
     words = [spell(argument, flags) for argument in arguments]
@@ -231,12 +231,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         if word.startswith("--") and name not in known:
             raise UsageError(f"unknown flag --{name}; {nearest_flag(name, known)}")
     if not words:
-        raise UsageError("name the data: equipoise tune DATA; --help lists the flags")
+        raise UsageError("DATA is missing: equipoise tune DATA; --help lists the flags")
     parser = Parser(
         prog="equipoise",
         usage="equipoise tune DATA [flags]",
         description="Fit a logistic or a ridge regression to a table, with the penalties that minimize the loss on\n"
-        "held-out rows, found by gradient. The named data sets:\n  " + "\n  ".join(_named()),
+        "held-out rows, found by gradient.",
         epilog=EXAMPLES,
         allow_abbrev=False,
         add_help=False,
@@ -262,35 +262,30 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _named() -> list[str]:
-    from equipoise.estimators.named import NAMED
-
-    return list(NAMED)
-
-
-def _task(y: np.ndarray, asked: str | None) -> tuple[str, str]:
-    """Classification or regression, and why."""
+def _task(y: np.ndarray, given: str | None) -> tuple[str, str]:
+    """Return classification or regression, and the reason."""
     values = len(np.unique(y))
     if y.dtype.kind == "U":
-        if asked == "regression":
+        if given == "regression":
             raise UsageError("--task regression: the labels are strings; name a numeric column with --label")
         return "classification", f"{values:,} classes"
     whole = y.dtype.kind == "i"
     guess = "classification" if whole and values <= min(MAX_CLASSES, max(2, len(y) // 10)) else "regression"
-    if asked == "classification" and not whole:
-        raise UsageError(f"--task classification: the labels are {values:,} numbers that are not whole")
-    found = f"for the labels are {values:,} different {'whole numbers' if whole else 'numbers'}"
-    if asked is not None:
-        return asked, "as asked"
+    if given == "classification" and not whole:
+        raise UsageError(f"--task classification: the labels are {values:,} different numbers, not integers")
+    if given is not None:
+        return given, f"as given by --task {given}"
+    if not whole:
+        return guess, f"as the labels are {values:,} different numbers"
     other = "regression" if guess == "classification" else "classification"
-    return guess, f"{found} (--task {other} takes them otherwise)" if whole else found
+    return guess, f"as the labels are {values:,} different integers (--task {other} overrides)"
 
 
 def _model(task: str, options: argparse.Namespace, values: int) -> Any:
     from equipoise.estimators import BilevelLogisticRegression, BilevelRidge
 
     if values < 2:
-        raise RunError(f"{options.data}: all labels are the same; there is nothing to learn")
+        raise RunError(f"{options.data}: all labels are the same; name another column with --label")
     if options.penalty == "per-class" and (task == "regression" or values == 2):
         raise UsageError("--penalty per-class: needs three or more classes; take shared or per-feature")
     cls = BilevelLogisticRegression if task == "classification" else BilevelRidge
@@ -303,18 +298,18 @@ def _model(task: str, options: argparse.Namespace, values: int) -> Any:
     )
 
 
-def _split(classes: np.ndarray | None, rows: int, options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to learn from, and rows for the test; of each class about the same share."""
+def _split(y: np.ndarray, task: str, options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
+    """Return training and test rows, with about the same share of each class."""
     from sklearn.model_selection import train_test_split
 
+    rows = np.arange(len(y))
     if options.test_fraction == 0:
-        return np.arange(rows), np.arange(0)
+        return rows, rows[:0]
+    classes = y if task == "classification" else None
     try:
         train, test = train_test_split(
-            np.arange(rows), test_size=options.test_fraction, random_state=options.seed, stratify=classes
+            rows, test_size=options.test_fraction, random_state=options.seed, stratify=classes
         )
     except ValueError as error:
-        raise RunError(
-            f"{options.data} cannot be split: {error}; --test-fraction 0 keeps no rows for a test"
-        ) from error
+        raise RunError(f"{options.data} cannot be split: {error}; --test-fraction 0 holds out no test rows") from error
     return train, test

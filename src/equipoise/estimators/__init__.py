@@ -1,4 +1,4 @@
-"""Hyperparameters tuned by gradient, with the interface of scikit-learn."""
+"""Linear estimators with the interface of scikit-learn; gradients tune their penalties."""
 
 try:
     import scipy  # noqa: F401

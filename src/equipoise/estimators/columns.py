@@ -1,4 +1,4 @@
-"""The sizes of columns: what penalties are measured in, and what makes the state well scaled."""
+"""Moments of columns: the units of penalties and the scales of the state."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ CONSTANT = 1e-26  # share of a column's mean square below which its variance is 
 
 
 def column_moments(features: Any, weights: np.ndarray, *, centered: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Weighted mean and spread of each column, `(d,)`; zeros where a column is constant.
+    """Return the weighted mean and spread of each column, `(d,)`; the spread of a constant column is 0.
 
-    The spread is the variance or, where columns are not `centered`, the mean square.
+    The spread is the variance or, without `centered`, the mean square.
 
     Raises:
-        ValueError: numbers whose squares overflow.
+        ValueError: squares overflow.
     """
     share = weights / weights.sum()
     with np.errstate(over="ignore", invalid="ignore"):
@@ -28,16 +28,16 @@ def column_moments(features: Any, weights: np.ndarray, *, centered: bool) -> tup
             variance = share @ np.square(features - mean)
         square = variance + np.square(mean)
     if not np.isfinite(square).all():
-        raise ValueError("X has columns whose squares overflow; rescale them")
+        raise ValueError("squares of columns of X overflow: rescale them")
     spread = variance if centered else square
     return mean, np.where(spread > CONSTANT * square, spread, 0.0)
 
 
 def geometric_means(spread: np.ndarray, groups: np.ndarray, num_groups: int, entries: np.ndarray) -> np.ndarray:
-    """Geometric mean of the positive spreads of each group, 1 where there is none: `(d,), (k, d) -> (p,)`.
+    """Return the geometric mean of the positive spreads of each group, 1 without one: `(d,), (k, d) -> (p,)`.
 
-    A single column in other units hardly moves it, and columns all in other units move it as they should. Columns count
-    by their number of `entries`, `(d,)`: among words it is the frequent ones that a penalty is about.
+    Other units of a single column hardly change it; other units of all columns change it by their factor. Each column
+    counts by its number of `entries`, `(d,)`: a penalty of words concerns mostly the frequent ones.
     """
     count = np.where(spread > 0, entries, 0.0)
     logs = count * np.log(np.where(spread > 0, spread, 1.0))

@@ -1,4 +1,4 @@
-"""A design matrix, dense or sparse, as a linear operator that is differentiable to any order."""
+"""Design matrices, dense or sparse, as linear operators that are differentiable to any order."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 
 class _Product(torch.autograd.Function):
-    """`v -> v A^T` for a constant sparse `A`; its derivative is the same function of `A^T`, so any order exists."""
+    """`v -> v A^T` for a constant sparse `A`. Its derivative is the same function of `A^T`, so any order exists."""
 
     @staticmethod
     def forward(ctx: Any, v: Tensor, matrix: scipy.sparse.csr_array, transposed: scipy.sparse.csr_array) -> Tensor:
         ctx.matrices = transposed, matrix
         array = v.detach().numpy()
-        # One right-hand side has a loop of its own in SciPy; several go through the matrix together.
+        # SciPy has a separate loop for one right-hand side; several share one pass through the matrix.
         out = (matrix @ array[0])[None] if len(array) == 1 else np.ascontiguousarray((matrix @ array.T).T)
         return torch.from_numpy(out)
 
@@ -28,9 +28,9 @@ class _Product(torch.autograd.Function):
 
 
 class Design:
-    r"""A design matrix as a linear operator on flat states, differentiable to any order.
+    r"""Design matrix as a linear operator on flat states, differentiable to any order.
 
-    A state holds one coefficient vector for each output and, with `intercept`, the intercepts after them. The scores of
+    A state holds one coefficient vector for each output, followed with `intercept` by the intercepts. The scores of
     output $c$ are
 
     $$ s_c = (X - \mathbf 1 \mu^\top)\, \operatorname{diag}(\sigma)^{-1} z_c + b_c \mathbf 1 $$
@@ -42,13 +42,13 @@ class Design:
         features: `(n, d)` NumPy array, torch tensor or SciPy sparse matrix.
         outputs: number of scores of a sample, k.
         intercept: whether each output has an intercept.
-        offset: `(d,)` what is subtracted from each column; None: nothing.
-        scale: `(d,)` what each column is divided by; None: one.
-        dtype: of the products; None: that of floating features, else float64.
+        offset: `(d,)` subtracted from the rows; None: 0.
+        scale: `(d,)` divisor of the columns; None: 1.
+        dtype: dtype of the products; None: that of floating-point features, else float64.
 
     Raises:
-        TypeError: features or dtype of another kind.
-        ValueError: shapes that do not fit; a scale that is not positive.
+        TypeError: features or dtype of the wrong kind.
+        ValueError: an argument of the wrong shape; a scale that is not positive.
 
     Example:
         >>> import scipy.sparse, torch
@@ -88,7 +88,7 @@ class Design:
             self._matrix: Any = scipy.sparse.csr_array(features, dtype=digits)
             self._transposed = scipy.sparse.csr_array(self._matrix.T)
         else:
-            if isinstance(features, np.ndarray):  # read-only memory and negative strides are foreign to torch
+            if isinstance(features, np.ndarray):  # torch takes no read-only memory and no negative strides
                 features = np.require(features, requirements=["C", "W"])
             self._matrix = torch.as_tensor(features).to(dtype)
             self._transposed = None
@@ -103,13 +103,8 @@ class Design:
         return None if value is None else value.to(self.dtype)
 
     @property
-    def sparse(self) -> bool:
-        """Whether the matrix is sparse."""
-        return self._transposed is not None
-
-    @property
     def num_coefficients(self) -> int:
-        """Number of coefficients of a state, `k d`: what penalties apply to."""
+        """Number of penalized coefficients of a state, `k d`."""
         return self.outputs * self.num_features
 
     @property
@@ -118,7 +113,7 @@ class Design:
         return self.num_coefficients + (self.outputs if self.intercept else 0)
 
     def on(self, features: Any) -> Design:
-        """The same operator on another matrix with these columns."""
+        """Return the operator of another matrix with the same columns."""
         if features.shape[1:] != (self.num_features,):
             raise ValueError(f"features must be a matrix (n, {self.num_features}), got shape {tuple(features.shape)}")
         return Design(
@@ -131,21 +126,17 @@ class Design:
         )
 
     def rescaled(self, scale: Tensor) -> tuple[Design, Tensor]:
-        """The same matrix with another scale, and the factor `(D,)` from states of this design to states of it."""
+        """Return the operator with another scale, and the factor `(D,)` that converts states of this one to it."""
         other = copy.copy(self)
         other.scale = other._column(scale, "scale")
         ratio = scale if self.scale is None else scale / self.scale
         return other, torch.cat([ratio.repeat(self.outputs), ratio.new_ones(self.size - self.num_coefficients)])
 
-    def select(self, rows: Any) -> Design:
-        """The same operator on some rows: an index array or a mask, as for the matrix itself."""
-        return self.on(self._matrix[np.asarray(rows)] if self.sparse else self._matrix[torch.as_tensor(rows)])
-
     def coefficients(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """What the state means on the columns as they are: coefficients `(B, k, d)` and intercepts `(B, k)`."""
+        """Return the coefficients `(B, k, d)` and intercepts `(B, k)` of a state for the original columns."""
         if z.ndim != 2 or z.shape[1] != self.size or z.dtype != self.dtype:
             raise ValueError(
-                f"the state of this design is (B, {self.size}) in {self.dtype}, got {tuple(z.shape)} in {z.dtype}"
+                f"the state of this design must be (B, {self.size}) in {self.dtype}, got {tuple(z.shape)} in {z.dtype}"
             )
         weights = z[:, : self.num_coefficients].unflatten(1, (self.outputs, self.num_features))
         if self.scale is not None:
@@ -156,13 +147,13 @@ class Design:
         return weights, intercepts
 
     def scores(self, z: Tensor) -> Tensor:
-        """Scores of all rows: `(B, D) -> (B, k, n)`."""
+        """Return the scores of all rows: `(B, D) -> (B, k, n)`."""
         weights, intercepts = self.coefficients(z)
         flat = weights.flatten(0, 1)
         if self._transposed is None:
             products = flat @ self._matrix.T
         elif flat.device.type != "cpu":
-            raise ValueError(f"a sparse design works on the CPU, got a state on {flat.device}; move it, or densify X")
+            raise ValueError(f"a sparse design needs a state on the CPU, got {flat.device}; move it, or densify X")
         else:
             products = _Product.apply(flat, self._matrix, self._transposed)
         scores = products.unflatten(0, (len(z), self.outputs))

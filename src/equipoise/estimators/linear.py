@@ -1,4 +1,4 @@
-"""Linear models as objectives of the implicit core: losses of the scores of a design matrix, and penalties."""
+"""Objectives of linear models: losses of the scores of a design matrix, and penalties."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ __all__ = ["Design", "GroupPenalty", "LogisticLoss", "Loss", "MultinomialLoss", 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Loss(abc.ABC):
-    """Sum or mean over rows of a loss of scores and targets: `(B, D) -> (B,)`, an objective as `DescentMap` takes it.
+    """Objective of a `DescentMap`: sum or mean over rows of a loss of scores and targets, `(B, D) -> (B,)`.
 
     Args:
-        design: gives the scores of a state.
+        design: operator from states to scores.
         target: `(n,)`, one for each row.
-        weights: of the rows, `(n,)`; or `(B, n)`, where every sample of the batch has its own, as folds have; None: 1.
+        weights: weights of the rows, `(n,)`, or `(B, n)` if each sample of the batch is a fold; None: 1.
         mean: divide by the sum of the weights.
 
     Raises:
-        TypeError: a target of another kind.
-        ValueError: shapes that do not fit; targets or weights out of range.
+        TypeError: a target of the wrong dtype.
+        ValueError: an argument of the wrong shape; targets or weights out of range.
     """
 
     design: Design
@@ -53,14 +53,14 @@ class Loss(abc.ABC):
 
     @abc.abstractmethod
     def terms(self, scores: Tensor) -> Tensor:
-        """Loss of each row: `(B, k, n) -> (B, n)`."""
+        """Return the loss of each row: `(B, k, n) -> (B, n)`."""
 
     def __call__(self, z: Tensor) -> Tensor:
         terms = self.terms(self.design.scores(z))
         if self._factors.ndim == 1:
             return terms @ self._factors
         if len(self._factors) != len(z):
-            raise ValueError(f"weights are given for a batch of {len(self._factors)}, the state has {len(z)} rows")
+            raise ValueError(f"weights are for a batch of {len(self._factors)}, the state has {len(z)} rows")
         return (terms * self._factors).sum(1)
 
     def _single_output(self) -> None:
@@ -91,7 +91,7 @@ class LogisticLoss(Loss):
         object.__setattr__(self, "target", self.target.to(self.design.dtype))
 
     def terms(self, scores: Tensor) -> Tensor:
-        # Not softplus, which is the identity above its threshold and so misses up to 2e-9.
+        # Not softplus: it is the identity above its threshold, with errors up to 2e-9.
         return -functional.logsigmoid(self.target * scores[:, 0])
 
 
@@ -151,7 +151,7 @@ class SigmoidLoss(Loss):
     r"""Nonlinear least squares $\tfrac12 \sum_i u_i \bigl(y_i - (1 + e^{-s_i})^{-1}\bigr)^2$; not convex.
 
     Args:
-        design, target, weights, mean: see `Loss`; targets are 0 and 1, or, as published, -1 and 1.
+        design, target, weights, mean: see `Loss`; targets are 0 and 1, or -1 and 1 as published.
 
     Example:
         >>> import torch
@@ -173,17 +173,17 @@ class SigmoidLoss(Loss):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class GroupPenalty:
-    r"""Ridge penalty $\tfrac12 \sum_j e^{\lambda_{g(j)}} w_j^2$ of the coefficients; intercepts go free.
+    r"""Ridge penalty $\tfrac12 \sum_j e^{\lambda_{g(j)}} w_j^2$ of the coefficients, not of the intercepts.
 
-    $w_j = z_j / \sigma_j$ are the coefficients on the columns as they are, whatever the scale of the design.
+    $w_j = z_j / \sigma_j$ are the coefficients of the original columns, whatever the scale of the design.
 
     Args:
-        design: says which entries of a state are coefficients.
-        groups: number of the group of each feature, `(d,)`, or of each coefficient, `(k, d)`: each has a logarithm
-            of its own in $\lambda$. None: one for all.
+        design: operator of the loss.
+        groups: number of the group of each feature, `(d,)`, or of each coefficient, `(k, d)`; each group has an entry
+            of $\lambda$. None: one group.
 
     Raises:
-        ValueError: groups of another shape or below zero.
+        ValueError: groups of the wrong shape or below zero.
 
     Example:
         >>> import torch
@@ -207,7 +207,7 @@ class GroupPenalty:
 
     @classmethod
     def per_class(cls, design: Design) -> GroupPenalty:
-        """One strength for each output."""
+        """Return the penalty with one group for each output."""
         return cls(design=design, groups=torch.arange(design.outputs)[:, None].expand(-1, design.num_features))
 
     @property
@@ -216,7 +216,7 @@ class GroupPenalty:
         return 1 if self.groups is None else int(self.groups.max()) + 1
 
     def __call__(self, z: Tensor, log_alpha: Tensor) -> Tensor:
-        """`(B, D)` and `(p,)` or, with a strength per sample, `(B, p)` to `(B,)`."""
+        """Return the penalty `(B,)` of `(B, D)` states with `(p,)` logarithms, or `(B, p)` of each sample."""
         if log_alpha.ndim and log_alpha.shape[-1] != self.num_groups:
             shape = tuple(log_alpha.shape)
             raise ValueError(f"log_alpha must be ({self.num_groups},) or (B, {self.num_groups}), got {shape}")

@@ -13,32 +13,32 @@ from sklearn.base import MultiOutputMixin, RegressorMixin
 from sklearn.metrics import r2_score
 
 from equipoise.bilevel import OuterStep
-from equipoise.estimators.base import BilevelEstimator, Rows, weigh
+from equipoise.estimators.base import BilevelEstimator, Rows, check_weights
 from equipoise.estimators.linear import Design, Loss, SquaredLoss
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class BilevelRidge(MultiOutputMixin, RegressorMixin, BilevelEstimator):
-    r"""Ridge regression whose penalties minimize the squared error on held-out rows, found by gradient.
+    r"""Ridge regression with penalties that minimize the squared error on held-out rows, found by gradient.
 
     $$ \min_\alpha\ \frac1{2m} \sum_{j \text{ held out}} (y_j - s_j(w^*(\alpha)))^2, \qquad
        w^*(\alpha) = \arg\min_w\ \frac1{2n} \sum_i (y_i - s_i(w))^2 + \frac12 \sum_g \alpha_g \|w_g\|^2 $$
 
     The loss is a mean, so a penalty does not depend on the number of rows: `Ridge(alpha=alpha_ * n)` of scikit-learn
-    has the same minimum, with weights $n$ is their sum. All else is as in `BilevelLogisticRegression`.
+    has the same minimum, with weights $n$ is their sum. Otherwise it works as `BilevelLogisticRegression`.
 
     Args:
-        groups: what has a penalty of its own: None, nothing: there is one; `"feature"`; `"output"`, that is each
+        groups: coefficients that share a penalty. None: all; `"feature"`: those of a feature; `"output"`: those of a
             target; or `(d,)` labels of groups of features.
         validation_fraction, cv, gradient, solver, alpha_start, alpha_bounds, max_iter, tol: as in
             `BilevelLogisticRegression`.
-        fit_intercept, refit, warm_start, random_state: as there.
+        fit_intercept, refit, warm_start, random_state: as in `BilevelLogisticRegression`.
 
     Attributes:
         coef_: `(d,)`, for several targets `(k, d)`.
         intercept_: a number, for several targets `(k,)`.
         validation_score_: $R^2$ on the held-out rows, the mean over the targets.
-        alpha_, validation_loss_, n_iter_, outer_history_, outer_status_: as there.
+        alpha_, validation_loss_, n_iter_, outer_history_, outer_status_: as in `BilevelLogisticRegression`.
 
     Example:
         >>> from sklearn.datasets import load_diabetes
@@ -61,27 +61,28 @@ class BilevelRidge(MultiOutputMixin, RegressorMixin, BilevelEstimator):
         validation: Any = None,
         observe: Callable[[OuterStep, float], None] | None = None,
     ) -> BilevelRidge:
-        """Search for the penalty, then fit with it.
+        """Search for the penalties, then fit with them.
 
         Args:
             X: `(n, d)`, dense or SciPy sparse.
             y: `(n,)` or, with several targets, `(n, k)`.
             sample_weight: `(n,)` weights >= 0; rows of weight zero are left out.
-            validation: rows of the outer loss, `(X, y)` or `(X, y, sample_weight)`; then all of `X` trains, and
-                `validation_fraction` and `cv` are unheeded.
-            observe: called as `observe(step, score)` with each `OuterStep` of the search and the $R^2$ of its
-                solution on the held-out rows, with their weights; the mean over the folds.
+            validation: rows of the outer loss, `(X, y)` or `(X, y, sample_weight)`. All rows of `X` are then training
+                rows, without regard to `validation_fraction` and `cv`.
+            observe: called as `observe(step, score)` with each `OuterStep` of the search and the weighted $R^2$ of its
+                solution on the held-out rows, the mean over the folds.
 
         Returns:
             The estimator itself.
 
         Raises:
-            ValueError: data that cannot be used.
+            ValueError: data of the wrong kind or shape.
         """
-        X, y = self._features(X, y=y, multi_output=True, y_numeric=True)
-        weights = weigh(sample_weight, X)
+        options = {"multi_output": True, "y_numeric": True}
+        X, y = self._features(X, y=y, **options)
+        weights = check_weights(sample_weight, X)
         kept = weights > 0
-        # The solver sees targets of size one: the minimum is linear in them.
+        # The solver gets targets of size one; the minimum is linear in them.
         share = weights / weights.sum()
         center = share @ y if self.fit_intercept else np.zeros(y.shape[1:])
         spread = float(np.sqrt((share @ np.square(y - center)).mean()))
@@ -93,19 +94,14 @@ class BilevelRidge(MultiOutputMixin, RegressorMixin, BilevelEstimator):
             return np.ascontiguousarray(((y - center) / spread).T)
 
         rows = Rows(X if kept.all() else X[kept], target(y[kept]), weights[kept])
-        judges = None
+        held_out = None
         if validation is not None:
-            if not isinstance(validation, (tuple, list)) or len(validation) not in (2, 3):
-                raise ValueError("validation must be (X, y) or (X, y, sample_weight)")
-            features, wanted = self._features(
-                validation[0], y=validation[1], multi_output=True, y_numeric=True, reset=False
-            )
+            features, wanted, given = self._validation(validation, **options)
             if wanted.shape[1:] != y.shape[1:]:
                 raise ValueError(f"validation has targets of shape {wanted.shape}, y has {y.shape}")
-            given = weigh(validation[2] if len(validation) == 3 else None, features)
-            judges = Rows(features, target(wanted), given)
+            held_out = Rows(features, target(wanted), given)
         coefficients, intercepts = self._tune(
-            rows, outputs=1 if y.ndim == 1 else y.shape[1], judges=judges, unit=spread**2, observe=observe
+            rows, outputs=1 if y.ndim == 1 else y.shape[1], validation=held_out, unit=spread**2, observe=observe
         )
         coefficients, intercepts = coefficients * spread, intercepts * spread + center
         self.coef_ = coefficients[0] if y.ndim == 1 else coefficients
@@ -113,12 +109,12 @@ class BilevelRidge(MultiOutputMixin, RegressorMixin, BilevelEstimator):
         return self
 
     def predict(self, X: Any) -> np.ndarray:
-        """The targets, `(n,)` or `(n, k)`."""
+        """Return the targets, `(n,)` or `(n, k)`."""
         values = self._decision(X)
         return values[:, 0] if self.coef_.ndim == 1 else values
 
     def _score(self, scores: np.ndarray, rows: Rows) -> float:
-        if len(rows.weights) < 2:  # of one row there is no variance to explain
+        if len(rows.weights) < 2:  # one row has no variance
             return math.nan
         return float(r2_score(rows.target.T, scores.T, sample_weight=rows.weights))
 

@@ -1,4 +1,4 @@
-"""Fitted estimators in files: coefficients as safetensors, all else as JSON. Nothing that is read can run code."""
+"""Files of fitted estimators: coefficients as safetensors, the rest as JSON. Reading one runs no code of it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import torch
 
 from equipoise.bilevel import OuterStatus
 from equipoise.estimators.classifiers import BilevelLogisticRegression, BilevelNonlinearLeastSquares
-from equipoise.estimators.encoding import Encoding
 from equipoise.estimators.ridge import BilevelRidge
-from equipoise.files import CheckpointError, read_facts, read_tensors, write_tensors
+from equipoise.estimators.tables import Encoding
+from equipoise.files import CheckpointError, read_tensors, write_tensors
 
 Estimator = BilevelLogisticRegression | BilevelNonlinearLeastSquares | BilevelRidge
 CLASSES: dict[str, type[Estimator]] = {
@@ -35,19 +35,19 @@ def save(
 ) -> None:
     """Save a fitted estimator in one safetensors file, atomically.
 
-    Saved are what it needs to predict, the penalties found and how the search ended, and parameters that are plain
-    values: numbers, strings, lists of them. A `solver`, `gradient` or splitter is not, nor `outer_history_`: after
-    `load` these parameters have their defaults.
+    The file holds the coefficients, the penalties, the status of the search, and parameters that are numbers, strings
+    or lists of them. It holds neither `outer_history_` nor a `solver`, `gradient` or splitter; after `load` these
+    parameters have their defaults.
 
     Args:
         model: a fitted estimator of this package.
-        path: of the file; its folder exists.
-        encoding: how columns with names became `X`, from `Table.encoding`, if new rows are to be read from files.
-        about: further facts as plain JSON data.
+        path: path of the file; its folder exists.
+        encoding: `Table.encoding`, if new rows are to be read from files.
+        about: further facts as JSON data.
 
     Raises:
-        TypeError: an estimator of another kind.
-        ValueError: it is not fitted, or its labels are no strings or numbers.
+        TypeError: an estimator of another package.
+        ValueError: the estimator is not fitted, or its labels are neither strings nor numbers.
         OSError: the file cannot be written; an older one of the same name stays.
 
     Example:
@@ -66,12 +66,16 @@ def save(
         raise TypeError(f"cannot save a {name}; known: {', '.join(CLASSES)}")
     if not hasattr(model, "coef_"):
         raise ValueError(f"this {name} is not fitted: call fit first")
+    labels = np.asarray(getattr(model, "classes_", []))
+    if not all(isinstance(label, (str, int, float)) for label in labels.tolist()):
+        raise ValueError(f"labels of type {labels.dtype} cannot be saved; take strings or numbers")
+    names = getattr(model, "feature_names_in_", None)
     facts = {
         "kind": "estimator",
         "class": name,
         "num_features": int(model.n_features_in_),
-        "names": _names(model),
-        "classes": _labels(model),
+        "names": None if names is None else [str(name) for name in names],
+        "classes": labels.tolist() or None,
         "validation_loss": float(model.validation_loss_),
         "validation_score": None if math.isnan(model.validation_score_) else float(model.validation_score_),
         "num_steps": int(model.n_iter_),
@@ -86,10 +90,10 @@ def save(
 
 
 def load(path: str | os.PathLike[str]) -> Any:
-    """Load what `save` wrote: an estimator that predicts as the saved one.
+    """Load an estimator from a file of `save`; its predictions are those of the saved one.
 
-    Parameters that were sequences are tuples now. Its
-    attribute `encoding_` is the `Encoding` saved with it, or None; `read_rows(file, model.encoding_)` reads rows.
+    Parameters that were sequences become tuples. The attribute `encoding_` is the `Encoding` saved with the estimator,
+    or None; `read_rows(file, model.encoding_)` reads rows.
 
     Raises:
         CheckpointError: the file is missing, truncated, damaged, or of another kind.
@@ -102,9 +106,10 @@ def load(path: str | os.PathLike[str]) -> Any:
     """
     tensors, facts = read_tensors(Path(path))
     if facts.get("kind") != "estimator":
-        raise CheckpointError(f"{path} is no saved estimator but {facts.get('kind', 'something else')!r}")
+        raise CheckpointError(f"{path} holds no estimator, but {facts.get('kind', 'something else')!r}")
     try:
-        model: Any = CLASSES[facts["class"]](**_tuples(facts["parameters"]))
+        parameters = facts["parameters"].items()
+        model: Any = CLASSES[facts["class"]](**{k: tuple(v) if isinstance(v, list) else v for k, v in parameters})
         for attribute in ARRAYS:
             values = tensors[attribute].numpy()
             setattr(model, attribute, float(values[0]) if attribute in facts["scalar"] else values)
@@ -124,13 +129,8 @@ def load(path: str | os.PathLike[str]) -> Any:
     return model
 
 
-def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The facts saved with an estimator: its class, labels, encoding, and what was passed as `about`."""
-    return read_facts(Path(path))
-
-
 def _plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that JSON returns as they were, sequences as lists."""
+    """Return the parameters that JSON preserves, sequences as lists."""
     found = {}
     for name, value in parameters.items():
         plain = value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
@@ -139,22 +139,3 @@ def _plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
             if json.loads(json.dumps(plain, allow_nan=False)) == plain:
                 found[name] = plain
     return found
-
-
-def _tuples(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in parameters.items()}
-
-
-def _names(model: Estimator) -> list[str] | None:
-    names = getattr(model, "feature_names_in_", None)
-    return None if names is None else [str(name) for name in names]
-
-
-def _labels(model: Estimator) -> list[Any] | None:
-    labels = getattr(model, "classes_", None)
-    if labels is None:
-        return None
-    plain = np.asarray(labels).tolist()
-    if not all(isinstance(label, (str, int, float)) for label in plain):
-        raise ValueError(f"labels of type {np.asarray(labels).dtype} cannot be saved; take strings or numbers")
-    return plain

@@ -1,4 +1,4 @@
-"""Which rows train and which judge: a random part held out, or the folds of a splitter."""
+"""Training and validation splits: random rows held out, or the folds of a splitter."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 from sklearn.model_selection import check_cv
 
-Split = tuple[np.ndarray, np.ndarray]  # numbers of the rows that train, and of those that judge
+Split = tuple[np.ndarray, np.ndarray]  # numbers of the training and of the validation rows
 
 
 def holdout(num_rows: int, fraction: float, generator: np.random.RandomState, classes: np.ndarray | None) -> Split:
-    """A random part of the rows judges; of each class about the same share, and never all of it.
+    """Hold out random rows: about the same share of each class, and never the whole class.
 
     Args:
         num_rows: n.
-        fraction: share of the rows that judge.
-        generator: draws the rows.
-        classes: `(n,)` class numbers; None: rows are not told apart.
+        fraction: share of the rows to hold out.
+        generator: source of the draw.
+        classes: `(n,)` class numbers; None: one class.
 
     Raises:
         ValueError: a fraction out of its range; too few rows.
@@ -30,7 +30,7 @@ def holdout(num_rows: int, fraction: float, generator: np.random.RandomState, cl
     sizes = np.bincount(labels)
     quota = sizes * fraction
     taken = np.minimum(np.floor(quota), sizes - 1).clip(0)
-    # What is missing to the whole share comes from the classes with the largest remainders.
+    # The rows still missing come from the classes with the largest remainders.
     missing = max(1, round(num_rows * fraction)) - int(taken.sum())
     for number in np.argsort(taken - quota, kind="stable")[: max(missing, 0)]:
         if taken[number] < sizes[number] - 1:
@@ -38,31 +38,31 @@ def holdout(num_rows: int, fraction: float, generator: np.random.RandomState, cl
     if taken.sum() == 0:
         of_each = "" if classes is None else " of a class"
         raise ValueError(
-            f"no row is left to judge: a held-out part needs at least two rows{of_each}, got n_samples = {num_rows}; "
-            "pass validation=(X, y) to fit"
+            f"no validation row: a held-out part needs at least two rows{of_each}, got n_samples = {num_rows}; pass "
+            "validation=(X, y) to fit"
         )
-    judges = np.concatenate([order[labels[order] == number][: int(part)] for number, part in enumerate(taken)])
     mask = np.zeros(num_rows, dtype=bool)
-    mask[judges] = True
+    for number, part in enumerate(taken):
+        mask[order[labels[order] == number][: int(part)]] = True
     return np.flatnonzero(~mask), np.flatnonzero(mask)
 
 
 def folds(cv: Any, features: Any, target: np.ndarray, classes: np.ndarray | None) -> list[Split]:
-    """The splits of a number of folds, a splitter or an iterable, as scikit-learn reads `cv`."""
+    """Return the splits of a number of folds, a splitter or an iterable, as scikit-learn reads `cv`."""
     labels = target if classes is None else classes
     splitter = check_cv(cv, labels, classifier=classes is not None)
     splits: Iterable[Split] = splitter.split(features, labels)
-    found = [(np.asarray(train), np.asarray(judge)) for train, judge in splits]
+    found = [(np.asarray(train), np.asarray(held_out)) for train, held_out in splits]
     if not found:
-        raise ValueError(f"cv={cv!r} gives no split")
+        raise ValueError(f"cv={cv!r} gives no split: pass at least one")
     return found
 
 
 def check_split(split: Split, name: str, classes: np.ndarray | None, names: np.ndarray | None) -> None:
-    """Refuse a split without rows, or whose training part lacks a class: its intercept would go to minus infinity."""
+    """Check that a split has rows, and training rows of each class: else an intercept would go to minus infinity."""
     for part, rows in zip(("training", "validation"), split, strict=True):
         if len(rows) == 0:
-            raise ValueError(f"the {part} part of {name} is empty")
+            raise ValueError(f"the {part} part of {name} is empty: pass a split with rows in both parts")
     if classes is not None:
         assert names is not None
         absent = np.setdiff1d(classes, classes[split[0]])

@@ -225,7 +225,7 @@ def test_constant_and_empty_columns_get_no_weight() -> None:
         wide = np.concatenate([X[:, :3], empty], axis=1)
         for data in (wide, scipy.sparse.csr_matrix(wide)):
             model = BilevelLogisticRegression(random_state=0, max_iter=2, tol=1e-8, alpha_bounds=(1e-3, 1)).fit(data, y)
-            assert abs(model.coef_[0, 3]) < 1e-8
+            assert abs(model.coef_[0, 3]) < 1e-6  # of weights of size one
     model = BilevelRidge(random_state=0).fit(np.ones((10, 2)), np.arange(10.0))
     np.testing.assert_allclose(model.predict(np.ones((1, 2))), 4.5)
 
@@ -264,7 +264,7 @@ def test_given_rows_judge() -> None:
     assert ridge.validation_loss_ == pytest.approx(
         0.5 * np.square(ridge.predict(X[judge]) - targets[judge]).mean(), rel=1e-8
     )
-    with pytest.raises(ValueError, match="labels that y has not"):
+    with pytest.raises(ValueError, match="labels that are not in y"):
         BilevelLogisticRegression().fit(X, y, validation=(X, y + 5))
     with pytest.raises(ValueError, match="validation must be"):
         BilevelLogisticRegression().fit(X, y, validation=X)

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from equipoise.estimators import BilevelLogisticRegression, BilevelNonlinearLeastSquares, BilevelRidge, load, save
-from equipoise.estimators.encoding import Encoding
+from equipoise.estimators.tables import Encoding
 from equipoise.files import CheckpointError, read_facts, read_tensors, write_tensors
 from equipoise.solvers import LBFGS
 
@@ -114,7 +114,7 @@ def test_damaged_files_are_refused(tmp_path: pathlib.Path) -> None:
         with pytest.raises(CheckpointError, match="does not describe an estimator"):
             load(path)
     write_tensors(path, tensors, {**facts, "kind": "model"})
-    with pytest.raises(CheckpointError, match="no saved estimator but 'model'"):
+    with pytest.raises(CheckpointError, match="holds no estimator, but 'model'"):
         load(path)
     save_file({"coef_": np.ones(3)}, path)
     with pytest.raises(CheckpointError, match="not written by equipoise"):

@@ -45,7 +45,7 @@ def result_of(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]
 def test_help_shows_flags_data_sets_and_examples(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, "tune", "--help")
     assert re.findall(r"^usage: .*$", text, re.M) == ["usage: equipoise tune DATA [flags]"]
-    for word in ("--validation-fraction", "--max-steps", "wordnet-45", "20newsgroups", "equipoise tune breast-cancer"):
+    for word in ("--validation-fraction", "--max-steps", "diabetes", "equipoise tune breast-cancer"):
         assert word in text
     assert "tune " in shown(capsys, "--help")
     assert not any(pathlib.Path().iterdir())
@@ -54,7 +54,7 @@ def test_help_shows_flags_data_sets_and_examples(capsys: pytest.CaptureFixture[s
 def test_a_run_on_a_named_set(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, "tune", "breast-cancer", "--run-dir", "run", "--max_steps", "6")
     result = json.loads(pathlib.Path("run/result.json").read_text())
-    assert "569 rows, 30 features; classification, for the labels are 2 different whole numbers" in text
+    assert "569 rows, 30 features; classification, as the labels are 2 different integers" in text
     step = r"^step +\d+  alpha \S+  held-out loss \S+  accuracy 0\.9\d+ .*gradients \d+  \d+\.\d s$"
     assert len(re.findall(step, text, re.M)) == result["outer_steps"]
     assert re.search(rf"test accuracy +│ {result['test_accuracy']:.4f}, 114 rows", text)
@@ -124,7 +124,7 @@ def test_one_penalty_for_each_class(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 MISTAKES = {
-    "nothing": ((), "name the data: equipoise tune DATA"),
+    "nothing": ((), "DATA is missing: equipoise tune DATA"),
     "flag": (("rows.csv", "--labels", "x"), "unknown flag --labels; did you mean --label?"),
     "strange flag": (("rows.csv", "--xyzzy", "x"), "unknown flag --xyzzy; --help lists all"),
     "penalty": (("rows.csv", "--penalty", "per-clas"), "--penalty: unknown 'per-clas'; did you mean 'per-class'?"),
@@ -135,7 +135,7 @@ MISTAKES = {
     "steps": (("rows.csv", "--max-steps", "0"), "--max-steps 0: must be >= 1"),
     "steps in words": (("rows.csv", "--max-steps", "few"), "--max_steps: expected int, got few"),
     "strings": (("rows.csv", "--task", "regression"), "the labels are strings; name a numeric column with --label"),
-    "not whole": (("diabetes", "--task", "classification"), "labels are 214 numbers that are not whole"),
+    "not whole": (("diabetes", "--task", "classification"), "labels are 214 different numbers, not integers"),
     "two classes": (("breast-cancer", "--penalty", "per-class"), "needs three or more classes"),
 }
 
@@ -153,9 +153,8 @@ def test_mistakes_end_with_code_2_and_one_line(mistake: str, capsys: pytest.Capt
 PROBLEMS = {
     "no data": (("brest-cancer",), "there is no file brest-cancer, nor a data set of this name; named sets: breast-"),
     "label": (("rows.csv", "--label", "colour"), "rows.csv has no column 'colour'; it has width, color, label"),
-    "damaged": (("torn.csv",), "torn.csv, line 3: 1 fields where the header has 2"),
+    "damaged": (("torn.csv",), "torn.csv, line 3: 1 fields, but the header has 2"),
     "one class": (("one.csv",), "one.csv: all labels are the same"),
-    "root": (("wordnet-45", "--root", "nowhere"), "no WordNet: looked for data.adj"),
     "too few": (("few.csv",), "few.csv cannot be split: .*--test-fraction 0"),
 }
 
@@ -222,14 +221,14 @@ def test_an_interrupted_search_keeps_its_history(
 ) -> None:
     from equipoise.cli import tune
 
-    seen = tune._Progress.observe
+    log = tune._Run.log
 
-    def observe(self: Any, step: Any, score: float) -> None:
-        seen(self, step, score)
+    def interrupted(self: Any, step: Any, score: float) -> None:
+        log(self, step, score)
         if step.step == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(tune._Progress, "observe", observe)
+    monkeypatch.setattr(tune._Run, "log", interrupted)
     assert main(["tune", "breast-cancer", "--run-dir", "run"]) == 130
     assert "interrupted" in capsys.readouterr().err
     assert len(pathlib.Path("run/history.jsonl").read_text().splitlines()) == 2
