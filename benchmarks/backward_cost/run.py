@@ -164,7 +164,7 @@ def variants(setting: Setting) -> dict[str, Variant]:
     shine = eq.Shine(fallback_ratio=1.3)
     aware = eq.Shine(fallback_ratio=1.8)
     adjoint = eq.AdjointBroyden(
-        max_steps=forward.max_steps, memory=forward.max_steps + forward.max_steps // 5, rtol=forward.rtol, cadence=5
+        max_steps=forward.max_steps, memory=forward.max_steps + forward.max_steps // 5, rtol=forward.rtol, outer_every=5
     )
 
     def refined(start: eq.Gradient, k: int) -> Variant:

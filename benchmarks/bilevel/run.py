@@ -84,7 +84,7 @@ def bilevel(
     *,
     memory: int,
     factor: float,
-    cadence: int | None = None,
+    outer_every: int | None = None,
     step: StepRule = TRUST_REGION,
     max_steps: int = 30,
     max_evals: int = MAX_EVALS,
@@ -102,7 +102,7 @@ def bilevel(
                 visits.append(Visit(seconds, line.gradient_evals, held_out, test, line.hyper[0].tolist()))
 
         # The solver learns of the outer loss from minimize_outer.
-        solver = eq.LBFGS(max_steps=1000, memory=memory, cadence=cadence)
+        solver = eq.LBFGS(max_steps=1000, memory=memory, outer_every=outer_every)
         solution = minimize_outer(
             lambda z, log_alpha: problem.held_out(z),
             problem.inner,
@@ -208,7 +208,7 @@ def methods(trials: int, max_steps: int, several: bool) -> dict[str, Method]:
     theirs = functools.partial(bilevel, memory=10, factor=0.9, max_steps=max_steps)
     found: dict[str, Method] = {
         "shine": ours(SHINE, memory=30),
-        "shine-opa": ours(SHINE, memory=60, cadence=5),
+        "shine-opa": ours(SHINE, memory=60, outer_every=5),
         "shine-refine": ours(eq.Implicit(solver=CG_5, start=SHINE), memory=30),
         "hoag": theirs(hoag),
         "hoag-limited": theirs(eq.Implicit(solver=CG_5)),

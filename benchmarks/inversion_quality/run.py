@@ -59,11 +59,11 @@ NEARLY_EXACT = eq.LBFGS(max_steps=500, memory=60, rtol=0, atol=1e-6, wolfe=9e-4,
 DEFAULT = dataclasses.replace(NEARLY_EXACT, wolfe=0.9)
 SETTINGS = {
     "nearly exact, OPA off": NEARLY_EXACT,
-    "nearly exact, OPA 5": dataclasses.replace(NEARLY_EXACT, cadence=5),
-    "nearly exact, OPA 1": dataclasses.replace(NEARLY_EXACT, cadence=1, memory=200),
+    "nearly exact, OPA 5": dataclasses.replace(NEARLY_EXACT, outer_every=5),
+    "nearly exact, OPA 1": dataclasses.replace(NEARLY_EXACT, outer_every=1, memory=200),
     "default, OPA off": DEFAULT,
-    "default, OPA 5": dataclasses.replace(DEFAULT, cadence=5),
-    "default, OPA 1": dataclasses.replace(DEFAULT, cadence=1, memory=200),
+    "default, OPA 5": dataclasses.replace(DEFAULT, outer_every=5),
+    "default, OPA 1": dataclasses.replace(DEFAULT, outer_every=1, memory=200),
 }
 # Median and least cosine, median ratio and its range: the authors' solver with their settings, run again.
 PUBLISHED = {
@@ -90,8 +90,8 @@ def invert(solver: eq.LBFGS, runs: int) -> Inversion:
     margins = torch.tensor(x * y[:, None])
     size = margins.shape[1]
     z0, v, other = torch.randn(3, runs, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    if solver.cadence is not None:
-        solver = dataclasses.replace(solver, outer=lambda z, rows: (z * v[rows]).sum(1))
+    if solver.outer_every is not None:
+        solver = dataclasses.replace(solver, outer_loss=lambda z, rows: (z * v[rows]).sum(1))
     f = DescentMap(lambda z: F.softplus(-z @ margins.T).sum(1) + 0.5 * z.square().sum(1), z0, params=())
     solution = solver.solve(f, z0).raise_for_status()
     pairs = eq.LBFGS.pairs_of(solution)
@@ -112,7 +112,7 @@ def invert(solver: eq.LBFGS, runs: int) -> Inversion:
 
 RECIPE = zoo.mdeq_digits()
 ADJOINT = eq.AdjointBroyden(max_steps=18, memory=18, rtol=1e-2)
-AWARE = dataclasses.replace(ADJOINT, cadence=5, memory=18 + 18 // 5 + 1)
+AWARE = dataclasses.replace(ADJOINT, outer_every=5, memory=18 + 18 // 5 + 1)
 VANILLA = eq.Shine(fallback_ratio=math.inf)
 TIGHT = eq.Broyden(max_steps=400, memory=400, rtol=1e-9)
 ESTIMATORS: dict[str, tuple[eq.Solver, eq.Gradient]] = {
@@ -145,8 +145,8 @@ class Adjoint:
 
     def w(self, solver: eq.Solver, gradient: eq.Gradient) -> tuple[Tensor, eq.Solution]:
         """The gradient of what is added to the map is `w` itself: `(B, D)`; and the forward solution."""
-        if isinstance(solver, eq.AdjointBroyden) and solver.cadence is not None:
-            solver = dataclasses.replace(solver, outer=self.loss)
+        if isinstance(solver, eq.AdjointBroyden) and solver.outer_every is not None:
+            solver = dataclasses.replace(solver, outer_loss=self.loss)
         added = [torch.zeros_like(level).requires_grad_() for level in self.z0]
 
         def f(z: tuple[Tensor, ...], u: Any, added: list[Tensor]) -> tuple[Tensor, ...]:

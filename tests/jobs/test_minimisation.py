@@ -398,11 +398,11 @@ def test_the_shared_q_improves_with_the_inner_tolerance() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cadence", [1, 5])
-def test_awareness_of_the_held_out_loss_corrects_the_hypergradient(cadence: int) -> None:
+@pytest.mark.parametrize("outer_every", [1, 5])
+def test_awareness_of_the_held_out_loss_corrects_the_hypergradient(outer_every: int) -> None:
     solver = dataclasses.replace(SOLVER, atol=1e-6)
     vanilla = quality(solver)
-    aware = quality(dataclasses.replace(solver, cadence=cadence, outer=lambda z, rows: held_out_loss(z)))
+    aware = quality(dataclasses.replace(solver, outer_every=outer_every, outer_loss=lambda z, rows: held_out_loss(z)))
     error, cosine, slope = (ours / theirs for ours, theirs in zip(aware, vanilla, strict=True))
     assert error < 0.5
     assert cosine > 1
@@ -492,7 +492,7 @@ def squares(z: Tensor) -> Tensor:
     ],
 )
 def test_pairs_below_the_guard_are_not_learned(start: float, max_trials: int, guard: float, some_refused: bool) -> None:
-    solver = eq.LBFGS(max_steps=80, memory=80, rtol=0, atol=1e-3, guard=guard, max_trials=max_trials)
+    solver = eq.LBFGS(max_steps=80, memory=80, rtol=0, atol=1e-3, min_curvature=guard, max_trials=max_trials)
     replay = Replay.of(squares, torch.full((1, SIZE), start), solver)
     replay.solution.raise_for_status()
     cosines = [s @ y / np.linalg.norm(s) / np.linalg.norm(y) for s, y in replay.pairs]

@@ -36,12 +36,12 @@ class Classifier(nn.Module):
         self.head = nn.Linear(STATE, 10)
 
     def loss(self, x: Tensor, y: Tensor, solver: eq.Solver, gradient: eq.Gradient) -> Tensor:
-        if isinstance(solver, eq.AdjointBroyden) and solver.cadence is not None:
+        if isinstance(solver, eq.AdjointBroyden) and solver.outer_every is not None:
 
             def outer(z: Tensor, rows: Tensor) -> Tensor:
                 return cross_entropy(self.head(z), y[rows], reduction="none")
 
-            solver = dataclasses.replace(solver, outer=outer)
+            solver = dataclasses.replace(solver, outer_loss=outer)
         with self.deq.using(solver=solver, gradient=gradient):
             return cross_entropy(self.head(self.deq(x)), y)
 
@@ -59,8 +59,8 @@ def methods(ratio: float = math.inf) -> dict[str, tuple[eq.Solver, eq.Gradient]]
         "shine": (BROYDEN, shine),
         "refine 5": (BROYDEN, eq.Implicit(solver=eq.Broyden(max_steps=6, rtol=0), start=shine)),
         "adjoint": (ADJOINT, shine),
-        "outer 5": (dataclasses.replace(ADJOINT, cadence=5), after_outer),
-        "outer 2": (dataclasses.replace(ADJOINT, cadence=2), after_outer),
+        "outer 5": (dataclasses.replace(ADJOINT, outer_every=5), after_outer),
+        "outer 2": (dataclasses.replace(ADJOINT, outer_every=2), after_outer),
     }
 
 

@@ -44,9 +44,9 @@ class Family:
     ) -> eq.Solution[Tensor]:
         self.calls = []
         z0, *inputs = (t[rows] for t in (self.z0, self.limit, *self.inputs))
-        if getattr(solver, "cadence", None) is not None:
+        if getattr(solver, "outer_every", None) is not None:
             target = torch.linspace(1, 2, len(self.z0)).to(z0)[rows, None]
-            solver = dataclasses.replace(solver, outer=lambda z, chosen: (z - target[chosen]).square().sum(1))
+            solver = dataclasses.replace(solver, outer_loss=lambda z, chosen: (z - target[chosen]).square().sum(1))
         f = self.kind(lambda z: self.call(z, *inputs), z0) if closure else self.kind(self.call, z0, inputs, params=())
         return solver.solve(f, z0, **options)
 
@@ -125,15 +125,15 @@ CASES = {
     "Broyden-restarted": Case(eq.Broyden(memory=4)),
     "AdjointBroyden": Case(eq.AdjointBroyden(memory=60)),
     "AdjointBroyden-restarted": Case(eq.AdjointBroyden(memory=4)),
-    "AdjointBroyden-aware": Case(eq.AdjointBroyden(memory=60, cadence=2)),
-    "AdjointBroyden-aware-restarted": Case(eq.AdjointBroyden(memory=4, cadence=2)),
+    "AdjointBroyden-aware": Case(eq.AdjointBroyden(memory=60, outer_every=2)),
+    "AdjointBroyden-aware-restarted": Case(eq.AdjointBroyden(memory=4, outer_every=2)),
     "VCAB3": Case(eq.SteadyState()),
     "BS3": Case(eq.SteadyState(stepper=BS3())),
     "Tsit5": Case(eq.SteadyState(stepper=Tsit5())),
     "Euler": Case(eq.SteadyState(stepper=Euler())),
     "LBFGS": Case(eq.LBFGS(memory=60), objective),
     "LBFGS-short": Case(eq.LBFGS(memory=2), objective),
-    "LBFGS-aware": Case(eq.LBFGS(memory=6, cadence=2), objective),
+    "LBFGS-aware": Case(eq.LBFGS(memory=6, outer_every=2), objective),
     "CG": Case(eq.CG(), systems),
     "CG-refreshed": Case(eq.CG(refresh=2), systems),
     "GMRES": Case(eq.GMRES(memory=30), systems),
@@ -407,7 +407,7 @@ def test_counts(case: Case, steps: int, closure: bool) -> None:
     solution = family.solve(case.set(max_steps=steps), closure=closure, trace=True)
     evals = len(family.calls)
     assert solution.num_evals == evals <= steps
-    aware = getattr(case.solver, "cadence", None) is not None
+    aware = getattr(case.solver, "outer_every", None) is not None
     vjps = sum(1 + (aware and step % 2 == 0) for step in range(1, evals))
     assert solution.num_vjps == (vjps if case.solver.uses_vjp else 0)
     assert int(solution.num_steps.max()) == evals
@@ -627,20 +627,20 @@ DEFAULTS = (
     "Picard(max_steps=30, rtol=0.001, atol=0.0, patience=None, damping=1.0, lipschitz=None, one_sided=None)",
     "Anderson(max_steps=30, rtol=0.001, atol=0.0, patience=None, memory=5, mixing=1.0, ridge=0.0, growth=10.0, "
     "lipschitz=None)",
-    "Broyden(max_steps=30, rtol=0.001, atol=0.0, patience=None, memory=18, guard=1e-08)",
-    "AdjointBroyden(max_steps=30, rtol=0.001, atol=0.0, patience=None, memory=36, guard=1e-08, cadence=None, "
-    "outer=None)",
-    "SteadyState(max_steps=30, rtol=0.001, atol=0.0, patience=None, stepper=VCAB3(kappa=0.15), control=None, "
+    "Broyden(max_steps=30, rtol=0.001, atol=0.0, patience=None, memory=18, min_denominator=1e-08)",
+    "AdjointBroyden(max_steps=30, rtol=0.001, atol=0.0, patience=None, memory=36, min_denominator=1e-08, "
+    "outer_every=None, outer_loss=None)",
+    "SteadyState(max_steps=30, rtol=0.001, atol=0.0, patience=None, stepper=VCAB3(error_ratio=0.15), control=None, "
     "first_step=1.0, growth=3.0)",
-    "LBFGS(max_steps=30, rtol=0.001, atol=0.0, patience=None, memory=10, armijo=0.0001, wolfe=0.9, guard=1e-10, "
-    "scaled=True, max_trials=20, cadence=None, outer=None)",
+    "LBFGS(max_steps=30, rtol=0.001, atol=0.0, patience=None, memory=10, armijo=0.0001, wolfe=0.9, "
+    "min_curvature=1e-10, scaled=True, max_trials=20, outer_every=None, outer_loss=None)",
     "CG(max_steps=30, rtol=0.001, atol=0.0, patience=None, refresh=50)",
     "GMRES(max_steps=30, rtol=0.001, atol=0.0, patience=None, memory=20)",
     "Classical(rtol=0.001, atol=1e-06)",
-    "VCAB3(kappa=0.15)",
-    "BS3(kappa=0.1)",
-    "Tsit5(kappa=0.02)",
-    "Euler(kappa=0.3)",
+    "VCAB3(error_ratio=0.15)",
+    "BS3(error_ratio=0.1)",
+    "Tsit5(error_ratio=0.02)",
+    "Euler(error_ratio=0.3)",
 )
 
 
@@ -719,35 +719,35 @@ BAD: list[tuple[type, dict[str, Any], type[Exception], str]] = [
     ),
     (eq.Anderson, {"lipschitz": -0.5}, ValueError, r"\(lipschitz=-0.5\): must lie in"),
     (eq.Anderson, {"lipschitz": 0.5, "mixing": 0.5}, ValueError, r"\(mixing=0.5\): must be 1 with lipschitz"),
-    (eq.Broyden, {"guard": -1.0}, ValueError, r"\(guard=-1.0\): must be >= 0"),
-    (eq.Broyden, {"guard": math.nan}, ValueError, r"\(guard=nan\): must be >= 0"),
-    (eq.AdjointBroyden, {"guard": -1.0}, ValueError, r"\(guard=-1.0\): must be >= 0"),
-    (eq.AdjointBroyden, {"memory": 1, "cadence": 3}, ValueError, r"\(memory=1\): must be >= 2"),
-    (eq.AdjointBroyden, {"cadence": 0}, ValueError, r"\(cadence=0\): must be >= 1, or None"),
-    (eq.AdjointBroyden, {"cadence": 2.5}, TypeError, r"\(cadence=2.5\): must be an integer or None"),
-    (eq.AdjointBroyden, {"outer": 3, "cadence": 2}, TypeError, r"\(outer=3\): must be a function"),
-    (eq.AdjointBroyden, {"outer": torch.sum}, ValueError, r"\(outer=...\) .*: set cadence, say to 5"),
+    (eq.Broyden, {"min_denominator": -1.0}, ValueError, r"\(min_denominator=-1.0\): must be >= 0"),
+    (eq.Broyden, {"min_denominator": math.nan}, ValueError, r"\(min_denominator=nan\): must be >= 0"),
+    (eq.AdjointBroyden, {"min_denominator": -1.0}, ValueError, r"\(min_denominator=-1.0\): must be >= 0"),
+    (eq.AdjointBroyden, {"memory": 1, "outer_every": 3}, ValueError, r"\(memory=1\): must be >= 2"),
+    (eq.AdjointBroyden, {"outer_every": 0}, ValueError, r"\(outer_every=0\): must be >= 1, or None"),
+    (eq.AdjointBroyden, {"outer_every": 2.5}, TypeError, r"\(outer_every=2.5\): must be an integer or None"),
+    (eq.AdjointBroyden, {"outer_loss": 3, "outer_every": 2}, TypeError, r"\(outer_loss=3\): must be a function"),
+    (eq.AdjointBroyden, {"outer_loss": torch.sum}, ValueError, r"\(outer_loss=...\) .*: set outer_every, say to 5"),
     (eq.LBFGS, {"max_trials": 0}, ValueError, r"\(max_trials=0\): must be >= 1"),
     (eq.LBFGS, {"wolfe": 1.0}, ValueError, r"wolfe=1.0\): must obey 0 < armijo < wolfe < 1"),
     (eq.LBFGS, {"armijo": 0.0}, ValueError, r"armijo=0.0, .*\): must obey"),
     (eq.LBFGS, {"armijo": 0.5, "wolfe": 0.5}, ValueError, r"armijo=0.5, .*\): must obey"),
     (
         eq.LBFGS,
-        {"guard": -1.0},
+        {"min_curvature": -1.0},
         ValueError,
-        r"\(guard=-1.0\): must be >= 0, so that the inverse stays positive definite",
+        r"\(min_curvature=-1.0\): must be >= 0, else the inverse may be indefinite",
     ),
-    (eq.LBFGS, {"cadence": 0}, ValueError, r"\(cadence=0\): must be >= 1, or None for no probes"),
-    (eq.LBFGS, {"cadence": 1.5}, TypeError, r"\(cadence=1.5\): must be an integer or None"),
-    (eq.LBFGS, {"outer": torch.sum}, ValueError, r"\(outer=\.\.\.\) without cadence: .* cadence=5"),
+    (eq.LBFGS, {"outer_every": 0}, ValueError, r"\(outer_every=0\): must be >= 1, or None for no probes"),
+    (eq.LBFGS, {"outer_every": 1.5}, TypeError, r"\(outer_every=1.5\): must be an integer or None"),
+    (eq.LBFGS, {"outer_loss": torch.sum}, ValueError, r"\(outer_loss=\.\.\.\) without outer_every: .* outer_every=5"),
     (eq.CG, {"refresh": 0}, ValueError, r"\(refresh=0\): must be >= 1"),
     (eq.SteadyState, {"first_step": 0.0}, ValueError, r"\(first_step=0.0\): must be positive and finite"),
     (eq.SteadyState, {"first_step": math.inf}, ValueError, r"\(first_step=inf\): must be positive and finite"),
     (eq.SteadyState, {"growth": 0.5}, ValueError, r"\(growth=0.5\): must be >= 1; at 1 steps never grow"),
     (eq.SteadyState, {"stepper": "vcab3"}, TypeError, r"\(stepper='vcab3'\): must be a stepper such as VCAB3"),
     (eq.SteadyState, {"control": 1e-3}, TypeError, r"\(control=0.001\): must be None or Classical"),
-    (solvers.VCAB3, {"kappa": 0.0}, ValueError, r"\(kappa=0.0\): must be > 0; math.inf controls no error"),
-    (BS3, {"kappa": math.nan}, ValueError, r"\(kappa=nan\): must be > 0"),
+    (solvers.VCAB3, {"error_ratio": 0.0}, ValueError, r"\(error_ratio=0.0\): must be > 0; math.inf controls no error"),
+    (BS3, {"error_ratio": math.nan}, ValueError, r"\(error_ratio=nan\): must be > 0"),
     (solvers.Classical, {"rtol": 0.0}, ValueError, r"\(rtol=0.0\): must be > 0"),
     (solvers.Classical, {"atol": -1.0}, ValueError, r"\(atol=-1.0\): must be > 0"),
 ]
@@ -767,10 +767,10 @@ def test_bad_fields(kind: type, fields: dict[str, Any], error: type[Exception], 
         (eq.Picard, {"one_sided": -2.0, "lipschitz": 2.0}),
         (eq.Picard, {"one_sided": 0, "lipschitz": 0}),
         (eq.Anderson, {"memory": 1, "mixing": 1, "ridge": 0, "lipschitz": 0}),
-        (eq.Broyden, {"memory": 1, "guard": 0}),
-        (eq.AdjointBroyden, {"memory": 1, "guard": 0}),
-        (eq.AdjointBroyden, {"memory": 2, "cadence": 1, "outer": torch.sum}),
-        (eq.LBFGS, {"memory": 1, "max_trials": 1, "guard": 0, "cadence": 1, "outer": torch.sum}),
+        (eq.Broyden, {"memory": 1, "min_denominator": 0}),
+        (eq.AdjointBroyden, {"memory": 1, "min_denominator": 0}),
+        (eq.AdjointBroyden, {"memory": 2, "outer_every": 1, "outer_loss": torch.sum}),
+        (eq.LBFGS, {"memory": 1, "max_trials": 1, "min_curvature": 0, "outer_every": 1, "outer_loss": torch.sum}),
         (eq.CG, {"refresh": 1}),
         (eq.GMRES, {"memory": 1}),
         (eq.SteadyState, {"growth": 1}),

@@ -57,7 +57,7 @@ def test_second_derivatives_on_the_device() -> None:
 RUNS: dict[str, TrainConfig] = {
     "full": dataclasses.replace(FULL, precision="64-true"),
     "adjoint-broyden": dataclasses.replace(
-        PLAIN, solver=eq.AdjointBroyden(max_steps=6, memory=20, cadence=2), precision="64-true"
+        PLAIN, solver=eq.AdjointBroyden(max_steps=6, memory=20, outer_every=2), precision="64-true"
     ),
     "skip-flow": dataclasses.replace(
         PLAIN,

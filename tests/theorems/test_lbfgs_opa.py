@@ -91,11 +91,13 @@ def dense_bfgs(pairs: list[tuple[Tensor, Tensor]], scaled: bool) -> Tensor:
 
 
 @pytest.mark.parametrize("scaled", [True, False])
-@pytest.mark.parametrize("cadence", [1, 3])
-def test_probes_follow_the_definition(cadence: int, scaled: bool) -> None:
+@pytest.mark.parametrize("outer_every", [1, 3])
+def test_probes_follow_the_definition(outer_every: int, scaled: bool) -> None:
     """Replayed with dense matrices: when probes come, where they are, what they teach, and what they cost."""
     z0, outer = torch.tensor([[-1.2, 1.0, 0.3, 2.0]]), along(torch.tensor([[1.0, -2.0, 0.5, 3.0]]))
-    solver = Recorder(max_steps=150, memory=150, rtol=0, atol=1e-8, scaled=scaled, cadence=cadence, outer=outer)
+    solver = Recorder(
+        max_steps=150, memory=150, rtol=0, atol=1e-8, scaled=scaled, outer_every=outer_every, outer_loss=outer
+    )
     solution = solver.solve(DescentMap(rosenbrock, z0, params=()), z0).raise_for_status()
     steps: list[Tensor] = []
     pairs: list[tuple[Tensor, Tensor]] = []
@@ -127,14 +129,14 @@ def test_probes_follow_the_definition(cadence: int, scaled: bool) -> None:
                 pairs.append((s, residual - point.residual[0]))
                 steps.append(s)
                 current, residual = point.z[0], point.residual[0]
-        due = moved and (len(steps) - 1) % cadence == 0
+        due = moved and (len(steps) - 1) % outer_every == 0
         if pairs:
             dense = dense_bfgs(pairs, scaled)
             torch.testing.assert_close(inverse, dense, rtol=0, atol=1e-7 * float(dense.norm()))
             s, y = pairs[-1]
             torch.testing.assert_close(inverse @ y, s, rtol=0, atol=1e-8 * float(s.norm()))
-    assert probes == -(-(len(steps) - 1) // cadence), "none after the step that converged"
-    assert probes > (20 if cadence == 1 else 6)
+    assert probes == -(-(len(steps) - 1) // outer_every), "none after the step that converged"
+    assert probes > (20 if outer_every == 1 else 6)
     assert solution.num_evals == len(solver.log) == 1 + trials + probes, "one evaluation a probe, no other"
 
 
@@ -144,8 +146,8 @@ AWARE = eq.LBFGS(
     memory=6,
     rtol=0,
     atol=1e-8,
-    cadence=2,
-    outer=lambda z, rows: (rows + 1) * torch.sin(z[:, 0]) + z[:, 1],
+    outer_every=2,
+    outer_loss=lambda z, rows: (rows + 1) * torch.sin(z[:, 0]) + z[:, 1],
 )
 
 
@@ -154,9 +156,9 @@ def test_rows_do_not_depend_on_their_batch(closure: bool) -> None:
     together = AWARE.solve(DescentMap(rosenbrock, STARTS, params=None if closure else ()), STARTS).raise_for_status()
     assert together.inverse is not None
     for row in range(len(STARTS)):
-        numbered = lambda z, rows, row=row: AWARE.outer(z, rows + row)  # noqa: E731
+        numbered = lambda z, rows, row=row: AWARE.outer_loss(z, rows + row)  # noqa: E731
         z0 = STARTS[row : row + 1]
-        alone = dataclasses.replace(AWARE, outer=numbered).solve(DescentMap(rosenbrock, z0, params=()), z0)
+        alone = dataclasses.replace(AWARE, outer_loss=numbered).solve(DescentMap(rosenbrock, z0, params=()), z0)
         assert alone.inverse is not None
         assert alone.num_steps[0] == together.num_steps[row]
         torch.testing.assert_close(alone.value[0], together.value[row], rtol=1e-10, atol=0)
@@ -179,8 +181,8 @@ def test_same_answers_with_rare_reads(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("outer", [lambda z, rows: 0 * z[:, 0], lambda z, rows: z[:, 0] * torch.nan])
 def test_without_a_direction_there_is_no_probe(outer: Outer) -> None:
     f = DescentMap(rosenbrock, STARTS, params=())
-    plain = dataclasses.replace(AWARE, cadence=None, outer=None).solve(f, STARTS)
-    for solver in (dataclasses.replace(AWARE, outer=None), dataclasses.replace(AWARE, outer=outer)):
+    plain = dataclasses.replace(AWARE, outer_every=None, outer_loss=None).solve(f, STARTS)
+    for solver in (dataclasses.replace(AWARE, outer_loss=None), dataclasses.replace(AWARE, outer_loss=outer)):
         solution = solver.solve(f, STARTS)
         assert solution.num_steps.tolist() == plain.num_steps.tolist()
         torch.testing.assert_close(solution.value, plain.value, rtol=0, atol=0)
@@ -203,7 +205,9 @@ def test_a_probe_that_is_not_finite_loses_only_its_pair(poison: float) -> None:
     h = functools.partial(loss, log_lambda=torch.zeros(1))
     z0 = torch.randn(1, SIZE)
     fields = {"max_steps": 200, "memory": 100, "rtol": 0, "atol": 1e-6}
-    solution = Poisoned(**fields, cadence=3, outer=along(torch.ones(1, SIZE))).solve(DescentMap(h, z0, params=()), z0)
+    solution = Poisoned(**fields, outer_every=3, outer_loss=along(torch.ones(1, SIZE))).solve(
+        DescentMap(h, z0, params=()), z0
+    )
     plain = eq.LBFGS(**fields).solve(DescentMap(h, z0, params=()), z0)
     assert solution.num_evals == plain.num_evals + len(probes)
     assert len(probes) > 5
@@ -221,7 +225,7 @@ def test_the_inverse_of_a_best_iterate_that_was_a_probe_knows_its_pair() -> None
     found = 0
     for max_steps in range(4, 12):
         outer = along(torch.tensor([[-1.0, 0.0, 0.0]]))
-        solver = Recorder(max_steps=max_steps, memory=40, rtol=0, atol=0.0, cadence=1, outer=outer)
+        solver = Recorder(max_steps=max_steps, memory=40, rtol=0, atol=0.0, outer_every=1, outer_loss=outer)
         z0 = torch.tensor([[1.0, 1.0, 1.0]])
         f = DescentMap(lambda z: 0.5 * ((z @ hessian) * z).sum(1), z0, params=())
         solution = solver.solve(f, z0, trace=True)
@@ -245,8 +249,8 @@ def quality(solver: eq.LBFGS, runs: int, tolerance: float = 1e-6) -> dict[str, T
     """Cosines and ratios of norms of `M u` against the exact product, for directions `u` of three kinds, `(runs,)`."""
     z0, v, other = torch.randn(3, runs, SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     solver = dataclasses.replace(solver, max_steps=400, memory=60, rtol=0, atol=tolerance)
-    if solver.cadence is not None:
-        solver = dataclasses.replace(solver, outer=along(v))
+    if solver.outer_every is not None:
+        solver = dataclasses.replace(solver, outer_loss=along(v))
     zero = torch.zeros(runs)
     solution = train(z0, zero, solver).raise_for_status()
     pairs = eq.LBFGS.pairs_of(solution)
@@ -268,7 +272,7 @@ PUBLISHED = eq.LBFGS(wolfe=9e-4, scaled=False)  # the settings of the published 
 def test_published_quality_in_the_prescribed_direction() -> None:
     # Re-runs of the published solver: medians .99996, 1.000000, .99865 and, without probes, .99909; ratios of norms
     # 1.0003, 1.0000, 1.035 and 1.0325.
-    aware, plain = quality(dataclasses.replace(PUBLISHED, cadence=5), 100), quality(PUBLISHED, 100)
+    aware, plain = quality(dataclasses.replace(PUBLISHED, outer_every=5), 100), quality(PUBLISHED, 100)
     prescribed, krylov, other, off = (
         float(x.median()) for x in (aware["prescribed"], aware["krylov"], aware["random"], plain["prescribed"])
     )
@@ -285,9 +289,9 @@ def test_published_quality_in_the_prescribed_direction() -> None:
 def test_with_probes_the_direction_tends_to_the_exact_one() -> None:
     """The theorem: errors fall with the tolerance, which they do not without probes."""
     errors: dict[int | None, list[float]] = {None: [], 1: []}
-    for cadence, column in errors.items():
+    for outer_every, column in errors.items():
         for tolerance in (1e-2, 1e-4, 1e-6, 1e-8):
-            found = quality(eq.LBFGS(scaled=False, cadence=cadence), 8, tolerance)
+            found = quality(eq.LBFGS(scaled=False, outer_every=outer_every), 8, tolerance)
             column.append(float((1 - found["prescribed"]).median()))
     assert errors[1] == sorted(errors[1], reverse=True)
     assert errors[1][-1] < 1e-4 * errors[1][0]
@@ -296,7 +300,7 @@ def test_with_probes_the_direction_tends_to_the_exact_one() -> None:
 
 def test_probes_help_where_the_start_is_scaled_anew_at_every_step() -> None:
     # The theorem holds for a fixed M_0, and M_0 = gamma I is a poor guess for a Hessian of this condition.
-    plain, aware = (quality(eq.LBFGS(cadence=cadence), 8)["prescribed"] for cadence in (None, 1))
+    plain, aware = (quality(eq.LBFGS(outer_every=outer_every), 8)["prescribed"] for outer_every in (None, 1))
     assert float(plain.median()) < 0.8
     assert float(aware.median()) > 0.998
 
@@ -314,7 +318,7 @@ def test_the_outer_loss_sees_the_structure_and_the_numbers_of_the_rows() -> None
         return scale * (z["a"] - 1).pow(4).sum(1) + torch.cosh(z["b"] * torch.tensor([1.0, 3.0])).sum((1, 2))
 
     f = DescentMap(h, z0, (torch.tensor([0.1, 1.0, 10.0]),), params=())
-    solver = eq.LBFGS(max_steps=200, memory=100, rtol=0, atol=1e-9, cadence=2, outer=outer)
+    solver = eq.LBFGS(max_steps=200, memory=100, rtol=0, atol=1e-9, outer_every=2, outer_loss=outer)
     solution = solver.solve(f, f.pack(z0)).raise_for_status()
     torch.testing.assert_close(f.unpack(solution.value)["b"], torch.zeros(3, 1, 2), rtol=0, atol=1e-8)
     assert seen[0] == [0, 1, 2]
@@ -479,9 +483,9 @@ def test_stale_pairs_and_outer_loops_stay_cheap() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"cadence": 0}, r"LBFGS\(cadence=0\): must be >= 1, or None"),
-        ({"cadence": 1.5}, r"cadence=1.5\): must be an integer or None"),
-        ({"outer": lambda z, rows: z[:, 0]}, r"outer=\.\.\.\) without cadence: .* cadence=5"),
+        ({"outer_every": 0}, r"LBFGS\(outer_every=0\): must be >= 1, or None"),
+        ({"outer_every": 1.5}, r"outer_every=1.5\): must be an integer or None"),
+        ({"outer_loss": lambda z, rows: z[:, 0]}, r"outer_loss=\.\.\.\) without outer_every: .* outer_every=5"),
     ],
 )
 def test_fields_out_of_range(fields: dict[str, Any], message: str) -> None:

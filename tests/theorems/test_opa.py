@@ -26,12 +26,14 @@ class Published(eq.AdjointBroyden):
         return super().inverse(dataclasses.replace(memory, learned=learned), step)
 
 
-def aware(problem: Toy, tol: float, cadence: int | None, kind: type[eq.AdjointBroyden] = eq.AdjointBroyden) -> Answer:
+def aware(
+    problem: Toy, tol: float, outer_every: int | None, kind: type[eq.AdjointBroyden] = eq.AdjointBroyden
+) -> Answer:
     def outer(z: Tensor, rows: Tensor) -> Tensor:
         return (z - problem.t[rows]).square().sum(1) / 2
 
-    used = None if cadence is None else outer
-    solver = kind(max_steps=120, memory=240, rtol=0, atol=tol, cadence=cadence, outer=used)
+    used = None if outer_every is None else outer
+    solver = kind(max_steps=120, memory=240, rtol=0, atol=tol, outer_every=outer_every, outer_loss=used)
     answer = problem.solve(solver)
     answer.solution.raise_for_status()
     return answer
@@ -73,10 +75,10 @@ def test_cosines_with_the_exact_adjoint_are_the_published_ones(
 
 
 @pytest.mark.parametrize(
-    ("cadence", "expected", "error"), [(1, 1.0, 0.000), (2, 1.0, 0.003), (5, 0.99858, 0.054), (10, 0.98951, 0.145)]
+    ("outer_every", "expected", "error"), [(1, 1.0, 0.000), (2, 1.0, 0.003), (5, 0.99858, 0.054), (10, 0.98951, 0.145)]
 )
-def test_figures_of_the_cadence(cadence: int, expected: float, error: float) -> None:
-    answer = aware(toy(3.0), 1e-4, cadence, Published)
+def test_figures_of_the_cadence(outer_every: int, expected: float, error: float) -> None:
+    answer = aware(toy(3.0), 1e-4, outer_every, Published)
     assert cosine(answer) == pytest.approx(expected, abs=0.51e-5)
     assert median(answer.error) == pytest.approx(error, abs=0.51e-3)
 
@@ -85,7 +87,7 @@ def test_figures_of_the_cadence(cadence: int, expected: float, error: float) -> 
 def test_each_update_at_the_answer_is_worth_a_product_of_refinement(rho: float) -> None:
     """The adjoint's error falls with each outer-aware update, at any cadence below that of none."""
     problem = toy(rho, d=40)
-    errors = [median(aware(problem, 1e-4, cadence).error) for cadence in (1, 3, 9, None)]
+    errors = [median(aware(problem, 1e-4, outer_every).error) for outer_every in (1, 3, 9, None)]
     assert errors == sorted(errors)
     assert errors[0] < 1e-3 < 0.1 < errors[-1]
 
@@ -112,7 +114,7 @@ def test_products_of_the_backward_pass() -> None:
     """Beside the one with inputs and parameters, which every method needs."""
     broyden = eq.Broyden(max_steps=18, rtol=0)
     adjoint = eq.AdjointBroyden(max_steps=18, memory=30, rtol=0)
-    opa = dataclasses.replace(adjoint, cadence=5, outer=lambda z, rows: z.square().sum(1))
+    opa = dataclasses.replace(adjoint, outer_every=5, outer_loss=lambda z, rows: z.square().sum(1))
     assert products(broyden, eq.JacobianFree()) == Spent(0, 0)
     assert products(broyden, VANILLA) == Spent(0, 0)
     assert products(adjoint, VANILLA) == Spent(17, 0)
@@ -148,7 +150,7 @@ def test_the_loss_gets_the_structure_of_the_state_and_the_numbers_of_the_rows(ki
 
     start = (torch.zeros(8, 3), torch.zeros(8, 3, 2))
     z0 = dict(zip("uv", start, strict=True)) if kind is dict else start
-    solver = eq.AdjointBroyden(max_steps=40, memory=80, rtol=1e-8, cadence=2, outer=outer)
+    solver = eq.AdjointBroyden(max_steps=40, memory=80, rtol=1e-8, outer_every=2, outer_loss=outer)
     solution = eq.fixed_point(f, z0, gain, x, solver=solver, params=()).raise_for_status()
     assert seen[0] == list(range(8))
     assert set(seen[-1]) < set(range(8))
@@ -193,7 +195,7 @@ def test_the_loss_is_evaluated_in_the_autocast_state_of_the_map() -> None:
         seen.append(logits.dtype)
         return logits.float().square().sum(1)
 
-    solver = eq.AdjointBroyden(max_steps=4, rtol=0, cadence=1, outer=outer)
+    solver = eq.AdjointBroyden(max_steps=4, rtol=0, outer_every=1, outer_loss=outer)
     cell, z0 = nn.Linear(4, 4).float(), torch.zeros(3, 4, dtype=torch.float32)
     for enabled, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
@@ -213,7 +215,7 @@ def test_modules_of_the_loss_are_frozen_and_samples_do_not_see_each_other() -> N
             with eq.nn.frozen(head):
                 return nn.functional.cross_entropy(head(z), labels[rows][chosen], reduction="none")
 
-        solver = eq.AdjointBroyden(max_steps=5, rtol=0, cadence=2, outer=outer)
+        solver = eq.AdjointBroyden(max_steps=5, rtol=0, outer_every=2, outer_loss=outer)
         return eq.fixed_point(
             lambda z, x: torch.tanh(cell(z) + x), torch.zeros(len(rows), 6), x[rows], solver=solver, params=()
         )

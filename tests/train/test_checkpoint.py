@@ -78,9 +78,9 @@ def test_a_model_comes_back_as_it_was(
 def test_a_watcher_is_left_out_of_the_file_and_what_changes_a_result_is_refused(tmp_path: pathlib.Path) -> None:
     train.save(make_model(gradient=eq.Implicit(observe=print)), tmp_path / "model")
     assert load(tmp_path / "model").deq.gradient == eq.Implicit()
-    aware = eq.LBFGS(cadence=3, outer=lambda z, rows: z[0].flatten(1).sum(1))
+    aware = eq.LBFGS(outer_every=3, outer_loss=lambda z, rows: z[0].flatten(1).sum(1))
     train.save(make_model(solver=aware, gradient=eq.Implicit()), tmp_path / "model")
-    assert load(tmp_path / "model").deq.solver == eq.LBFGS(cadence=3)
+    assert load(tmp_path / "model").deq.solver == eq.LBFGS(outer_every=3)
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Told(eq.Picard):

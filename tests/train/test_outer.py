@@ -19,7 +19,7 @@ from equipoise.train.serialize import from_plain, to_plain
 from equipoise.train.task import StepInfo
 from equipoise.zoo import Classification, Classify, MDEQClassifier
 
-AWARE = eq.AdjointBroyden(max_steps=6, memory=8, rtol=0, cadence=2)
+AWARE = eq.AdjointBroyden(max_steps=6, memory=8, rtol=0, outer_every=2)
 LABELS = torch.tensor([0, 2, 1, 1, 0])
 
 
@@ -80,9 +80,9 @@ def test_the_inverse_is_exact_from_the_left_where_the_loss_leads() -> None:
         return logits, solution
 
     classifier.classify = spied  # type: ignore[method-assign]
-    classifier.deq.solver = eq.AdjointBroyden(max_steps=60, memory=120, rtol=1e-9, cadence=1)
+    classifier.deq.solver = eq.AdjointBroyden(max_steps=60, memory=120, rtol=1e-9, outer_every=1)
     objective(*batch(), StepInfo(0, 0, 0))
-    classifier.deq.solver = dataclasses.replace(classifier.deq.solver, cadence=None)
+    classifier.deq.solver = dataclasses.replace(classifier.deq.solver, outer_every=None)
     objective(*batch(), StepInfo(0, 0, 0))
     errors = []
     for solution in captured:
@@ -112,7 +112,7 @@ def test_neither_in_evaluation_nor_in_fixed_depth_steps_nor_without_cadence(monk
     objective(*batch(), StepInfo(0, 0, 0))
     with torch.no_grad():
         objective.eval()(*batch())
-    objective.train().model.deq.solver = dataclasses.replace(AWARE, cadence=None)
+    objective.train().model.deq.solver = dataclasses.replace(AWARE, outer_every=None)
     objective(*batch(), StepInfo(1, 0, 0))
     assert not calls
     objective.model.deq.solver = AWARE
@@ -122,7 +122,7 @@ def test_neither_in_evaluation_nor_in_fixed_depth_steps_nor_without_cadence(monk
 
 
 def test_the_loss_is_no_part_of_a_configuration() -> None:
-    solver = dataclasses.replace(AWARE, outer=lambda z, rows: z.sum(1))
+    solver = dataclasses.replace(AWARE, outer_loss=lambda z, rows: z.sum(1))
     assert from_plain(eq.Solver, to_plain(solver), [eq.AdjointBroyden]) == AWARE
 
 
@@ -137,7 +137,9 @@ def test_a_run_logs_is_resumed_bit_for_bit_and_evaluated(tmp_path: pathlib.Path)
         assert torch.equal(resumed.model.state_dict()[name], value), name
     assert timeless(read_lines(resumed.run_dir)) == timeless(read_lines(whole.run_dir))
     assert evaluate(whole.model, config.data.load().test, config)["accuracy"] == whole.test["test_accuracy"]
-    plain = fit(dataclasses.replace(config, solver=dataclasses.replace(AWARE, cadence=None)), run_dir=tmp_path / "no")
+    plain = fit(
+        dataclasses.replace(config, solver=dataclasses.replace(AWARE, outer_every=None)), run_dir=tmp_path / "no"
+    )
     assert plain.history[-1]["loss"] != whole.history[-1]["loss"], "the updates must have changed something"
 
 
@@ -146,9 +148,18 @@ def test_the_command_line_sets_the_cadence(tmp_path: pathlib.Path, monkeypatch: 
     torch.set_default_dtype(torch.float32)
     monkeypatch.chdir(tmp_path)
     pathlib.Path("toy.yaml").write_text(config_yaml(PLAIN))
-    arguments = ["--config", "toy.yaml", "--solver", "AdjointBroyden", "--solver.cadence", "2", "--gradient", "Shine"]
+    arguments = [
+        "--config",
+        "toy.yaml",
+        "--solver",
+        "AdjointBroyden",
+        "--solver.outer_every",
+        "2",
+        "--gradient",
+        "Shine",
+    ]
     assert main(["train", *arguments, "--run-dir", "run", "--no-report"]) == 0
     solver = read_config("run/config.yaml").solver
     assert isinstance(solver, eq.AdjointBroyden)
-    assert (solver.cadence, solver.outer) == (2, None)
+    assert (solver.outer_every, solver.outer_loss) == (2, None)
     assert main(["evaluate", "run"]) == 0

@@ -19,7 +19,7 @@ class Inner(abc.ABC):
 
     # Default solver. It serves any map: the inverse of L-BFGS is symmetric, and that of Broyden's method is poor in the
     # direction of the outer loss.
-    solver: ClassVar[Solver] = AdjointBroyden(max_steps=200, memory=240, cadence=5)
+    solver: ClassVar[Solver] = AdjointBroyden(max_steps=200, memory=240, outer_every=5)
     relative: ClassVar[bool] = False  # tolerances are relative to the state instead of to the first residual
 
     @abc.abstractmethod

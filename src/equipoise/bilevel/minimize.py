@@ -49,14 +49,14 @@ def minimize_outer(
         outer: $L$, called as `outer(z, *hyper)`; one number for each row of the state, `(B,)`.
         inner: `InnerLoss` or `InnerMap`; a function is taken as the loss `inner(z, *hyper)`. L-BFGS keeps its pairs
             from step to step only if `InnerLoss` has a separate penalty. Without one, `Shine` has a poor inverse once
-            inner solves take few steps; `Implicit()` or a solver with a `cadence` is safer.
+            inner solves take few steps; `Implicit()` or a solver with an `outer_every` is safer.
         z0: start of the first inner solve, a tensor, tuple, list or dict of tensors `(B, ...)`. All rows share the
             hyperparameters.
         hyper0: first hyperparameters, a tensor or a tuple of tensors. Give a penalty by its logarithm.
         bounds: pair (low, high) of numbers, or of tensors that broadcast to the hyperparameters.
         solver: inner solver; its tolerances are replaced at each step. None: `LBFGS(max_steps=1000, memory=60)` for a
-            loss, `AdjointBroyden(max_steps=200, memory=240, cadence=5)` for an `InnerMap`. A solver with a `cadence`
-            probes the outer loss; its own `outer` must be None.
+            loss, `AdjointBroyden(max_steps=200, memory=240, outer_every=5)` for an `InnerMap`. A solver with
+            `outer_every` probes the outer loss; its own `outer_loss` must be None.
         gradient: gradient of the inner solution.
         tolerance: relative inner tolerance of each outer step, counted from 1; `Tolerance`, or a function. For a loss,
             it bounds the gradient norm, relative to that at `z0` and `hyper0` and to the sensitivity of the outer

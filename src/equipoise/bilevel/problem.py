@@ -121,11 +121,11 @@ class OuterProblem:
     ) -> None:
         if not callable(outer):
             raise TypeError(f"outer must be a function outer(z, *hyper) that returns (B,), got {outer!r}")
-        if isinstance(solver, (AdjointBroyden, LBFGS)) and solver.outer is not None:
+        if isinstance(solver, (AdjointBroyden, LBFGS)) and solver.outer_loss is not None:
             name = type(solver).__name__
             raise ValueError(
-                f"solver={name}(outer=...): the outer loss of this problem takes its place; give {name}(cadence=...) "
-                "alone"
+                f"solver={name}(outer_loss=...): the outer loss of this problem takes its place; give "
+                f"{name}(outer_every=...) alone"
             )
         self.outer, self.inner = outer, inner if isinstance(inner, Inner) else InnerLoss(inner)
         self.solver = self.inner.solver if solver is None else solver
@@ -193,8 +193,8 @@ class OuterProblem:
     def _warm_solver(self, f: FunctionMap, hyper: Sequence[Tensor], start: Start) -> Solver:
         """Return the solver with the outer loss as a probe and with the pairs of the last solve."""
         solver = self.solver
-        if isinstance(solver, (AdjointBroyden, LBFGS)) and solver.cadence is not None:
-            solver = dataclasses.replace(solver, outer=lambda z, rows: self.outer(z, *hyper))
+        if isinstance(solver, (AdjointBroyden, LBFGS)) and solver.outer_every is not None:
+            solver = dataclasses.replace(solver, outer_loss=lambda z, rows: self.outer(z, *hyper))
         if isinstance(solver, LBFGS) and start.pairs is not None:
             # The Hessian changed by that of the penalty: y + (P''(new) - P''(old)) s is the pair of the new objective.
             s, y = start.pairs

@@ -28,7 +28,7 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
         >>> def outer(z, rows):
         ...     with eq.nn.frozen(head):
         ...         return torch.nn.functional.cross_entropy(head(z), labels[rows], reduction="none")
-        >>> solver = eq.AdjointBroyden(cadence=5, outer=outer)
+        >>> solver = eq.AdjointBroyden(outer_every=5, outer_loss=outer)
     """
     modes = {part: part.training for module in modules for part in module.modules()}
     for part in modes:

@@ -1,4 +1,4 @@
-"""Limited-memory "good" Broyden's method, stored as its steps only."""
+"""Limited-memory "good" Broyden method, of which only the steps are stored."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NEVER = torch.iinfo(torch.int64).max
 class _Memory:
     steps: Tensor  # (b, m + 1, D): s_0 .. s_rank
     core: Tensor  # (b, m, m) float64, lower triangular
-    learned: Tensor  # (b, m) number of the evaluation that taught each column
+    learned: Tensor  # (b, m) number of the evaluation behind each column
     rank: int = -1  # columns in use; -1 before the first point
     absorbed: int = 0  # points absorbed
     restarted: bool = False
@@ -34,31 +34,31 @@ class Broyden(Solver):
 
     With unit steps $M_{k+1} = (I + s_{k+1} s_k^\top / \|s_k\|^2)\, M_k$, so the steps alone are stored, and one
     iteration passes over them twice (Kelley, Iterative Methods for Linear and Nonlinear Equations, section 7.3).
-    An update whose denominator is below `guard` $\|s\|^2$ is left out for that sample. When the memory is full it is
-    emptied and starts anew.
+    An update whose denominator is below `min_denominator` $\|s\|^2$ is skipped for that sample. A full memory is
+    emptied.
 
     Args:
         memory: number of updates held; at least `max_steps` if the inverse is to serve the backward pass.
-        guard: least denominator, relative to $\|s\|^2$.
+        min_denominator: least denominator, relative to $\|s\|^2$.
 
     Raises:
-        ValueError: a field is out of its range.
+        ValueError: a field is out of range.
 
-    Source: SHINE (Ramzi et al. 2022), where $H = -M$; the policy "restart".
+    Source: SHINE (Ramzi et al. 2022), where $H = -M$, with its "restart" policy.
     """
 
     memory: int = 18
-    guard: float = 1e-8
+    min_denominator: float = 1e-8
 
     keeps_inverse: ClassVar[bool] = True
-    supports_projection: ClassVar[bool] = False  # the identity above needs the step that was proposed
+    supports_projection: ClassVar[bool] = False  # the identity above holds for unit steps only
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.memory < 1:
             raise ValueError(f"Broyden(memory={self.memory!r}): must be >= 1")
-        if not self.guard >= 0:
-            raise ValueError(f"Broyden(guard={self.guard!r}): must be >= 0")
+        if not self.min_denominator >= 0:
+            raise ValueError(f"Broyden(min_denominator={self.min_denominator!r}): must be >= 0")
 
     def init(self, point: Point) -> _Memory:
         b, size = point.z.shape
@@ -75,7 +75,7 @@ class Broyden(Solver):
         full = n > memory.core.shape[1]
         if n == 0 or full:
             if full:
-                # Rows that stopped keep their columns: their estimate is still to be returned.
+                # Rows that stopped keep their columns: their estimate has yet to be returned.
                 memory.core = torch.where(point.running[:, None, None], 0.0, memory.core)
                 memory.learned = torch.where(point.running[:, None], NEVER, memory.learned)
                 memory.restarted = True
@@ -83,7 +83,7 @@ class Broyden(Solver):
             self._store(memory, 0, point.residual, point.running)
             return point.z + point.residual
         steps, core = memory.steps, memory.core
-        # r takes its place beside s_{n-1} in the buffer: one pass over the steps gives the products with both.
+        # r stands beside s_{n-1} in the buffer: one pass over the steps gives the products with both.
         self._store(memory, n, point.residual, point.running)
         products = torch.bmm(steps[:, n - 1 : n + 1], steps[:, :n].mT).to(core.dtype)  # (b, 2, n)
         gram, along = products[:, 0], products[:, 1]
@@ -91,7 +91,7 @@ class Broyden(Solver):
         old = core[:, : n - 1, : n - 1]
         weights = torch.bmm(old, along[:, :-1, None])[..., 0]  # M_k r = r + sum_j weights_j s_j, j = 1 .. n-1
         denominator = square - along[:, -1] - (gram[:, 1:] * weights).sum(dim=1)  # |s|^2 - s . M_k r = s . M_k y
-        usable = (denominator.abs() > self.guard * square) & denominator.isfinite()
+        usable = (denominator.abs() > self.min_denominator * square) & denominator.isfinite()
         scale = torch.where(usable, square / denominator, 1.0)[:, None]
         one = torch.ones_like(scale)
         s = row_sums(scale * torch.cat([weights, one], dim=1), steps[:, 1 : n + 1])  # r is the last of these rows
@@ -107,7 +107,7 @@ class Broyden(Solver):
     def inverse(self, memory: _Memory, step: Tensor) -> LowRank:
         k = memory.core.shape[1] if memory.restarted else max(memory.rank, 0)
         known = memory.learned[:, :k] <= step[:, None]
-        # Row i is what update i added, s_{i+1} times a combination of s_0 .. s_i; without the younger rows the
+        # Row i holds update i, s_{i+1} times a combination of s_0 .. s_i; without the younger rows the
         # estimate is the older one exactly.
         core = torch.where(known[:, :, None], memory.core[:, :k, :k], 0.0)
         gamma = torch.ones(core.shape[0], dtype=memory.steps.dtype, device=core.device)

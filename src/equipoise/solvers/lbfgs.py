@@ -47,37 +47,38 @@ class LBFGS(Solver):
     $$ h(z + t d) \le h(z) + c_1 t\, \nabla h(z)^\top d, \qquad
        |\nabla h(z + t d)^\top d| \le c_2\, |\nabla h(z)^\top d| . $$
 
-    Each evaluation is one trial of each sample's own search. Where the point has no value, or values differ by their
-    rounding only, the change of $h$ is taken from the slopes, as if $h$ were quadratic along $d$: the approximate
-    Wolfe condition. So it also solves linear systems with a symmetric positive definite $I - J$.
+    Each evaluation is one trial of each sample's own line search. If the map has no objective value, or values differ
+    by rounding only, the change of $h$ is computed from the slopes, as if $h$ were quadratic along $d$: the approximate
+    Wolfe condition. The method thus also solves linear systems with a symmetric positive definite $I - J$.
 
-    Outer-problem awareness: after the first accepted step, and again after every `cadence` more, one evaluation goes to
-    the probe $z_k + e$ and teaches the pair $(e, r(z_k) - r(z_k + e))$, so that $M$ becomes right in the direction that
-    the derivative of an outer loss $L$ needs:
+    Outer-problem awareness (OPA): after the first accepted step, and after every `outer_every` steps from there, one
+    evaluation goes to the probe $z_k + e$ and adds the pair $(e, r(z_k) - r(z_k + e))$. This makes $M$ exact in the
+    direction that the derivative of an outer loss $L$ needs:
 
     $$ e = t M_k \nabla L(z_k), \qquad \|e\| = \min(\|s\|, \delta / j^2) $$
 
-    for the $j$-th probe, with $s$ the last step and $\delta$ the length of the first probe: the sum of the lengths is
+    for the $j$-th probe, with the last step $s$ and the length $\delta$ of the first probe: the sum of the lengths is
     finite. If $h$ is strongly convex, then $M \nabla L$ tends to the exact $(I - J)^{-1} \nabla L$.
 
     Args:
         memory: number of pairs (s, y) held; at least `max_steps` if the inverse is to serve the backward pass.
         armijo: $c_1$.
         wolfe: $c_2$.
-        guard: a pair is learned only if $s^\top y$ exceeds `guard` $\|s\| \|y\|$.
-        scaled: take $\gamma$ as above; otherwise $M_0 = I$.
-        max_trials: of one search; then the last trial is taken if it is lower, else values are no longer heeded.
-        cadence: accepted steps from one probe to the next; without `outer` there are none. Each is one evaluation and
-            takes one place in the memory.
-        outer: `outer(z, rows) -> (b,)`, the loss $L$ on states like the map's; `rows` are the numbers of these samples
-            in the batch.
+        min_curvature: least $s^\top y$ of a pair that is stored, relative to $\|s\| \|y\|$.
+        scaled: use $\gamma$ as above; otherwise $M_0 = I$.
+        max_trials: of one line search; then the last trial is accepted if it is lower, else the search continues by
+            slopes alone.
+        outer_every: accepted steps from one probe to the next; no effect without `outer_loss`. A probe costs one
+            evaluation and one place in the memory.
+        outer_loss: `(z, rows) -> (b,)`, the loss $L$ of each row at a state in the structure of the map's; `rows` are
+            the numbers of these rows in the batch.
         pairs: s and y, each `(B, k, D)`, oldest first, known before the first point, say `pairs_of` an earlier solve;
-            zeros are skipped. They must be true of this map: pairs of another objective give an inverse of that one,
-            and a search that is misled. Where the Hessian changed by a known $\Delta$ between the solves,
-            $y + \Delta s$ is the pair of the new objective.
+            zeros are skipped. They must hold for this map: pairs of another objective give a wrong inverse and mislead
+            the line search. If the Hessian changed by a known $\Delta$ between the solves, $y + \Delta s$ is the pair
+            of the new objective.
 
     Raises:
-        ValueError: a field is out of its range; `outer` without `cadence`; when solving, pairs of another shape.
+        ValueError: a field is out of range; `outer_loss` without `outer_every`; when solving, pairs of another shape.
 
     Example:
         >>> import torch, equipoise as eq
@@ -97,11 +98,11 @@ class LBFGS(Solver):
     memory: int = 10
     armijo: float = 1e-4
     wolfe: float = 0.9
-    guard: float = 1e-10
+    min_curvature: float = 1e-10
     scaled: bool = True
     max_trials: int = 20
-    cadence: int | None = None
-    outer: Callable[[Any, Tensor], Tensor] | None = None
+    outer_every: int | None = None
+    outer_loss: Callable[[Any, Tensor], Tensor] | None = None
     pairs: tuple[Tensor, Tensor] | None = dataclasses.field(default=None, repr=False, compare=False)
 
     keeps_inverse: ClassVar[bool] = True
@@ -118,12 +119,16 @@ class LBFGS(Solver):
                 f"LBFGS(armijo={self.armijo!r}, wolfe={self.wolfe!r}): must obey 0 < armijo < wolfe < 1, "
                 "else no step need exist that meets both conditions"
             )
-        if not self.guard >= 0:
-            raise ValueError(f"LBFGS(guard={self.guard!r}): must be >= 0, so that the inverse stays positive definite")
-        if self.cadence is not None and self.cadence < 1:
-            raise ValueError(f"LBFGS(cadence={self.cadence!r}): must be >= 1, or None for no probes")
-        if self.outer is not None and self.cadence is None:
-            raise ValueError("LBFGS(outer=...) without cadence: set how many steps lie between probes, say cadence=5")
+        if not self.min_curvature >= 0:
+            raise ValueError(
+                f"LBFGS(min_curvature={self.min_curvature!r}): must be >= 0, else the inverse may be indefinite"
+            )
+        if self.outer_every is not None and self.outer_every < 1:
+            raise ValueError(f"LBFGS(outer_every={self.outer_every!r}): must be >= 1, or None for no probes")
+        if self.outer_loss is not None and self.outer_every is None:
+            raise ValueError(
+                "LBFGS(outer_loss=...) without outer_every: set how many steps lie between probes, say outer_every=5"
+            )
 
     def init(self, point: Point) -> _Memory:
         b = len(point.z)
@@ -204,7 +209,7 @@ class LBFGS(Solver):
         known = Pairs.empty(point.z, max(1, min(self.memory, self.max_steps + count)))
         for i in range(count):
             s_i, y_i = s[:, i].to(point.z), y[:, i].to(point.z)
-            known.learn(s_i, y_i, number=i + 1 - count, rows=point.running, guard=self.guard)
+            known.learn(s_i, y_i, number=i + 1 - count, rows=point.running, min_curvature=self.min_curvature)
         return known
 
     @staticmethod
@@ -245,11 +250,13 @@ class LBFGS(Solver):
         base = torch.where(accepted[:, None], point.z, memory.base)
         residual = torch.where(accepted[:, None], point.residual, memory.residual)
         there, answer = base, residual
-        if self.outer is not None:  # a probe teaches, but does not move
+        if self.outer_loss is not None:  # a probe teaches, but does not move
             there = torch.where(memory.probing[:, None], point.z, base)
             answer = torch.where(memory.probing[:, None], point.residual, residual)
         step = there - memory.base
-        memory.pairs.learn(step, memory.residual - answer, number=memory.absorbed, rows=point.running, guard=self.guard)
+        memory.pairs.learn(
+            step, memory.residual - answer, number=memory.absorbed, rows=point.running, min_curvature=self.min_curvature
+        )
         memory.base, memory.residual = base, residual
         if point.value is not None:
             memory.value = torch.where(accepted, point.value, memory.value)
@@ -275,18 +282,18 @@ class LBFGS(Solver):
         memory.direction = torch.where(begun, direction, memory.direction)
         memory.taken = memory.taken + accepted
         memory.probing = torch.zeros_like(memory.probing)
-        if self.outer is not None and self.cadence is not None:
-            due = accepted & point.running & ((memory.taken - 1) % self.cadence == 0) & (memory.taken > 0)
+        if self.outer_loss is not None and self.outer_every is not None:
+            due = accepted & point.running & ((memory.taken - 1) % self.outer_every == 0) & (memory.taken > 0)
             if not can_branch_on(due) or bool(due.any()):
                 self._probe(memory, point, inverse, dots(step, step).sqrt(), due)
 
     def _probe(self, memory: _Memory, point: Point, inverse: SecantInverse, length: Tensor, due: Tensor) -> None:
         """Where it is `due`, let a probe come before the search that was begun from this point."""
-        assert self.outer is not None
-        assert self.cadence is not None
-        direction = inverse.mv(point.loss_gradient(self.outer))
+        assert self.outer_loss is not None
+        assert self.outer_every is not None
+        direction = inverse.mv(point.loss_gradient(self.outer_loss))
         memory.reach = torch.where(due & memory.reach.isinf(), length, memory.reach)
-        count = ((memory.taken - 1) // self.cadence + 1).double()
+        count = ((memory.taken - 1) // self.outer_every + 1).double()
         length = torch.minimum(length, memory.reach / count.square())
         scale = length / dots(direction, direction).sqrt()
         memory.probing = due & scale.isfinite() & (scale > 0)  # not where the outer gradient is zero or NaN

@@ -72,7 +72,7 @@ class Pairs:
         """`(b,)` whether the row knows no pair."""
         return (self.learned == NEVER).all(dim=1)
 
-    def learn(self, s: Tensor, y: Tensor, *, number: int, rows: Tensor, guard: float) -> None:
+    def learn(self, s: Tensor, y: Tensor, *, number: int, rows: Tensor, min_curvature: float) -> None:
         """Store a pair where the mask `rows` allows it and the objective is convex enough along it.
 
         Args:
@@ -80,11 +80,11 @@ class Pairs:
             y: `(b, D)` what they changed the residual by, with the sign of `s`.
             number: of the evaluation that taught them; larger than those before.
             rows: `(b,)` mask.
-            guard: least cosine between `s` and `y`.
+            min_curvature: least cosine between `s` and `y`.
         """
         self.calls += 1
         curvature = dots(s, y)
-        keep = rows & (curvature > guard * (dots(s, s) * dots(y, y)).sqrt())
+        keep = rows & (curvature > min_curvature * (dots(s, s) * dots(y, y)).sqrt())
         scale = torch.where(keep, curvature.rsqrt(), 0.0).to(s.dtype)
         pair = torch.stack([s, y], dim=1) * scale[:, None, None]
         pair = torch.where(keep[:, None, None], pair, 0.0)  # a point that is not finite times zero is NaN

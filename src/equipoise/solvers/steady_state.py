@@ -12,7 +12,7 @@ from torch import Tensor
 from equipoise.core.linalg import row_sums
 from equipoise.core.map import Point
 from equipoise.solvers.base import Solver
-from equipoise.solvers.steppers import SHRINK, VCAB3, Classical, Stepper, Track, where_rows
+from equipoise.solvers.steppers import SHRINK, VCAB3, Classical, Stepper, StepperState, where_rows
 
 BLOW_UP = 10.0  # a residual so many times that at the start of a step is no part of the flow
 
@@ -69,11 +69,11 @@ class SteadyState(Solver):
         if not self.growth >= 1:
             raise ValueError(f"SteadyState(growth={self.growth!r}): must be >= 1; at 1 steps never grow")
 
-    def init(self, point: Point) -> Track:
+    def init(self, point: Point) -> StepperState:
         b, device = point.z.shape[0], point.z.device
         zeros = torch.zeros(b, dtype=torch.int64, device=device)
         ones = torch.ones(b, dtype=torch.float64, device=device)
-        return Track(
+        return StepperState(
             base=point.z,
             slopes=point.z.new_zeros(b, self.stepper.slots, point.z.shape[1]),
             size=ones * math.inf,
@@ -85,7 +85,7 @@ class SteadyState(Solver):
             tableau=self.stepper.tableau(b, device),
         )
 
-    def propose(self, memory: Track, point: Point) -> Tensor:
+    def propose(self, memory: StepperState, point: Point) -> Tensor:
         size = torch.linalg.vector_norm(point.residual, dim=1).double()
         sound = size <= BLOW_UP * memory.size  # False for NaN, too
         landed, rejected, step = self.stepper.absorb(memory, point, size, sound, self.control, self.growth)

@@ -18,7 +18,7 @@ LARGE = 1e30  # longer steps are limited by growth in any case
 
 
 @dataclasses.dataclass(eq=False)
-class Track:
+class StepperState:
     """Where each sample is on its way; the memory of a solve."""
 
     base: Tensor  # (b, D) last accepted state
@@ -61,23 +61,25 @@ class Stepper(abc.ABC):
     r"""A one-step or multistep method.
 
     Args:
-        kappa: largest local error of a step of length $h$, relative to $h\,\|f(z) - z\|$.
+        error_ratio: largest local error of a step of length $h$, relative to $h\,\|f(z) - z\|$.
 
     Raises:
-        ValueError: kappa is not positive.
+        ValueError: error_ratio is not positive.
     """
 
-    kappa: float
+    error_ratio: float
 
     slots: ClassVar[int]  # slopes held
 
     def __post_init__(self) -> None:
-        if not self.kappa > 0:
-            raise ValueError(f"{type(self).__name__}(kappa={self.kappa!r}): must be > 0; math.inf controls no error")
+        if not self.error_ratio > 0:
+            raise ValueError(
+                f"{type(self).__name__}(error_ratio={self.error_ratio!r}): must be > 0; math.inf controls no error"
+            )
 
     @abc.abstractmethod
     def absorb(
-        self, track: Track, point: Point, size: Tensor, sound: Tensor, control: Classical | None, growth: float
+        self, track: StepperState, point: Point, size: Tensor, sound: Tensor, control: Classical | None, growth: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Take a point of residual `size` into slopes, phase and past of its row, or refuse it if it is not `sound`.
 
@@ -87,7 +89,7 @@ class Stepper(abc.ABC):
         """
 
     @abc.abstractmethod
-    def weights(self, track: Track) -> Tensor:
+    def weights(self, track: StepperState) -> Tensor:
         """The next point is the base plus the slopes with these weights, `(b, m)`."""
 
     def tableau(self, rows: int, device: torch.device) -> Tensor | None:
@@ -98,7 +100,7 @@ class Stepper(abc.ABC):
         """An error of `h * vector` or `h**2 * vector` from `z` in allowed units, without `h` in classical control and
         without one `h` otherwise: `(b, D) -> (b,)` float64."""
         if control is None:
-            return torch.linalg.vector_norm(vector, dim=1).double() / (self.kappa * size)
+            return torch.linalg.vector_norm(vector, dim=1).double() / (self.error_ratio * size)
         allowed = control.atol + control.rtol * z.abs()
         return torch.linalg.vector_norm(vector / allowed, dim=1).double() / math.sqrt(z.shape[1])
 
@@ -113,18 +115,18 @@ class VCAB3(Stepper):
 
     and the last term in use is the error. It is known before the step is evaluated: an attempt that it rejects is
     shortened to the longest step that it admits, at no evaluation. Modes of the flow that decay are not made to grow
-    if `kappa` is below 5/12.
+    if `error_ratio` is below 5/12.
 
     Source: Hairer, Norsett and Wanner I, section III.5, its recurrences in Newton's form; others start with
     Runge-Kutta steps, which cost six evaluations.
     """
 
-    kappa: float = 0.15
+    error_ratio: float = 0.15
 
     slots: ClassVar[int] = 3
 
     def absorb(
-        self, track: Track, point: Point, size: Tensor, sound: Tensor, control: Classical | None, growth: float
+        self, track: StepperState, point: Point, size: Tensor, sound: Tensor, control: Classical | None, growth: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         h, slopes = track.step, track.slopes
         order = (track.phase + 1).clamp_max(3)
@@ -148,7 +150,7 @@ class VCAB3(Stepper):
         track.phase = torch.where(sound, order, track.phase)
         return sound, longest < wish, torch.minimum(wish, longest)
 
-    def weights(self, track: Track) -> Tensor:
+    def weights(self, track: StepperState) -> Tensor:
         h = track.step
         weights = torch.stack([h, h**2 / 2, h**2 * (2 * h + 3 * track.past) / 6], dim=1)
         return torch.where(torch.arange(3, device=h.device) < track.phase[:, None], weights, 0.0)
@@ -167,7 +169,7 @@ class RungeKutta(Stepper):
         return torch.tensor(lines, dtype=torch.float64, device=device).repeat(rows, 1, 1)
 
     def absorb(
-        self, track: Track, point: Point, size: Tensor, sound: Tensor, control: Classical | None, growth: float
+        self, track: StepperState, point: Point, size: Tensor, sound: Tensor, control: Classical | None, growth: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         assert track.tableau is not None
         slopes, stage, step = track.slopes, track.phase, track.step
@@ -191,7 +193,7 @@ class RungeKutta(Stepper):
         track.phase = torch.where(last | ~sound, 1, stage + 1)
         return landed, last & ~landed, step
 
-    def weights(self, track: Track) -> Tensor:
+    def weights(self, track: StepperState) -> Tensor:
         assert track.tableau is not None
         rows = torch.arange(track.phase.shape[0], device=track.phase.device)
         return track.step[:, None] * track.tableau[rows, track.phase]
@@ -201,12 +203,12 @@ class RungeKutta(Stepper):
 class BS3(RungeKutta):
     """Bogacki and Shampine's pair of orders 3 and 2: three evaluations a step.
 
-    Modes of the flow that decay are not made to grow if `kappa` is at most 1/8.
+    Modes of the flow that decay are not made to grow if `error_ratio` is at most 1/8.
 
     Source: Bogacki and Shampine (1989).
     """
 
-    kappa: float = 0.1
+    error_ratio: float = 0.1
 
     slots = 4
     stages = ((1 / 2,), (0.0, 3 / 4), (2 / 9, 1 / 3, 4 / 9))
@@ -218,12 +220,12 @@ class BS3(RungeKutta):
 class Tsit5(RungeKutta):
     r"""Tsitouras' pair of orders 5 and 4: six evaluations a step.
 
-    Modes that decay are not made to grow at the default `kappa` if they turn by less than 19 times their decay.
+    Modes that decay are not made to grow at the default `error_ratio` if they turn by less than 19 times their decay.
 
     Source: Tsitouras (2011).
     """
 
-    kappa: float = 0.02
+    error_ratio: float = 0.02
 
     slots = 7
     stages = (
@@ -245,11 +247,11 @@ class Tsit5(RungeKutta):
 class Euler(RungeKutta):
     r"""Euler's method: Picard iteration with its step as damping; the error is half the change of the residual.
 
-    Modes whose eigenvalue is at the angle $\phi$ from the negative real axis are not made to grow if `kappa` is below
+    Modes whose eigenvalue is at the angle $\phi$ from the negative real axis do not grow if `error_ratio` is below
     $\cos\phi$.
     """
 
-    kappa: float = 0.3
+    error_ratio: float = 0.3
 
     slots = 2
     stages = ((1.0,),)

@@ -259,7 +259,7 @@ def test_solvers_learn_the_outer_loss() -> None:
     inner, outer = problem()
     solution = eq.minimize_outer(
         outer, inner, z0=torch.zeros(1, SIZE), hyper0=torch.zeros(1), bounds=BOUNDS,
-        solver=eq.LBFGS(max_steps=200, memory=40, cadence=2),
+        solver=eq.LBFGS(max_steps=200, memory=40, outer_every=2),
     )  # fmt: skip
     assert solution.value == pytest.approx(optimum(torch.zeros(1)).fun, rel=1e-3)
 
@@ -355,11 +355,15 @@ def test_a_start_at_the_solution_of_the_inner_problem() -> None:
         ({"max_evals": 0}, ValueError, "max_evals"),
         ({"solver": eq.Anderson()}, ValueError, "inverse"),
         (
-            {"solver": eq.LBFGS(cadence=5, outer=lambda z, rows: z[:, 0])},
+            {"solver": eq.LBFGS(outer_every=5, outer_loss=lambda z, rows: z[:, 0])},
             ValueError,
-            r"give LBFGS\(cadence=...\) alone",
+            r"give LBFGS\(outer_every=...\) alone",
         ),
-        ({"solver": eq.AdjointBroyden(cadence=5, outer=lambda z, rows: z[:, 0])}, ValueError, "AdjointBroyden"),
+        (
+            {"solver": eq.AdjointBroyden(outer_every=5, outer_loss=lambda z, rows: z[:, 0])},
+            ValueError,
+            "AdjointBroyden",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(options: dict[str, object], error: type[Exception], words: str) -> None:

@@ -42,7 +42,7 @@ def jacobian(f: Field, z: Tensor) -> Tensor:
 
 
 def textbook(
-    f: Field, z: Tensor, steps: int, memory: int, outer: Callable[[Tensor], Tensor], cadence: int | None
+    f: Field, z: Tensor, steps: int, memory: int, outer: Callable[[Tensor], Tensor], outer_every: int | None
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Points, the Jacobian there and matrices `B` of `I - J` for one sample, from `B += s s^T (I - J - B) / s^T s`."""
     eye = torch.eye(len(z))
@@ -50,7 +50,7 @@ def textbook(
     for n in range(steps):
         r, slope = f(z[None])[0] - z, jacobian(f, z)
         if n > 0:
-            aware = cadence is not None and n % cadence == 0
+            aware = outer_every is not None and n % outer_every == 0
             if updates + 1 + aware > memory:
                 matrix, updates = eye, 0
             for number in range(1 + aware):
@@ -72,15 +72,17 @@ def quartic(target: Tensor) -> Loss:
 
 
 @pytest.mark.parametrize("norm", [0.9, pytest.param(3.0, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("memory", "cadence"), [(1, None), (3, None), (40, None), (2, 1), (5, 3), (40, 1), (40, 3)])
-def test_points_and_inverse_are_those_of_the_dense_method(memory: int, cadence: int | None, norm: float) -> None:
+@pytest.mark.parametrize(
+    ("memory", "outer_every"), [(1, None), (3, None), (40, None), (2, 1), (5, 3), (40, 1), (40, 3)]
+)
+def test_points_and_inverse_are_those_of_the_dense_method(memory: int, outer_every: int | None, norm: float) -> None:
     f, z0, steps, target = tanh_map(20, norm), torch.randn(2, 20), 10, torch.randn(2, 20)
-    outer = None if cadence is None else quartic(target)
-    log, solution = record(f, z0, memory=memory, max_steps=steps, cadence=cadence, outer=outer)
+    outer = None if outer_every is None else quartic(target)
+    log, solution = record(f, z0, memory=memory, max_steps=steps, outer_every=outer_every, outer_loss=outer)
     assert len(log) == steps
     for row in range(2):
         goal = target[row]
-        expected = textbook(f, z0[row], steps, memory, lambda z, goal=goal: (z - goal).pow(4).sum() / 4, cadence)
+        expected = textbook(f, z0[row], steps, memory, lambda z, goal=goal: (z - goal).pow(4).sum() / 4, outer_every)
         for (z, _, inverse), (point, _, matrix) in zip(log, expected, strict=True):
             dense = torch.linalg.inv(matrix)
             torch.testing.assert_close(z[row], point, rtol=1e-7, atol=1e-9)
@@ -94,16 +96,16 @@ def test_points_and_inverse_are_those_of_the_dense_method(memory: int, cadence: 
 
 
 @pytest.mark.parametrize("norm", [0.9, 3.0])
-@pytest.mark.parametrize("cadence", [None, 1, 2])
-def test_the_inverse_is_exact_from_the_left_in_the_direction_taught_last(cadence: int | None, norm: float) -> None:
+@pytest.mark.parametrize("outer_every", [None, 1, 2])
+def test_the_inverse_is_exact_from_the_left_in_the_direction_taught_last(outer_every: int | None, norm: float) -> None:
     f, target = tanh_map(30, norm), torch.randn(2, 30)
-    outer = None if cadence is None else quartic(target)
-    log, _ = record(f, torch.randn(2, 30), memory=80, max_steps=15, cadence=cadence, outer=outer)
+    outer = None if outer_every is None else quartic(target)
+    log, _ = record(f, torch.randn(2, 30), memory=80, max_steps=15, outer_every=outer_every, outer_loss=outer)
     aware = 0
     for n, (z, r, inverse) in enumerate(log[1:], start=1):
         slope = torch.stack([jacobian(f, row) for row in z])
         sigma = r
-        if cadence is not None and n % cadence == 0:
+        if outer_every is not None and n % outer_every == 0:
             # The direction was M^T grad L of the estimate before; of the one after, M_+^T grad L is what it gives.
             assert outer is not None
             aware += 1
@@ -113,7 +115,7 @@ def test_the_inverse_is_exact_from_the_left_in_the_direction_taught_last(cadence
         left = sigma - torch.bmm(slope.mT, sigma[..., None])[..., 0]  # (I - J)^T sigma
         product = torch.bmm(inverse.mT, left[..., None])[..., 0]
         torch.testing.assert_close(product, sigma, rtol=0, atol=1e-10)
-    assert aware == (0 if cadence is None else 14 // cadence)
+    assert aware == (0 if outer_every is None else 14 // outer_every)
 
 
 def _before_outer_update(inverse: Tensor, r: Tensor, slope: Tensor) -> Tensor:
@@ -126,9 +128,9 @@ def _before_outer_update(inverse: Tensor, r: Tensor, slope: Tensor) -> Tensor:
 
 def test_the_length_of_a_direction_does_not_matter() -> None:
     f, z0, target = tanh_map(10, 2.0), torch.randn(3, 10), torch.randn(3, 10)
-    one, _ = record(f, z0, memory=40, max_steps=12, cadence=2, outer=quartic(target))
+    one, _ = record(f, z0, memory=40, max_steps=12, outer_every=2, outer_loss=quartic(target))
     other, _ = record(
-        f, z0, memory=40, max_steps=12, cadence=2, outer=lambda z, rows: -1e-100 * quartic(target)(z, rows)
+        f, z0, memory=40, max_steps=12, outer_every=2, outer_loss=lambda z, rows: -1e-100 * quartic(target)(z, rows)
     )
     for (z, _, inverse), (z_other, _, inverse_other) in zip(one, other, strict=True):
         torch.testing.assert_close(z, z_other, rtol=1e-9, atol=1e-11)
@@ -147,15 +149,15 @@ def test_with_restarts_all_published_problems_converge(memory: int, rho: float) 
 # Counts
 
 
-@pytest.mark.parametrize(("steps", "cadence", "vjps"), [
+@pytest.mark.parametrize(("steps", "outer_every", "vjps"), [
     (0, None, 0), (1, None, 0), (2, None, 1), (12, None, 11),
     (1, 1, 0), (2, 1, 2), (12, 1, 22), (12, 5, 13), (11, 5, 12),
 ])  # fmt: skip
 def test_each_point_after_the_start_costs_one_product_and_an_outer_update_one_more(
-    steps: int, cadence: int | None, vjps: int
+    steps: int, outer_every: int | None, vjps: int
 ) -> None:
-    outer = None if cadence is None else quartic(torch.ones(3, 8))
-    solver = eq.AdjointBroyden(max_steps=steps, rtol=0, cadence=cadence, outer=outer)
+    outer = None if outer_every is None else quartic(torch.ones(3, 8))
+    solver = eq.AdjointBroyden(max_steps=steps, rtol=0, outer_every=outer_every, outer_loss=outer)
     solution = solver.solve(eq.FunctionMap(tanh_map(8, 0.9), z0 := torch.randn(3, 8)), z0)
     assert (solution.num_evals, solution.num_vjps) == (steps, vjps)
 
@@ -163,7 +165,7 @@ def test_each_point_after_the_start_costs_one_product_and_an_outer_update_one_mo
 def test_a_cadence_without_a_loss_costs_and_changes_nothing() -> None:
     f, z0 = tanh_map(8, 2.0), torch.randn(3, 8)
     plain, _ = record(f, z0, max_steps=9)
-    same, solution = record(f, z0, max_steps=9, cadence=2)
+    same, solution = record(f, z0, max_steps=9, outer_every=2)
     assert solution.num_vjps == 8
     assert all(torch.equal(a[0], b[0]) for a, b in zip(plain, same, strict=True))
 
@@ -173,8 +175,10 @@ def test_a_cadence_without_a_loss_costs_and_changes_nothing() -> None:
 
 @pytest.mark.parametrize("named", [True, False], ids=["named", "closure"])
 @pytest.mark.parametrize("memory", [3, pytest.param(60, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("cadence", [None, 2])
-def test_a_row_gets_the_answer_and_inverse_that_it_gets_alone(memory: int, named: bool, cadence: int | None) -> None:
+@pytest.mark.parametrize("outer_every", [None, 2])
+def test_a_row_gets_the_answer_and_inverse_that_it_gets_alone(
+    memory: int, named: bool, outer_every: int | None
+) -> None:
     """Rows stop at different steps, the others go on past the memory's end; the loss reads each row's own target."""
     weight = spectral(10, 1.0, torch.Generator().manual_seed(6))
     gain, x, target = torch.logspace(-2, 0.3, 6)[:, None], torch.randn(6, 10), torch.randn(6, 10)
@@ -183,8 +187,8 @@ def test_a_row_gets_the_answer_and_inverse_that_it_gets_alone(memory: int, named
         return torch.tanh(gain * (z @ weight.T) + x)
 
     def solve(rows: slice) -> eq.Solution[Tensor]:
-        outer = None if cadence is None else quartic(target[rows])
-        solver = eq.AdjointBroyden(max_steps=60, memory=memory, rtol=1e-8, cadence=cadence, outer=outer)
+        outer = None if outer_every is None else quartic(target[rows])
+        solver = eq.AdjointBroyden(max_steps=60, memory=memory, rtol=1e-8, outer_every=outer_every, outer_loss=outer)
         z0 = torch.zeros_like(x[rows])
         if not named:
             return eq.fixed_point(lambda z: f(z, gain[rows], x[rows]), z0, solver=solver)
@@ -232,7 +236,7 @@ def test_a_row_that_breaks_leaves_the_others_and_its_own_inverse_alone() -> None
 def test_the_guard_is_relative_to_the_direction(guard: float, rank: int) -> None:
     # (I - J) sigma = 0.1 sigma, so the denominator is a tenth of |sigma|^2, whatever the units.
     x = torch.tensor([[1e-6, 0.0], [1e6, 1e6]])
-    solver = eq.AdjointBroyden(max_steps=2, guard=guard, rtol=0)
+    solver = eq.AdjointBroyden(max_steps=2, min_denominator=guard, rtol=0)
     solution = eq.fixed_point(lambda z, x: 0.9 * z + x, torch.zeros(2, 2), x, solver=solver, params=())
     assert solution.inverse is not None
     assert solution.inverse.rank.tolist() == [rank] * 2
@@ -242,7 +246,7 @@ def test_a_singular_direction_teaches_nothing_and_a_constant_map_takes_one_step(
     solution = eq.fixed_point(lambda z: z + 1, torch.zeros(2, 3), solver=eq.AdjointBroyden(memory=5, rtol=0))
     assert solution.inverse is not None
     torch.testing.assert_close(solution.inverse.dense(), torch.eye(3).expand(2, 3, 3), rtol=0, atol=0)
-    solver = eq.AdjointBroyden(cadence=1, outer=lambda z, rows: z.new_ones(2))
+    solver = eq.AdjointBroyden(outer_every=1, outer_loss=lambda z, rows: z.new_ones(2))
     solution = eq.fixed_point(lambda z: torch.ones_like(z), torch.zeros(2, 3), solver=solver).raise_for_status()
     assert solution.num_steps.tolist() == [2, 2]
 
@@ -252,7 +256,7 @@ def test_a_singular_direction_teaches_nothing_and_a_constant_map_takes_one_step(
 
 def test_works_without_grad_and_leaves_no_gradient_on_parameters() -> None:
     cell, head = torch.nn.Linear(5, 5), torch.nn.Linear(5, 1)
-    solver = eq.AdjointBroyden(max_steps=12, rtol=1e-6, cadence=2, outer=lambda z, rows: head(z)[:, 0])
+    solver = eq.AdjointBroyden(max_steps=12, rtol=1e-6, outer_every=2, outer_loss=lambda z, rows: head(z)[:, 0])
     with torch.no_grad():
         solution = eq.fixed_point(cell, torch.zeros(3, 5), solver=solver).raise_for_status()
     assert not solution.value.requires_grad
@@ -299,12 +303,12 @@ def test_float32_keeps_the_dtype_and_the_left_condition_under_a_tiny_residual() 
     ("fields", "error", "message"),
     [
         ({"memory": 0}, ValueError, r"AdjointBroyden\(memory=0\): must be >= 1"),
-        ({"memory": 1, "cadence": 3}, ValueError, r"AdjointBroyden\(memory=1\): must be >= 2"),
-        ({"guard": -1.0}, ValueError, r"AdjointBroyden\(guard=-1.0\): must be >= 0"),
-        ({"cadence": 0}, ValueError, r"AdjointBroyden\(cadence=0\): must be >= 1, or None"),
-        ({"cadence": 2.5}, TypeError, r"AdjointBroyden\(cadence=2.5\): must be an integer or None"),
-        ({"outer": 3, "cadence": 2}, TypeError, r"AdjointBroyden\(outer=3\): must be a function"),
-        ({"outer": lambda z, rows: z}, ValueError, "set cadence, say to 5"),
+        ({"memory": 1, "outer_every": 3}, ValueError, r"AdjointBroyden\(memory=1\): must be >= 2"),
+        ({"min_denominator": -1.0}, ValueError, r"AdjointBroyden\(min_denominator=-1.0\): must be >= 0"),
+        ({"outer_every": 0}, ValueError, r"AdjointBroyden\(outer_every=0\): must be >= 1, or None"),
+        ({"outer_every": 2.5}, TypeError, r"AdjointBroyden\(outer_every=2.5\): must be an integer or None"),
+        ({"outer_loss": 3, "outer_every": 2}, TypeError, r"AdjointBroyden\(outer_loss=3\): must be a function"),
+        ({"outer_loss": lambda z, rows: z}, ValueError, "set outer_every, say to 5"),
     ],
 )
 def test_fields_out_of_range(fields: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -193,7 +193,7 @@ def test_an_update_without_denominator_is_left_out_for_that_sample_alone() -> No
 def test_the_guard_is_relative_to_the_step(guard: float, rank: int) -> None:
     # y = 0.1 s, so the denominator is a tenth of |s|^2, whatever the units.
     x = torch.tensor([[1e-6, 0.0], [1e6, 1e6]])
-    solver = eq.Broyden(max_steps=2, guard=guard, rtol=0)
+    solver = eq.Broyden(max_steps=2, min_denominator=guard, rtol=0)
     solution = eq.fixed_point(lambda z, x: 0.9 * z + x, torch.zeros(2, 2), x, solver=solver, params=())
     assert solution.inverse is not None
     assert solution.inverse.rank.tolist() == [rank] * 2
@@ -272,8 +272,8 @@ def test_float32_keeps_the_dtype_and_the_secant_equation() -> None:
     ("fields", "message"),
     [
         ({"memory": 0}, r"Broyden\(memory=0\): must be >= 1"),
-        ({"guard": -1.0}, r"Broyden\(guard=-1.0\): must be >= 0"),
-        ({"guard": float("nan")}, r"Broyden\(guard=nan\): must be >= 0"),
+        ({"min_denominator": -1.0}, r"Broyden\(min_denominator=-1.0\): must be >= 0"),
+        ({"min_denominator": float("nan")}, r"Broyden\(min_denominator=nan\): must be >= 0"),
     ],
 )
 def test_fields_out_of_range(fields: dict[str, Any], message: str) -> None:

@@ -419,7 +419,7 @@ def test_structured_states() -> None:
         ({"max_trials": 0}, r"max_trials=0"),
         ({"wolfe": 1.0}, r"wolfe=1.0"),
         ({"armijo": 0.9, "wolfe": 0.5}, r"armijo=0.9"),
-        ({"guard": -1.0}, r"guard=-1.0"),
+        ({"min_curvature": -1.0}, r"min_curvature=-1.0"),
     ],
 )
 def test_fields_out_of_range(fields: dict[str, Any], message: str) -> None:

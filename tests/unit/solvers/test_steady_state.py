@@ -59,7 +59,7 @@ def scheduled(stepper: Stepper, steps: list[float]) -> SteadyState:
             number = (track.accepted + (landed & track.size.isfinite())).clamp_max(len(steps) - 1)
             return landed, rejected, torch.where(landed, torch.tensor(steps)[number], step)
 
-    return SteadyState(stepper=Scheduled(kappa=math.inf))
+    return SteadyState(stepper=Scheduled(error_ratio=math.inf))
 
 
 def error_on_the_circle(stepper: Stepper, steps: list[float]) -> float:
@@ -88,7 +88,7 @@ def test_order_of_accuracy(stepper: Stepper, order: int, coarse: int, varying: b
     assert all(order - 0.15 < slope < order + 0.6 for slope in slopes), (errors, slopes)
 
 
-@pytest.mark.parametrize("stepper", [VCAB3(kappa=3e-4), BS3(kappa=1e-5), Tsit5(kappa=1e-7)], ids=name)
+@pytest.mark.parametrize("stepper", [VCAB3(error_ratio=3e-4), BS3(error_ratio=1e-5), Tsit5(error_ratio=1e-7)], ids=name)
 def test_flow_of_torchdiffeq(stepper: Stepper) -> None:
     weight = torch.randn(6, 6) / 2
     field = lambda z: torch.tanh(z @ weight + 0.5) - z  # noqa: E731
@@ -110,8 +110,10 @@ def test_flow_of_torchdiffeq(stepper: Stepper) -> None:
 class Reference:
     """VCAB3 of one row in the recurrences of Hairer, Norsett and Wanner (III.5), the longest step by bisection."""
 
-    def __init__(self, field: Callable[[Tensor], Tensor], z: Tensor, kappa: float, growth: float, first: float) -> None:
-        self.field, self.z, self.kappa, self.growth = field, z, kappa, growth
+    def __init__(
+        self, field: Callable[[Tensor], Tensor], z: Tensor, error_ratio: float, growth: float, first: float
+    ) -> None:
+        self.field, self.z, self.error_ratio, self.growth = field, z, error_ratio, growth
         self.steps: list[float] = []
         self.stars: list[Tensor] = []  # phi*_i of the step before
         self.h, self.evaluations, self.shortened = first, 1, 0
@@ -130,7 +132,7 @@ class Reference:
         if order == 3:
             c[3, 1] = c[2, 1] - h / (h + times[1]) * c[2, 2]
         parts = [h * c[i + 1, 1] * star for i, star in enumerate(stars)]
-        error = float(parts[-1].norm() / (self.kappa * h * self.slope.norm())) if order > 1 else 0.0
+        error = float(parts[-1].norm() / (self.error_ratio * h * self.slope.norm())) if order > 1 else 0.0
         return torch.stack(parts).sum(0), stars, error
 
     def advance(self) -> None:
@@ -150,14 +152,14 @@ class Reference:
 
 
 @pytest.mark.parametrize(
-    ("kappa", "growth"), [(0.02, 1.0), (0.02, 1e3), (0.15, 3.0), (0.15, 1e3), (math.inf, 1.1), (math.inf, 1.0)]
+    ("error_ratio", "growth"), [(0.02, 1.0), (0.02, 1e3), (0.15, 3.0), (0.15, 1e3), (math.inf, 1.1), (math.inf, 1.0)]
 )
-def test_vcab3_is_the_published_recurrence(kappa: float, growth: float) -> None:
+def test_vcab3_is_the_published_recurrence(error_ratio: float, growth: float) -> None:
     weight = torch.randn(5, 5) / 3
     field = lambda z: torch.tanh(z @ weight + 1) - z  # noqa: E731
     z0 = torch.randn(1, 5)
-    solver = SteadyState(stepper=VCAB3(kappa=kappa), growth=growth, first_step=0.5)
-    reference = Reference(field, z0, kappa, growth, 0.5)
+    solver = SteadyState(stepper=VCAB3(error_ratio=error_ratio), growth=growth, first_step=0.5)
+    reference = Reference(field, z0, error_ratio, growth, 0.5)
     for track in follow(solver, field, z0, 10):
         torch.testing.assert_close(track.base, reference.z, rtol=1e-12, atol=1e-13)
         assert int(track.accepted) == reference.evaluations - 1
@@ -171,7 +173,7 @@ def test_vcab3_takes_the_longest_admitted_step(control: Classical | None) -> Non
     """The error of what it takes is the allowed one, in classical control at least half of it, unless growth limits."""
     weight = torch.randn(5, 5) / 3
     field = lambda z: torch.tanh(z @ weight + 1) - z  # noqa: E731
-    stepper = VCAB3(kappa=0.05)
+    stepper = VCAB3(error_ratio=0.05)
     tracks = follow(SteadyState(stepper=stepper, control=control, first_step=0.1), field, torch.randn(3, 5), 12)
     checked = 0
     for before, track in itertools.pairwise(tracks):
@@ -180,7 +182,7 @@ def test_vcab3_takes_the_longest_admitted_step(control: Classical | None) -> Non
         last = h**2 / 2 * track.slopes[:, 1] * (1 - term)
         last = last + h**2 * (2 * h + 3 * track.past[:, None]) / 6 * track.slopes[:, 2] * term
         if control is None:
-            error = last.norm(dim=1) / (stepper.kappa * track.step * track.size)
+            error = last.norm(dim=1) / (stepper.error_ratio * track.step * track.size)
         else:
             error = (last / (control.atol + control.rtol * track.base.abs())).square().mean(dim=1).sqrt()
         short = track.rejected > before.rejected
@@ -195,7 +197,7 @@ def test_vcab3_takes_the_longest_admitted_step(control: Classical | None) -> Non
 def test_euler_is_damped_picard(damping: float) -> None:
     weight, x = torch.randn(6, 6) / 6, torch.randn(4, 6)
     f = lambda z, x: torch.tanh(z @ weight + x)  # noqa: E731
-    fixed = SteadyState(stepper=Euler(kappa=math.inf), growth=1, first_step=damping, rtol=1e-8, max_steps=100)
+    fixed = SteadyState(stepper=Euler(error_ratio=math.inf), growth=1, first_step=damping, rtol=1e-8, max_steps=100)
     picard = eq.Picard(damping=damping, rtol=1e-8, max_steps=100)
     ours, theirs = (solve(f, torch.zeros_like(x), x, solver=solver) for solver in (fixed, picard))
     assert ours.num_steps.tolist() == theirs.num_steps.tolist()
@@ -224,7 +226,7 @@ def test_bs3_with_the_error_relative_to_a_rate_leaves_the_region_of_stability() 
     error = abs(h * (-5 / 72 * k1 + k2 / 12 + k3 / 9 - k4 / 8))
     assert error <= 0.2 * abs(k1)
     assert abs(k4) > abs(k1)
-    assert error > BS3().kappa * h * abs(k1)
+    assert error > BS3().error_ratio * h * abs(k1)
 
 
 @pytest.mark.parametrize("stepper", [VCAB3(), BS3(), Tsit5()], ids=name)
@@ -311,7 +313,7 @@ def test_exact_counts() -> None:
     assert int(solve(constant, x, x, solver=SteadyState()).num_steps) == 1
     assert int(solve(constant, 0 * x, x, solver=SteadyState(max_steps=0)).num_steps) == 0
     # Euler at a half: the residual halves, and with growth 1 it goes on so: 2^-10 < 1e-3.
-    halving = SteadyState(stepper=Euler(kappa=math.inf), first_step=0.5, growth=1)
+    halving = SteadyState(stepper=Euler(error_ratio=math.inf), first_step=0.5, growth=1)
     assert int(solve(constant, 0 * x, x, solver=halving).num_steps) == 11
 
 
@@ -504,8 +506,8 @@ def test_tolerances_of_zero_use_all_steps_and_return_the_best_point(
         lambda: SteadyState(first_step=0.0),
         lambda: SteadyState(first_step=math.inf),
         lambda: SteadyState(growth=0.5),
-        lambda: VCAB3(kappa=0.0),
-        lambda: BS3(kappa=math.nan),
+        lambda: VCAB3(error_ratio=0.0),
+        lambda: BS3(error_ratio=math.nan),
         lambda: Classical(rtol=0.0),
         lambda: Classical(atol=-1.0),
     ],

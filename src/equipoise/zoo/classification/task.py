@@ -87,8 +87,8 @@ class Classification(Objective):
     $$ L = \mathrm{CE}(\mathrm{model}(x), y) + \gamma \, \frac{1}{D} \|J(z^*)\|_F^2
        + \lambda \operatorname{mean} |z^* - z_0| $$
 
-    A solver that is aware of the outer problem, `AdjointBroyden` with a `cadence`, is told the cross-entropy of each
-    sample while it solves, in training alone. The head is frozen then: its statistics and random numbers are untouched.
+    In training, a solver that is aware of the outer problem, `AdjointBroyden` with `outer_every`, gets the
+    cross-entropy of each sample. The head is frozen meanwhile: its statistics and random numbers are untouched.
 
     Args:
         model: classifier that tells its solution.
@@ -134,7 +134,7 @@ class Classification(Objective):
             return deq.using(solver=self.eval_solver) if self.eval_solver is not None else contextlib.nullcontext()
         if info.step < self.task.pretraining.steps:
             return deq.using(solver=Picard(max_steps=0), gradient=Unrolled(steps=self.task.pretraining.depth))
-        if not isinstance(deq.solver, AdjointBroyden) or deq.solver.cadence is None:
+        if not isinstance(deq.solver, AdjointBroyden) or deq.solver.outer_every is None:
             return contextlib.nullcontext()
 
         def outer(z: Any, rows: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ class Classification(Objective):
                 logits = _precise(self.model.head(z))
             return F.cross_entropy(logits, labels[rows], label_smoothing=self.task.label_smoothing, reduction="none")
 
-        return deq.using(solver=dataclasses.replace(deq.solver, outer=outer))
+        return deq.using(solver=dataclasses.replace(deq.solver, outer_loss=outer))
 
 
 def _precise(logits: Tensor) -> Tensor:
