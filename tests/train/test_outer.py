@@ -37,16 +37,15 @@ def test_the_solver_is_told_the_loss_of_each_sample_of_the_frozen_head(
     smoothing: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[tuple[Any, Tensor, Tensor]] = []
-    gradient = eq.Point.gradient
+    gradient = eq.Point.loss_gradient
 
     def noted(self: eq.Point, loss: Any) -> Tensor:
-        assert self.map is not None
         rows = torch.tensor([3, 0])
         z = tuple(level[rows] for level in self.map.unpack(self.z))
         told.append((z, rows, loss(z, rows)))
         return gradient(self, loss)
 
-    monkeypatch.setattr(eq.Point, "gradient", noted)
+    monkeypatch.setattr(eq.Point, "loss_gradient", noted)
     classifier = model()
     for norm in classifier.head.modules():  # statistics that a first step would change
         if isinstance(norm, nn.BatchNorm2d):
@@ -101,13 +100,13 @@ def test_the_inverse_is_exact_from_the_left_where_the_loss_leads() -> None:
 
 def test_neither_in_evaluation_nor_in_fixed_depth_steps_nor_without_cadence(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[None] = []
-    gradient = eq.Point.gradient
+    gradient = eq.Point.loss_gradient
 
     def noted(self: eq.Point, loss: Any) -> Tensor:
         calls.append(None)
         return gradient(self, loss)
 
-    monkeypatch.setattr(eq.Point, "gradient", noted)
+    monkeypatch.setattr(eq.Point, "loss_gradient", noted)
     objective = Classification(model(), Classify(pretraining=Pretraining(steps=1, depth=2)))
     objective(*batch(), StepInfo(0, 0, 0))
     with torch.no_grad():
