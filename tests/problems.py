@@ -88,6 +88,11 @@ def affine(batch: int = 5, d: int = 6, norm: float = 0.7) -> Problem:
     return Problem(lambda z, x: z @ a.to(z.dtype).T + x, torch.zeros_like(x), (x,), inverted(a, x))
 
 
+def product(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """Row by row, `(b, m, n), (b, n) -> (b, m)`."""
+    return torch.bmm(matrices, vectors[..., None])[..., 0]
+
+
 def solve_linear(a: Tensor, x: Tensor, solver: eq.Solver, **options: Any) -> eq.Solution[Tensor]:
     """Solve `z = A z + x` from zero, `x` `(B, d)`."""
     return eq.fixed_point(lambda z, x: z @ a.T + x, torch.zeros_like(x), x, solver=solver, params=(), **options)
