@@ -1,4 +1,4 @@
-"""Broyden's methods, good and adjoint: dense textbook forms, restarts, guarded denominators, outer-aware updates."""
+"""Broyden's methods, good and adjoint: dense textbook forms, restarts, least denominators, outer-aware updates."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def good(f: Field, z: Tensor, steps: int, memory: int) -> list[tuple[Tensor, Ten
         z = z + s
         r, before = f(z[None])[0] - z, r
         full = updates == memory
-        update = torch.outer_loss(before - r - matrix @ s, s) / (s @ s)
+        update = torch.outer(before - r - matrix @ s, s) / (s @ s)
         matrix, updates = (torch.eye(len(z)), 0) if full else (matrix + update, updates + 1)
         seen.append((z, matrix, updates, (z, z @ torch.linalg.inv(matrix))))
     return seen
@@ -60,7 +60,7 @@ def adjoint(
             matrix, updates = eye, 0
         for number in range(1 + aware if n else 0):
             sigma = r if number == 0 else torch.linalg.solve(matrix.T, (z - target) ** 3)
-            matrix = matrix + torch.outer_loss(sigma, sigma @ (wanted - matrix)) / (sigma @ sigma)
+            matrix = matrix + torch.outer(sigma, sigma @ (wanted - matrix)) / (sigma @ sigma)
             updates, left = updates + 1, (sigma @ wanted, sigma)
         seen.append((z, matrix, updates, left))
         z = z + torch.linalg.solve(matrix, r)
@@ -112,11 +112,11 @@ def test_scalar_affine() -> None:
 
 
 @both
-@pytest.mark.parametrize(("min_denominator", "rank"), [(None, 1), (0.09, 1), (0.11, 0)])
-def test_guard(kind: type[eq.Solver], guard: float | None, rank: int) -> None:
+@pytest.mark.parametrize(("least", "rank"), [(None, 1), (0.09, 1), (0.11, 0)])
+def test_min_denominator(kind: type[eq.Solver], least: float | None, rank: int) -> None:
     """It is relative: the denominator is a tenth of the square of the step, or of the direction, in all units."""
     x = torch.tensor([[1e-6, 0.0], [1e6, 1e6]])
-    solver = kind(max_steps=2, rtol=0, **({} if guard is None else {"min_denominator": guard}))
+    solver = kind(max_steps=2, rtol=0, **({} if least is None else {"min_denominator": least}))
     solution = eq.fixed_point(lambda z, x: 0.9 * z + x, torch.zeros(2, 2), x, solver=solver, params=())
     assert solution.inverse.rank.tolist() == [rank] * 2
 
