@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+import equipoise as eq
+
+METHOD = {field.name for field in dataclasses.fields(eq.inputs.InputOptimizer)}
+
+
+def optimize(cell: Callable[..., Any], **options: Any) -> eq.inputs.InputSolution:
+    """Optimize inputs; options are arguments of `optimize_inputs` and fields of `InputOptimizer`."""
+    method = {name: options.pop(name) for name in METHOD & options.keys()}
+    return eq.optimize_inputs(cell, **options, optimizer=eq.inputs.InputOptimizer(**method))
 
 
 class Cell(nn.Module):
@@ -51,7 +63,7 @@ class Fitting:
     y: Tensor
 
     @property
-    def arguments(self) -> dict[str, object]:
+    def arguments(self) -> dict[str, Any]:
         rows, (n, p) = len(self.y), self.cell.u.shape
         return {
             "z0": torch.zeros(rows, n),
@@ -59,6 +71,10 @@ class Fitting:
             "cost": self.cost,
             "targets": (self.y,),
         }
+
+    def solve(self, cell: Callable[..., Any] | None = None, **options: Any) -> eq.inputs.InputSolution:
+        """Optimize the inputs, with other options or another cell."""
+        return optimize(cell or self.cell, **self.arguments | options)
 
 
 def fitting(

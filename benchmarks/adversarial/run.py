@@ -55,7 +55,7 @@ from equipoise.files import write_atomic
 from equipoise.gradients import Gradient, Implicit
 from equipoise.train import TrainConfig
 from equipoise.train.device import to_device
-from equipoise.zoo import Adversarial, EquilibriumClassifier, attack
+from equipoise.zoo import ATTACK, Adversarial, EquilibriumClassifier, attack
 
 CPU = torch.device("cpu")
 METHODS = ("clean", "joint", "pgd", "pgd-tol")
@@ -200,7 +200,8 @@ def scores(config: TrainConfig, model: EquilibriumClassifier, seed: int, setting
     images, labels = next(iter(config.data.load().test.batches(settings.images)))
     x, labels = to_device(config, images, labels, CPU)
     ball = L2Ball(radius=1.0, center=x, lower=0.0, upper=1.0)
-    changed = attack(model, x, labels, constraint=ball, equilibrium=None).value[2].detach()
+    unverified = dataclasses.replace(ATTACK, verify_solver=None)
+    changed = attack(model, x, labels, constraint=ball, optimizer=unverified).value[2].detach()
     torch.manual_seed(derive_seed(seed, 1))
     with torch.no_grad(), model.deq.using(solver=EXACT):
         accuracy, robust = (float((model(t).argmax(1) == labels).double().mean()) for t in (x, changed))

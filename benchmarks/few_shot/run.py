@@ -42,7 +42,7 @@ from equipoise import zoo
 from equipoise.data.base import Split, Splits
 from equipoise.files import read_tensors, write_atomic, write_tensors
 from equipoise.train import TrainConfig
-from equipoise.zoo import FewShotConfig, FewShotLearner, Omniglot
+from equipoise.zoo import ADAPT, FewShotConfig, FewShotLearner, Omniglot
 from equipoise.zoo.few_shot.omniglot import Episodes
 
 METHODS = ("jiio", "fomaml", "prototypes", "pixels", "jiio-first-order")
@@ -120,7 +120,8 @@ class Jiio:
     def logits(self, support: Tensor, labels: Tensor, queries: Tensor, ways: int, *, training: bool = False) -> Tensor:
         solver = self.config.solver if training else self.config.eval_solver
         assert solver is not None
-        found = self.module.adapt(support, labels, ways=ways, solver=solver, gradient=self.gradient)
+        optimizer = dataclasses.replace(ADAPT, solver=solver, gradient=self.gradient)
+        found = self.module.adapt(support, labels, ways=ways, optimizer=optimizer)
         return self.module.classify(queries, found.value[2])[0]
 
     def loss(self, support: Tensor, labels: Tensor, queries: Tensor, wanted: Tensor, ways: int) -> Tensor:

@@ -50,6 +50,7 @@ from equipoise.solvers import Anderson
 from equipoise.train import TrainConfig
 from equipoise.train.task import StepInfo
 from equipoise.zoo import (
+    EXPLAIN,
     Blur,
     Corruption,
     DecoderConfig,
@@ -119,9 +120,12 @@ def explained(model: LatentDecoder, images: Tensor, config: TrainConfig) -> tupl
         solution = explain(
             *(model, part, torch.ones_like(part)),
             size=(part.shape[2], part.shape[3]),
-            solver=config.eval_solver or config.solver,
-            step_size=task.step_size,
-            schedule=task.schedule,
+            optimizer=dataclasses.replace(
+                EXPLAIN,
+                solver=config.eval_solver or config.solver,
+                scheme=task.schedule,
+                step_size=task.step_size,
+            ),
         )
         parts.append((solution.value[2].detach(), model.decode(solution.value[0]).detach()))
     return torch.cat([x for x, _ in parts]), torch.cat([shown for _, shown in parts])
@@ -181,9 +185,12 @@ def by_jiio(model: Any, observed: Tensor, corruption: Corruption, rate: float, w
         size=(side, side),
         corruption=corruption,
         regularizer=Norm(weight),
-        step_size=rate * (16 if isinstance(corruption, Downsample) else 1),  # the cost has so many terms fewer
-        solver=Anderson(memory=8, max_steps=60, rtol=1e-3, ridge=1e-3),
-        schedule=eq.inputs.Nested(steps=3),
+        optimizer=dataclasses.replace(
+            EXPLAIN,
+            solver=Anderson(memory=8, max_steps=60, rtol=1e-3, ridge=1e-3),
+            scheme=eq.inputs.Nested(steps=3),
+            step_size=rate * (16 if isinstance(corruption, Downsample) else 1),  # the cost has so many terms fewer
+        ),
     )
     return solution.value[2].detach(), solution.num_evals, solution.num_vjps
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import equipoise as eq
 from benchmarks.input_optimization.models import Problem
-from equipoise.inputs import Nested, Schedule
+from equipoise.inputs import InputOptimizer, Nested, UpdateScheme
 
 DEFAULT = eq.Anderson(memory=10, max_steps=100, rtol=1e-4, ridge=1e-2)  # that of `optimize_inputs`
 
@@ -47,7 +47,7 @@ class Ours(Method):
     """`optimize_inputs`; without a step, it is measured."""
 
     solver: eq.solvers.Solver = DEFAULT
-    schedule: Schedule = Nested()
+    scheme: UpdateScheme = Nested()
     measured: bool = False
 
     @torch.no_grad()
@@ -60,10 +60,12 @@ class Ours(Method):
             targets=problem.targets,
             cost=problem.cost,
             constraint=problem.constraint,
-            step_size=None if self.measured else self.step,
-            solver=dataclasses.replace(self.solver, max_steps=rounds, rtol=0.0),
-            schedule=self.schedule,
-            equilibrium=None,
+            optimizer=InputOptimizer(
+                solver=dataclasses.replace(self.solver, max_steps=rounds, rtol=0.0),
+                scheme=self.scheme,
+                step_size=None if self.measured else self.step,
+                verify_solver=None,
+            ),
         )
         return Work(solution.value[2], solution.num_evals, solution.num_vjps)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import equipoise as eq
 from equipoise.constraints import Constraint, L2Ball
-from equipoise.inputs import Envelope
+from equipoise.inputs import Envelope, InputOptimizer
 
 SIZE = 512  # of a state: an evaluation of 64 rows takes a millisecond, several times a solver's bookkeeping
 POINTS = 10  # of a few-shot task
@@ -178,10 +178,7 @@ def jointly(batch: Problem) -> tuple[Tensor, Tensor, Tensor]:
         inputs=batch.inputs,
         targets=batch.targets,
         cost=batch.cost,
-        step_size=STEP,
-        solver=ROUNDS,
-        gradient=Envelope(),
-        equilibrium=None,
+        optimizer=InputOptimizer(solver=ROUNDS, step_size=STEP, gradient=Envelope(), verify_solver=None),
     )
     z, _, x = solution.value
     return batch.cost(z, x, *batch.targets).mean(), z, x

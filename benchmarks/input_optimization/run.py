@@ -92,8 +92,8 @@ TASKS = {
 def methods(problem: Problem, quick: bool) -> dict[str, Method]:
     """All that are compared; what moves by gradients scaled to length one is for bounded inputs."""
     rules = [Rule(name="gd"), Rule(name="adam"), *([Rule(name="pgd")] if problem.radius is not None else [])]
-    found: dict[str, Method] = {"joint": Ours(schedule=Joint()), "gauss-seidel": Ours(schedule=GaussSeidel())}
-    found |= {f"nested-{k}": Ours(schedule=Nested(steps=k)) for k in ((2,) if quick else (2, 4, 8))}
+    found: dict[str, Method] = {"joint": Ours(scheme=Joint()), "gauss-seidel": Ours(scheme=GaussSeidel())}
+    found |= {f"nested-{k}": Ours(scheme=Nested(steps=k)) for k in ((2,) if quick else (2, 4, 8))}
     found["automatic"] = Ours(measured=True)
     if problem.radius is not None:
         found["plain"] = Ours(measured=True, solver=eq.Picard())

@@ -44,7 +44,7 @@ from equipoise.data import FashionMNIST, ImageData, Photographs
 from equipoise.data.base import Splits, TensorSplit, generator
 from equipoise.inputs import FirstOrder
 from equipoise.train import TrainConfig, fit
-from equipoise.zoo import Hole, LatentPenalty, ObservationCost, Reconstruct, explain
+from equipoise.zoo import EXPLAIN, Hole, LatentPenalty, ObservationCost, Reconstruct, explain
 from equipoise.zoo.files import load
 
 TASKS = ("noise-0.1", "noise-0.2", "hole-9")
@@ -153,9 +153,12 @@ def joint(model: Any, config: TrainConfig, seen: Tensor, mask: Tensor, task: int
             m,
             size=(y.shape[2], y.shape[3]),
             kinds=torch.full((len(y),), task),
-            solver=config.eval_solver or config.solver,
-            step_size=task_of(config).step_size,
-            schedule=task_of(config).schedule,
+            optimizer=dataclasses.replace(
+                EXPLAIN,
+                solver=config.eval_solver or config.solver,
+                scheme=task_of(config).schedule,
+                step_size=task_of(config).step_size,
+            ),
         )
         answers.append(finished(model.decode(solution.value[0]), y, m))
     return torch.cat(answers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,15 @@ from torch import Tensor, nn
 import equipoise as eq
 from equipoise.constraints import L2Ball, LInfBall
 from equipoise.inputs import Joint
-from equipoise.zoo import DenseClassifier, DenseConfig, EquilibriumClassifier, MDEQClassifier, MDEQConfig, attack
+from equipoise.zoo import (
+    ATTACK,
+    DenseClassifier,
+    DenseConfig,
+    EquilibriumClassifier,
+    MDEQClassifier,
+    MDEQConfig,
+    attack,
+)
 
 LONG = eq.Picard(max_steps=300, rtol=1e-9)
 
@@ -56,7 +65,13 @@ def ascent(model: EquilibriumClassifier, x: Tensor, labels: Tensor, radius: floa
 
 def test_it_finds_what_gradient_ascent_finds_and_stays_in_ball_and_box() -> None:
     model, (x, labels) = dense(), batch()
-    solution = attack(model, x, labels, constraint=L2Ball(radius=0.8, center=x, lower=0.0, upper=1.0), solver=LONG)
+    solution = attack(
+        model,
+        x,
+        labels,
+        constraint=L2Ball(radius=0.8, center=x, lower=0.0, upper=1.0),
+        optimizer=replace(ATTACK, solver=LONG),
+    )
     changed = solution.value[2]
     assert (changed - x).flatten(1).norm(dim=1).max() <= 0.8 * (1 + 1e-6)
     assert changed.min() >= 0
@@ -85,7 +100,7 @@ def test_a_classifier_that_is_sure_of_itself_is_misled_too() -> None:
 def test_the_largest_change_of_a_pixel_is_a_ball_too() -> None:
     model, (x, labels) = dense(), batch()
     ball = LInfBall(radius=0.1, center=x, lower=0.0, upper=1.0)
-    changed = attack(model, x, labels, constraint=ball, schedule=Joint()).value[2]
+    changed = attack(model, x, labels, constraint=ball, optimizer=replace(ATTACK, scheme=Joint())).value[2]
     assert (changed - x).abs().max() <= 0.1 + 1e-12
     assert (loss(model, changed, labels) > loss(model, x, labels)).all()
 
@@ -114,7 +129,7 @@ def test_the_gradient_of_the_worst_loss_is_that_at_the_worst_image() -> None:
     model, (x, labels) = dense(), batch()
     parameters = list(model.parameters())
     ball = L2Ball(radius=0.05, center=x, lower=0.0, upper=1.0)
-    solution = attack(model, x, labels, constraint=ball, solver=LONG, equilibrium=None)
+    solution = attack(model, x, labels, constraint=ball, optimizer=replace(ATTACK, solver=LONG, verify_solver=None))
     assert solution.converged.all()
     z, _, changed = solution.value
     torch.testing.assert_close(model.deq(model.stem(changed)), z, rtol=1e-7, atol=1e-8)
@@ -134,7 +149,9 @@ def test_statistics_and_modes_are_left_alone() -> None:
     modes = [part.training for part in model.modules()]
     x, labels = torch.rand(3, 1, 8, 8), torch.arange(3)
     ball = L2Ball(radius=0.5, center=x, lower=0.0, upper=1.0)
-    solution = attack(model, x, labels, constraint=ball, solver=eq.Picard(max_steps=3), equilibrium=None)
+    solution = attack(
+        model, x, labels, constraint=ball, optimizer=replace(ATTACK, solver=eq.Picard(max_steps=3), verify_solver=None)
+    )
     assert solution.value[2].shape == x.shape
     assert [part.training for part in model.modules()] == modes
     for name, value in model.state_dict().items():

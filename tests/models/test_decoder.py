@@ -53,7 +53,7 @@ def test_the_latent_of_an_image_of_the_decoder_is_found() -> None:
         z0=model.start(x0),
         x0=x0,
         cost=lambda z, x: (model.decode(z) - images).square().sum((1, 2, 3)),
-        solver=eq.Anderson(memory=10, max_steps=400, rtol=1e-9),
+        optimizer=eq.inputs.InputOptimizer(solver=eq.Anderson(memory=10, max_steps=400, rtol=1e-9)),
     )
     torch.testing.assert_close(solution.value[2], truth, atol=1e-5, rtol=0)
 

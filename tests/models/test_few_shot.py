@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 import equipoise as eq
-from equipoise.zoo import FewShotConfig, FewShotLearner
+from equipoise.zoo import ADAPT, FewShotConfig, FewShotLearner
 from equipoise.zoo.few_shot.model import FewShotCell
 
 TIGHT = eq.Anderson(memory=20, max_steps=400, rtol=1e-9, ridge=1e-8)
 SMALL = FewShotConfig(image_size=28, image_channels=1, channels=4, num_groups=2, width=5, context=3)
-EXACT = {"solver": TIGHT, "gradient": eq.Implicit(solver=eq.GMRES(max_steps=300, rtol=0.0, atol=1e-11))}
+EXACT = dataclasses.replace(
+    ADAPT, solver=TIGHT, gradient=eq.Implicit(solver=eq.GMRES(max_steps=300, rtol=0.0, atol=1e-11))
+)
 
 
 def learner() -> FewShotLearner:
@@ -51,7 +53,7 @@ def by_hand(model: FewShotLearner, images: Tensor, x: dict[str, Tensor]) -> Tens
 def test_what_is_found_is_a_stationary_point_of_the_regularized_cost() -> None:
     model = learner()
     support, labels, queries, _ = task()
-    found = model.adapt(support, labels, ways=3, **EXACT)
+    found = model.adapt(support, labels, ways=3, optimizer=EXACT)
     assert bool(found.converged.all())
     x = {name: value.detach().requires_grad_() for name, value in found.value[2].items()}
     likelihood = by_hand(model, support, x).log_softmax(2).gather(2, labels[..., None]).sum()
@@ -65,7 +67,7 @@ def test_what_is_found_is_a_stationary_point_of_the_regularized_cost() -> None:
 
 def loss(model: FewShotLearner, **changes: Any) -> Tensor:
     support, labels, queries, wanted = task()
-    found = model.adapt(support, labels, ways=3, **{**EXACT, **changes})
+    found = model.adapt(support, labels, ways=3, optimizer=dataclasses.replace(EXACT, **changes))
     logits, _ = model.classify(queries, found.value[2])
     return nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten())
 
@@ -95,8 +97,8 @@ def test_classes_have_no_order_and_any_number() -> None:
     model = learner()
     support, labels, queries, _ = task()
     order = torch.tensor([2, 0, 1])
-    one = model.classify(queries, model.adapt(support, labels, ways=3, **EXACT).value[2])[0]
-    other = model.classify(queries, model.adapt(support, order[labels], ways=3, **EXACT).value[2])[0]
+    one = model.classify(queries, model.adapt(support, labels, ways=3, optimizer=EXACT).value[2])[0]
+    other = model.classify(queries, model.adapt(support, order[labels], ways=3, optimizer=EXACT).value[2])[0]
     torch.testing.assert_close(one, other[:, :, order], rtol=0, atol=1e-6)
     support, labels, queries, _ = task(tasks=1, ways=5)
     assert model.classify(queries, model.adapt(support, labels, ways=5).value[2])[0].shape == (1, 5, 5)
@@ -172,10 +174,12 @@ def test_a_context_learns_sinusoids_from_ten_points() -> None:
             inputs=(u[:, :10],),
             targets=(y[:, :10],),
             regularizer=decay,
-            step_size=0.02,
-            solver=eq.Anderson(memory=10, max_steps=40, rtol=1e-2, ridge=1e-3),
-            gradient=eq.Implicit(solver=eq.GMRES(max_steps=30, rtol=0.0, atol=1e-2)),
-            equilibrium=None,
+            optimizer=eq.inputs.InputOptimizer(
+                solver=eq.Anderson(memory=10, max_steps=40, rtol=1e-2, ridge=1e-3),
+                step_size=0.02,
+                gradient=eq.Implicit(solver=eq.GMRES(max_steps=30, rtol=0.0, atol=1e-2)),
+                verify_solver=None,
+            ),
         )
         losses = []
         for context in (found.value[2], zeros):

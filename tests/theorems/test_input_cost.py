@@ -51,7 +51,7 @@ def test_c8_the_cost_of_the_joint_iterate_is_that_of_its_equilibrium(trained: tu
         x0=problem.x0,
         cost=problem.cost,
         targets=problem.targets,
-        solver=eq.Anderson(memory=5, max_steps=24, ridge=1e-2),
+        optimizer=eq.inputs.InputOptimizer(solver=eq.Anderson(memory=5, max_steps=24, ridge=1e-2)),
     )
     assert solution.cost is not None
     joint, honest = float(solution.joint_cost.mean()), float(solution.cost.mean())

@@ -18,7 +18,7 @@ from equipoise.solvers import Picard
 from equipoise.train import TrainConfig, fit
 from equipoise.train.serialize import from_plain, to_plain
 from equipoise.train.task import StepInfo
-from equipoise.zoo import CLASSES, Adversarial, Classify, DenseClassifier, attack
+from equipoise.zoo import ATTACK, CLASSES, Adversarial, Classify, DenseClassifier, attack
 
 RECIPE = zoo.jiio_adversarial()
 
@@ -41,10 +41,9 @@ def test_in_training_the_loss_is_that_of_the_joint_iterate() -> None:
         x,
         labels,
         constraint=task.constraint(x),
-        solver=RECIPE.solver,
-        step_size=task.step_size,
-        schedule=task.schedule,
-        equilibrium=None,
+        optimizer=dataclasses.replace(
+            ATTACK, solver=RECIPE.solver, step_size=task.step_size, scheme=task.schedule, verify_solver=None
+        ),
     ).value
     torch.testing.assert_close(loss, F.cross_entropy(model.head(z), labels))
     assert (changed - x).flatten(1).norm(dim=1).max() <= 1 + 1e-6
@@ -62,7 +61,13 @@ def test_in_evaluation_the_scores_are_of_equilibria() -> None:
         loss, sums = objective(x, labels)
         found = dict(zip(objective.names, sums.tolist(), strict=True))
         ball = LInfBall(radius=0.3, center=x, lower=0.0, upper=1.0)
-        changed = attack(model, x, labels, constraint=ball, solver=Picard(max_steps=5), equilibrium=None).value[2]
+        changed = attack(
+            model,
+            x,
+            labels,
+            constraint=ball,
+            optimizer=dataclasses.replace(ATTACK, solver=Picard(max_steps=5), verify_solver=None),
+        ).value[2]
         with model.deq.using(solver=Picard(max_steps=200, rtol=1e-8)):
             logits, clean = model(changed), model(x)
     torch.testing.assert_close(loss, F.cross_entropy(logits, labels), rtol=1e-3, atol=1e-4)

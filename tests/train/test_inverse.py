@@ -14,6 +14,7 @@ from equipoise.inputs import Joint
 from equipoise.train import Adam, Pretraining, TrainConfig, fit
 from equipoise.train.task import StepInfo
 from equipoise.zoo import (
+    EXPLAIN,
     Blur,
     DecoderConfig,
     Downsample,
@@ -73,7 +74,12 @@ def test_the_answer_is_a_minimum_of_misfit_and_penalty() -> None:
     mask[:, :, 3:6, 2:5] = 0
     context = model.context(observed, mask)
     answer = explain(
-        model, observed, mask, size=(8, 8), kinds=kinds, solver=CONFIG.solver, step_size=0.3, schedule=Joint()
+        model,
+        observed,
+        mask,
+        size=(8, 8),
+        kinds=kinds,
+        optimizer=dataclasses.replace(EXPLAIN, solver=CONFIG.solver, step_size=0.3, scheme=Joint()),
     ).raise_for_status()
     cost, penalty = ObservationCost(model), LatentPenalty(model)
     x = answer.value[2].detach()

@@ -78,10 +78,9 @@ def test_evaluation_is_at_the_equilibrium_that_is_solved_for_again() -> None:
             z0=model.start(z0),
             x0=z0,
             cost=lambda z, x: (model.decode(z) - images).square().sum((1, 2, 3)),
-            step_size=0.1,
-            schedule=config.task.schedule,
-            solver=config.solver,
-            equilibrium=None,
+            optimizer=eq.inputs.InputOptimizer(
+                solver=config.solver, scheme=config.task.schedule, step_size=0.1, verify_solver=None
+            ),
         )
         with model.deq.using(solver=eq.Anderson(max_steps=60, rtol=1e-7)):
             honest = model(solution.value[2])

@@ -27,13 +27,13 @@ from equipoise.files import RunError
 from equipoise.inputs import Nested
 from equipoise.solvers import Picard
 from equipoise.train import TrainConfig
-from equipoise.zoo import CLASSES, RECIPES, Adversarial, EquilibriumClassifier
+from equipoise.zoo import ATTACK, CLASSES, RECIPES, Adversarial, EquilibriumClassifier
 from equipoise.zoo import attack as find
 from equipoise.zoo.files import folder_config
 
 BATCH = 50  # images that are attacked together, between two marks of the progress bar
 SHOWN = 10  # images in the picture
-SCHEDULE = Nested(steps=4)  # maps of runs may contract slowly, or not at all
+SCHEME = Nested(steps=4)  # maps of runs may contract slowly, or not at all
 
 DESCRIPTION = """\
 Change images as little as allowed, such that the classifier of a run errs on them most, and show what becomes of its
@@ -223,10 +223,13 @@ def _run(
                 constraint=kind(radius=options.radius, center=x, lower=0.0, upper=1.0),
                 mean=config.data.mean,
                 std=config.data.std,
-                step_size=options.step_size,
-                solver=Picard(max_steps=options.rounds, rtol=1e-3),
-                schedule=SCHEDULE,
-                equilibrium=None,
+                optimizer=dataclasses.replace(
+                    ATTACK,
+                    solver=Picard(max_steps=options.rounds, rtol=1e-3),
+                    scheme=SCHEME,
+                    step_size=options.step_size,
+                    verify_solver=None,
+                ),
             )
             changed = solution.value[2].detach()
             with torch.no_grad():

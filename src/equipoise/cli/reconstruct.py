@@ -26,6 +26,7 @@ from equipoise.files import RunError
 from equipoise.train import TrainConfig
 from equipoise.zoo import (
     CLASSES,
+    EXPLAIN,
     RECIPES,
     Blur,
     Corruption,
@@ -228,9 +229,9 @@ def _solve(
         size=problem.size,
         kinds=torch.tensor([_kind(task, corruption)]) if weighted else None,
         corruption=corruption if linear else None,
-        solver=config.solver,
-        step_size=None if linear else task.step_size,
-        schedule=task.schedule,
+        optimizer=dataclasses.replace(
+            EXPLAIN, solver=config.solver, scheme=task.schedule, step_size=None if linear else task.step_size
+        ),
     )
     x = solution.value[2]
     with torch.no_grad(), model.deq.using(solver=task.equilibrium):

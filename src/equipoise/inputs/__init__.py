@@ -1,7 +1,17 @@
-"""Joint inference and input optimization: the inputs of an equilibrium as unknowns beside it."""
+"""Joint inference and input optimization: inputs of an equilibrium as further unknowns."""
 
 from equipoise.inputs.gradients import Envelope, FirstOrder
-from equipoise.inputs.optimize import InputSolution, optimize_inputs
-from equipoise.inputs.schedules import GaussSeidel, Joint, Nested, Schedule
+from equipoise.inputs.optimize import InputOptimizer, InputSolution, optimize_inputs
+from equipoise.inputs.schemes import GaussSeidel, Joint, Nested, UpdateScheme
 
-__all__ = ["Envelope", "FirstOrder", "GaussSeidel", "InputSolution", "Joint", "Nested", "Schedule", "optimize_inputs"]
+__all__ = [
+    "Envelope",
+    "FirstOrder",
+    "GaussSeidel",
+    "InputOptimizer",
+    "InputSolution",
+    "Joint",
+    "Nested",
+    "UpdateScheme",
+    "optimize_inputs",
+]

@@ -1,4 +1,4 @@
-"""The reduced cost, whose only argument is the input: its slope, curvature, and a step by them."""
+"""Curvature of the reduced cost: the cost at the equilibrium, as a function of the input alone."""
 
 from __future__ import annotations
 
@@ -9,118 +9,95 @@ from torch import Tensor
 
 from equipoise.core.map import Map
 from equipoise.inputs.joint import JointMap
-from equipoise.inputs.schedules import Held, Joint, Nested
+from equipoise.inputs.schemes import FixedInput, Joint, Nested
 from equipoise.solvers import Anderson
 
-NUDGE = 1e-2  # length of a probing step, relative to 1 + |x|
-LONGEST = 100.0  # first step of the input at most, relative to 1 + |x|
-# What a slow layer answers after many rounds, the first steps of the input do not meet: a step that is measured so is
-# cheaper, and no worse, than by the curvature at the equilibrium.
-GLANCE = Nested(steps=3)  # of state and adjoint at the start, and once more at a probing step
-RESPOND = Anderson(memory=10, max_steps=40, rtol=0.03)  # of their change at a probing step, to judge an answer
+PROBE_LENGTH = 1e-2  # length of a probing step of the input, relative to 1 + |x|
+MAX_STEP = 100.0  # longest measured first step of the input, relative to 1 + |x|
+# The curvature at the start counts only the response of state and adjoint within three steps. The first steps of the
+# input do not meet the slower rest, so this is cheaper, and no worse, than the curvature at the equilibrium.
+QUICK_RESPONSE = Nested(steps=3)
+FULL_RESPONSE = Anderson(memory=10, max_steps=40, rtol=0.03)  # solver of the response at the equilibrium
 
 
-def measure(f: JointMap, v: Tensor) -> tuple[Tensor, Tensor]:
-    """A few steps of state and adjoint, and by how much the slope that they give differs a short step away.
+def measure_at_start(f: JointMap, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Advance state and adjoint by a few steps, and measure the curvature along the gradient.
 
-    Both times they begin at the same values, so what is left of their residuals cancels.
+    The curvature is a difference of the gradients at the input and a short step away. Both begin at the same state and
+    adjoint, so their residuals cancel.
 
     Args:
         f: the joint map.
         v: `(b, D)` start.
 
     Returns:
-        The start with these steps done, and one over the curvature along the slope, `(b, 1)`.
+        The start with these steps done, and the inverse curvature, `(b, 1)`.
     """
-    glance, size = f.variant(GLANCE), f.size
-    parts = _parts(glance, v)
-    slope, x = parts[:, -size:], v[:, -size:]
-    reach = 1 + torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    nudged = torch.cat([v[:, :-size], x + NUDGE * reach * _unit(slope)], dim=1)
-    change = (_parts(glance, nudged) - parts)[:, -size:]
-    curvature = torch.linalg.vector_norm(change, dim=1, keepdim=True) / (NUDGE * reach)
-    settled = torch.cat([parts[:, :-size], x], dim=1)
-    return torch.where(settled.isfinite().all(dim=1, keepdim=True), settled, v), _inverse(curvature, slope, reach)
+    f, size, x, scale = f.with_scheme(QUICK_RESPONSE), f.size, v[:, -f.size :], _scale(f, v)
+    advanced = f.advance(v)
+    gradient = advanced[:, -size:]
+    probe = torch.cat([v[:, :-size], x + PROBE_LENGTH * scale * _unit(gradient)], dim=1)
+    change = (f.advance(probe) - advanced)[:, -size:]
+    curvature = torch.linalg.vector_norm(change, dim=1, keepdim=True) / (PROBE_LENGTH * scale)
+    settled = torch.cat([advanced[:, :-size], x], dim=1)
+    finite = settled.isfinite().all(dim=1, keepdim=True)
+    return torch.where(finite, settled, v), _inverse(curvature, gradient, scale)
 
 
-def _parts(f: JointMap, v: Tensor) -> Tensor:
-    parts: Tensor = f.call_user(f.f.parts, v)
-    return parts
+def inverse_curvature(f: JointMap, v: Tensor, direction: Tensor) -> Tensor:
+    """Return the inverse of the larger curvature in two steps of power iteration on the reduced Hessian, `(b, 1)`.
 
-
-def _unit(direction: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(direction, dim=1, keepdim=True)
-    return torch.where(norm > 0, direction / torch.where(norm > 0, norm, 1.0), 0.0)
-
-
-def _inverse(curvature: Tensor, slope: Tensor, reach: Tensor) -> Tensor:
-    """One over the curvature. Where there is none to speak of, a step many times as long as the input."""
-    steepness = torch.linalg.vector_norm(slope, dim=1, keepdim=True)
-    step = 1 / torch.maximum(curvature, steepness / (LONGEST * reach))
-    return torch.where(step.isfinite(), step, 1.0)
-
-
-class Probe:
-    """The slope of the reduced cost at a joint state, and its changes.
-
-    The reduced cost is that of the equilibrium as a function of the input alone.
+    A product with the Hessian is a difference of gradients over a short step, to which state and adjoint respond by
+    their own equations, so their residuals cancel.
 
     Args:
         f: the joint map.
-        v: `(b, D)` state; the better state and adjoint solve their equations, the better the slope.
+        v: `(b, D)` joint state near an equilibrium.
+        direction: `(b, p)` start of the power iteration.
     """
-
-    def __init__(self, f: JointMap, v: Tensor) -> None:
-        self.held, self.joint = f.variant(Held()), f.variant(Joint())
-        self.v, self.size = v, f.size
-        self.parts = _parts(self.joint, v)
-
-    @property
-    def slope(self) -> Tensor:
-        return self.parts[:, -self.size :]
-
-    @property
-    def x(self) -> Tensor:
-        return self.v[:, -self.size :]
-
-    def product(self, direction: Tensor) -> Tensor:
-        """Its Hessian times the unit vector along `direction`, `(b, p)`, by a difference over a short step.
-
-        State and adjoint follow the step by their own equations, so what is left of their residuals cancels.
-        """
-        length = NUDGE * self.reach
-        start = torch.zeros_like(self.v)
-        start[:, -self.size :] = length * _unit(direction)
-        image = torch.cat([self.parts[:, : -self.size], self.x], dim=1)
-        change = RESPOND.solve(_Change(self.held, self.v, image), start).value
-        return (_parts(self.joint, self.v + change) - self.parts)[:, -self.size :] / length
-
-    def inverse_curvature(self, direction: Tensor) -> Tensor:
-        """One over the larger curvature, `(b, 1)`, of two steps of the power iteration from `direction`, `(b, p)`."""
-        curvature = torch.zeros_like(self.reach)
-        for _ in range(2):
-            direction = self.product(direction)
-            curvature = torch.maximum(curvature, torch.linalg.vector_norm(direction, dim=1, keepdim=True))
-        return _inverse(curvature, self.slope, self.reach)
-
-    @property
-    def reach(self) -> Tensor:
-        """`1 + |x|`, `(b, 1)`."""
-        return 1 + torch.linalg.vector_norm(self.x, dim=1, keepdim=True)
+    joint, size, length = f.with_scheme(Joint()), f.size, PROBE_LENGTH * _scale(f, v)
+    advanced = joint.advance(v)
+    response = _Response(f.with_scheme(FixedInput()), v, torch.cat([advanced[:, :-size], v[:, -size:]], dim=1))
+    curvature = torch.zeros_like(length)
+    for _ in range(2):
+        start = torch.zeros_like(v)
+        start[:, -size:] = length * _unit(direction)
+        change = FULL_RESPONSE.solve(response, start).value
+        direction = (joint.advance(v + change) - advanced)[:, -size:] / length
+        curvature = torch.maximum(curvature, torch.linalg.vector_norm(direction, dim=1, keepdim=True))
+    return _inverse(curvature, advanced[:, -size:], _scale(f, v))
 
 
-class _Change(Map):
-    r"""The map $\delta \mapsto F(v + \delta) - F(v)$: how state and adjoint follow a step of the input."""
+class _Response(Map):
+    r"""The map $\delta \mapsto F(v + \delta) - F(v)$: the response of state and adjoint to a step of the input."""
 
     def __init__(self, f: Map, v: Tensor, fv: Tensor) -> None:
         super().__init__(f.counts, droppable=f.droppable, blocks=f.blocks)
         self.forward_map, self.v, self.fv = f, v, fv
 
-    def select(self, index: Tensor) -> _Change:
-        return _Change(self.forward_map.select(index), self.v[index], self.fv[index])
+    def select(self, index: Tensor) -> _Response:
+        return _Response(self.forward_map.select(index), self.v[index], self.fv[index])
 
     def solve_context(self, *, backward: bool = False) -> contextlib.AbstractContextManager[None]:
         return self.forward_map.solve_context(backward=backward)
 
     def call(self, z: Tensor) -> Tensor:
         return self.forward_map.call(self.v + z) - self.fv
+
+
+def _scale(f: JointMap, v: Tensor) -> Tensor:
+    """Return `1 + |x|`, `(b, 1)`."""
+    return 1 + torch.linalg.vector_norm(v[:, -f.size :], dim=1, keepdim=True)
+
+
+def _unit(direction: Tensor) -> Tensor:
+    """Return unit vectors along `direction`, and zeros for zeros."""
+    norm = torch.linalg.vector_norm(direction, dim=1, keepdim=True)
+    return torch.where(norm > 0, direction / torch.where(norm > 0, norm, 1.0), 0.0)
+
+
+def _inverse(curvature: Tensor, gradient: Tensor, scale: Tensor) -> Tensor:
+    """Return the inverse curvature; if the curvature is negligible, a step of `MAX_STEP * scale`."""
+    steepness = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
+    step = 1 / torch.maximum(curvature, steepness / (MAX_STEP * scale))
+    return torch.where(step.isfinite(), step, 1.0)

@@ -1,4 +1,4 @@
-"""The joint system of state, adjoint and input, as a map on flat rows."""
+"""The joint system of state, adjoint and input, as a map of flat rows."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from torch import Tensor, nn
 from equipoise.constraints import Constraint, Proximal
 from equipoise.core.function_map import FunctionMap
 from equipoise.core.map import Counts
-from equipoise.core.state import InputLayout, Layout
-from equipoise.inputs.schedules import Held, Linearization, Schedule
+from equipoise.core.state import Layout
+from equipoise.inputs.schemes import FixedInput, Linearization, UpdateScheme
+
+Triple = tuple[Tensor, Tensor, Tensor]  # state, adjoint and input, each flat
 
 
 class JointModule(nn.Module):
     r"""One round over $(z, \mu, x)$, whose fixed points are the stationary points of the constrained problem.
 
-    It holds what the caller gave: the cell, and cost and regularizer where they are modules, so that their layers and
-    parameters are found. All that follows the rows comes as arguments: the step `(b, 1)`, what the cell takes, what the
-    cost takes, and the tensors of the constraint.
+    Cell, cost and regularizer are submodules if they are modules, so that their layers and parameters are found. All
+    tensors with rows are arguments: the inputs of the cell, the targets of the cost, the bounds of the constraint and,
+    last, the step `(b, 1)`.
 
     Args:
         cell: `f(z, x, *inputs)`.
         cost: `c(z, x, *targets) -> (B,)`.
         regularizer: `r(x) -> (B,)`, or None.
         constraint: set of the inputs, a penalty with a proximal operator, or None.
-        states: layouts of state and input.
-        inputs: layout of what the cell takes beside state and input.
-        targets: layout of what the cost takes beside state and input.
-        schedule: of a round.
+        layouts: layouts of state and input.
+        sizes: numbers of inputs and of targets.
+        scheme: update scheme of a round.
 
     Attributes:
         counts: evaluations of the cell and products with its Jacobian, shared by all variants.
@@ -43,53 +44,44 @@ class JointModule(nn.Module):
         cost: Callable[..., Tensor],
         regularizer: Callable[[Any], Tensor] | None,
         constraint: Constraint | Proximal | None,
-        states: tuple[Layout, Layout],
-        inputs: InputLayout,
-        targets: InputLayout,
-        schedule: Schedule,
+        *,
+        layouts: tuple[Layout, Layout],
+        sizes: tuple[int, int],
+        scheme: UpdateScheme,
     ) -> None:
         super().__init__()
         self.cell, self.cost, self.regularizer, self.constraint = cell, cost, regularizer, constraint
-        self.states, self.layouts, self.schedule = states, (inputs, targets), schedule
+        self.layouts, self.sizes, self.scheme = layouts, sizes, scheme
         self.counts = Counts()
 
-    def forward(self, state: tuple[Tensor, Tensor, Tensor], step: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """`(z, mu, x)`, each flat, after a round, without the projection."""
-        problem = Rows(self, tensors)
-        z, mu, slope = self.schedule.advance(problem, *state)
-        x = torch.addcmul(state[2], step, slope, value=-1)
+    def forward(self, state: Triple, *given: Any) -> tuple[Tensor, ...]:
+        """Run one round, without the projection."""
+        problem, step = FlatProblem(self, given), given[-1]
+        z, mu, gradient = self.scheme.advance(problem, *state)
+        x = torch.addcmul(state[2], step, gradient, value=-1)
         if isinstance(self.constraint, Proximal):
-            spread = step.view(-1, *(1,) * len(self.states[1].shapes[0]))
-            x = self.constraint.operator(problem.input(x), spread).flatten(1)
+            step = step.view(-1, *(1,) * len(self.layouts[1].shapes[0]))
+            x = self.constraint.operator(self.layouts[1].unpack(x), step).flatten(1)
         return z, mu, x
 
-    def project(self, v: Tensor, step: Tensor, *tensors: Tensor) -> Tensor:
-        """The flat joint state with its input in the feasible set."""
-        size = sum(self.states[1].sizes)
-        problem = Rows(self, tensors)
+    def advance(self, state: Triple, *given: Any) -> Tensor:
+        """Return state and adjoint after a round and the gradient of the input, side by side, `(b, 2n + p)`."""
+        return torch.cat(self.scheme.advance(FlatProblem(self, given), *state), dim=1)
+
+    def project(self, v: Tensor, *given: Any) -> Tensor:
+        """Project the input of a flat joint state onto the constraint."""
         assert isinstance(self.constraint, Constraint)
-        x = self.constraint.on(problem.bounds).project(problem.input(v[:, -size:])).flatten(1)
+        size, bounds = sum(self.layouts[1].sizes), given[sum(self.sizes) : -1]
+        x = self.constraint.on(bounds).project(self.layouts[1].unpack(v[:, -size:])).flatten(1)
         return torch.cat([v[:, :-size], x], dim=1)
 
-    def parts(self, state: tuple[Tensor, Tensor, Tensor], step: Tensor, *tensors: Tensor) -> Tensor:
-        """State and adjoint after a round, and the slope of the input, side by side, `(b, 2n + p)`."""
-        return torch.cat(self.schedule.advance(Rows(self, tensors), *state), dim=1)
-
-    def objective(self, state: tuple[Tensor, Tensor, Tensor], step: Tensor, *tensors: Tensor) -> Tensor:
-        """Cost, regularizer and the penalty of a proximal operator, `(b,)`."""
-        problem = Rows(self, tensors)
-        value = problem.cost(state[0], state[2])
+    def objective(self, state: Triple, *given: Any) -> Tensor:
+        """Return cost, regularizer and the penalty of a proximal operator, `(b,)`."""
+        value = FlatProblem(self, given).cost(state[0], state[2])
         if isinstance(self.constraint, Proximal):
-            value = value + _checked(self.constraint.penalty(problem.input(state[2])), "penalty", len(value))
+            penalty = self.constraint.penalty(self.layouts[1].unpack(state[2]))
+            value = value + _checked(penalty, "penalty", len(value))
         return value
-
-    def variant(self, schedule: Schedule) -> JointModule:
-        """The same system with another schedule; it shares parameters and counts, and has the same fixed points."""
-        chosen = copy.copy(self)
-        chosen.schedule = schedule
-        if isinstance(schedule, Held):
-            chosen.constraint = None  # the input stays where it is, be it a probe outside of the set
-        return chosen
 
 
 class JointMap(FunctionMap):
@@ -98,7 +90,7 @@ class JointMap(FunctionMap):
     Args:
         joint: one round.
         start: $(z, \mu, x)$, each flat.
-        tensors: inputs of `joint`; the first is the step `(b, 1)`.
+        given: further arguments of `joint`; the last is the step `(b, 1)`.
         params: as in `FunctionMap`; None: those of the modules in `joint`. If a part of it is a function, it is a
             closure.
     """
@@ -106,17 +98,12 @@ class JointMap(FunctionMap):
     f: JointModule
 
     def __init__(
-        self,
-        joint: JointModule,
-        start: tuple[Tensor, Tensor, Tensor],
-        tensors: Sequence[Tensor],
-        *,
-        params: Sequence[Tensor] | None = None,
+        self, joint: JointModule, start: Triple, given: Sequence[Any], *, params: Sequence[Tensor] | None = None
     ) -> None:
         super().__init__(
             joint,
             start,
-            tensors,
+            given,
             params=params,
             blocks=[part.shape[1] for part in start],
             projection=joint.project if isinstance(joint.constraint, Constraint) else None,
@@ -128,48 +115,44 @@ class JointMap(FunctionMap):
     @property
     def size(self) -> int:
         """Numbers of an input."""
-        return sum(self.f.states[1].sizes)
+        return sum(self.f.layouts[1].sizes)
+
+    @property
+    def step(self) -> Tensor:
+        """The step of the input, `(b, 1)`."""
+        return self.tensors[-1]
 
     def with_step(self, step: Tensor) -> JointMap:
-        """The same map with another step of the input, `(b, 1)`."""
-        return self.with_inputs([step, *self.tensors[1:]])
+        """Return the map with another step of the input, `(b, 1)`."""
+        return self.with_inputs([*self.tensors[:-1], step])
 
-    def with_schedule(self, schedule: Schedule) -> JointMap:
-        """The map with another schedule; it shares masks, weights and counts."""
-        chosen = copy.copy(self)
-        chosen.f = self.f.variant(schedule)
-        if isinstance(schedule, Held):
-            chosen.projection = None
+    def with_scheme(self, scheme: UpdateScheme) -> JointMap:
+        """Return the map with another scheme and the same fixed points; it shares masks, weights and counts."""
+        chosen, chosen_module = copy.copy(self), copy.copy(self.f)
+        chosen.f, chosen_module.scheme = chosen_module, scheme
+        if isinstance(scheme, FixedInput):
+            # The input keeps its value, even as a probe outside of the constraint.
+            chosen.projection = chosen_module.constraint = None
         return chosen
 
-    def variant(self, schedule: Schedule, step: Tensor | None = None) -> JointMap:
-        """The map with another schedule, and another step if given, untracked."""
-        chosen = self.with_inputs([t.detach() for t in self.tensors]).with_schedule(schedule)
-        return chosen if step is None else chosen.with_step(step)
+    def advance(self, v: Tensor) -> Tensor:
+        """Return state and adjoint after a round and the gradient of the input, side by side, `(b, 2n + p)`."""
+        advanced: Tensor = self.call_user(self.f.advance, v)
+        return advanced
 
 
-class Rows:
-    """Cell and cost at some rows, on flat states: the `Problem` of a schedule."""
+class FlatProblem:
+    """Cell and cost of some rows as functions of flat tensors."""
 
-    def __init__(self, joint: JointModule, tensors: Sequence[Tensor]) -> None:
-        self.joint = joint
-        inputs, targets = joint.layouts
-        cut = sum(count for _, _, count in inputs.forms)
-        end = cut + sum(count for _, _, count in targets.forms)
-        self.inputs = inputs.unflatten(tensors[:cut])
-        self.targets = targets.unflatten(tensors[cut:end])
-        self.bounds = tensors[end:]
+    def __init__(self, joint: JointModule, given: Sequence[Any]) -> None:
+        self.joint, (cut, count) = joint, joint.sizes
+        self.inputs, self.targets = given[:cut], given[cut : cut + count]
 
-    def input(self, x: Tensor) -> Any:
-        """A flat input in the structure of the caller's."""
-        return self.joint.states[1].unpack(x)
-
-    def image(self, z: Tensor, x: Tensor) -> Tensor:
+    def evaluate(self, z: Tensor, x: Tensor) -> Tensor:
         self.joint.counts.evals += 1
-        layout = self.joint.states[0]
-        out = layout.pack(
-            self.joint.cell(layout.unpack(z), self.input(x), *self.inputs), "the cell's result", z.dtype, True
-        )
+        state, given = self.joint.layouts
+        result = self.joint.cell(state.unpack(z), given.unpack(x), *self.inputs)
+        out = state.pack(result, "the cell's result", z.dtype, True)
         if len(out) != len(z):
             raise ValueError(
                 f"the cell returned {len(out)} rows for a state of {len(z)}; it must keep the batch dimension"
@@ -177,28 +160,28 @@ class Rows:
         return out
 
     def cost(self, z: Tensor, x: Tensor) -> Tensor:
-        """`c(z, x) + r(x)`, `(b,)`."""
-        given = self.input(x)
-        value = _checked(self.joint.cost(self.joint.states[0].unpack(z), given, *self.targets), "cost", len(z))
+        """Return `c(z, x) + r(x)`, `(b,)`."""
+        state, given = self.joint.layouts[0].unpack(z), self.joint.layouts[1].unpack(x)
+        value = _checked(self.joint.cost(state, given, *self.targets), "cost", len(z))
         if self.joint.regularizer is not None:
             value = value + _checked(self.joint.regularizer(given), "regularizer", len(z))
         return value
 
-    def at(self, z: Tensor, x: Tensor, *, second: bool) -> Linearization:
+    def linearize(self, z: Tensor, x: Tensor, *, create_graph: bool) -> Linearization:
         tracked = torch.is_grad_enabled()
         with torch.enable_grad():
             z, x = (t if tracked and t.requires_grad else t.detach().requires_grad_() for t in (z, x))
-            image, cost = self.image(z, x), self.cost(z, x)
-            slopes: tuple[Tensor, ...]
+            fz, cost = self.evaluate(z, x), self.cost(z, x)
             if cost.requires_grad:
                 ones = torch.ones_like(cost)
-                slopes = torch.autograd.grad(cost, (z, x), ones, create_graph=second, materialize_grads=True)
-            else:  # it ignores its arguments
-                slopes = torch.zeros_like(z), torch.zeros_like(x)
-        return Linearization(z, x, image, slopes, self.joint.counts, second)
+                dz, dx = torch.autograd.grad(cost, (z, x), ones, create_graph=create_graph, materialize_grads=True)
+            else:  # the cost ignores its arguments
+                dz, dx = torch.zeros_like(z), torch.zeros_like(x)
+        return Linearization(z, x, fz, (dz, dx), self.joint.counts, create_graph)
 
 
 def _checked(value: Any, name: str, rows: int) -> Tensor:
+    """Check that a user function returned one number per sample."""
     if not isinstance(value, Tensor) or value.shape != (rows,):
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{name} must return one number per sample, ({rows},), got {got}; sum over all but the batch")

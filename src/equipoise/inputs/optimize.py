@@ -1,4 +1,4 @@
-"""Optimize inputs of an equilibrium while it is still being solved for."""
+"""Optimization of inputs of an equilibrium, together with the equilibrium."""
 
 from __future__ import annotations
 
@@ -10,34 +10,83 @@ import torch
 from torch import Tensor
 
 from equipoise.constraints import Constraint, Proximal
-from equipoise.core.solution import Solution, Status
-from equipoise.core.state import InputLayout, Layout
+from equipoise.core.solution import Solution
+from equipoise.core.state import Layout
 from equipoise.gradients import Gradient, Implicit
-from equipoise.inputs.curvature import Probe, measure
+from equipoise.inputs.curvature import measure_at_start
 from equipoise.inputs.gradients import StateOnly
 from equipoise.inputs.joint import JointMap, JointModule
-from equipoise.inputs.schedules import Held, Joint, Nested, Schedule
+from equipoise.inputs.schemes import FixedInput, Joint, Nested, UpdateScheme
+from equipoise.inputs.verification import Verification, verify
 from equipoise.solvers import GMRES, Anderson, Solver
 
-WORSE = 1e-3  # relative excess of the cost over that of the start above which an answer is none
-SLACK = 10.0  # by which an answer may miss the tolerance at a step that was measured
-OUTSIDE = 1e-6  # relative distance from the set at which a start is called infeasible
+INFEASIBLE = 1e-6  # relative distance from the constraint above which a start is reported as infeasible
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InputOptimizer:
+    r"""Method by which `optimize_inputs` finds inputs.
+
+    Args:
+        solver: solver of the joint fixed point; its tolerance holds for each block. If the answers lie on the border of
+            a small set, `Picard()` ends less often elsewhere.
+        scheme: update scheme of a round. `Nested()` allows longer steps and ends less often at another stationary point
+            than the paper's `Joint()`, whose rounds are cheaper.
+        step_size: $\alpha$, a number or `(B,)`, such as the `step_size` of an earlier solution. None: 1.5 over the
+            curvature (1 for `GaussSeidel()`, half for `Joint()`), measured for each sample at the start with six
+            evaluations and products. If it is given, the verification measures the curvature, and a sample that
+            converged only because its step is short becomes STALLED.
+        gradient: gradient of the solution in parameters, inputs and targets. `Implicit()` is exact, also with active
+            constraints; `Envelope()` is exact if the outer loss is a multiple of the cost; `FirstOrder()` holds the
+            input constant.
+        verify_solver: solver of state and adjoint at the answer, for `cost`, `stationarity` and the test of a given
+            step. A sample whose cost is above that of its start, such as a maximum, gets the start back and becomes
+            DIVERGED. None: no verification, as in training.
+
+    Raises:
+        TypeError, ValueError: a field is of another kind, or `step_size` is not positive and finite.
+    """
+
+    solver: Solver = Anderson(memory=10, max_steps=100, rtol=1e-4, ridge=1e-2)
+    scheme: UpdateScheme = Nested()
+    step_size: float | Tensor | None = None
+    gradient: Gradient = Implicit(solver=GMRES(max_steps=200, rtol=0.0, atol=1e-6))
+    verify_solver: Solver | None = Anderson(max_steps=50, rtol=1e-5)
+
+    def __post_init__(self) -> None:
+        steps = torch.as_tensor(1.0 if self.step_size is None else self.step_size)
+        if not bool(((steps > 0) & steps.isfinite()).all()):
+            raise ValueError(f"step_size={self.step_size!r}: must be positive and finite, or None to measure it")
+        for name, kind, example in (
+            ("solver", Solver, "Anderson()"),
+            ("scheme", UpdateScheme, "Joint() or Nested()"),
+            ("gradient", Gradient, "Implicit()"),
+            ("verify_solver", Solver | None, "Anderson(), or None"),
+        ):
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(
+                    f"{name} must be a {name.split('_')[-1]} such as {example}, got {getattr(self, name)!r}"
+                )
+        if self.gradient.uses_inverse:
+            raise ValueError(
+                f"gradient {self.gradient!r} reads the solver's inverse, which is of another map; take Implicit()"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class InputSolution(Solution[tuple[Any, Any, Any]]):
-    r"""Optimized inputs and all that the solve told about them; `value` is $(z, \mu, x)$.
+    r"""Optimized inputs and their convergence record; `value` is $(z, \mu, x)$.
 
-    `num_steps` counts rounds of each sample; `num_evals` calls of the cell and `num_vjps` products with its Jacobian,
-    those before and after the solve too.
+    `num_steps` counts rounds of each sample; `num_evals` and `num_vjps` count evaluations of the cell and products with
+    its Jacobian, including those before and after the solve.
 
     Attributes:
-        joint_cost: `(B,)` what is minimized, at the joint iterate `(z, x)`.
-        cost: `(B,)` the same at the equilibrium that was solved for once more at `x`; None if that was not asked for.
-            Where the two differ, the iterate is no equilibrium.
+        joint_cost: `(B,)` the minimized cost at the joint iterate `(z, x)`.
+        cost: `(B,)` the same at the equilibrium of `x`; None without verification. If the two differ, the iterate is no
+            equilibrium.
         stationarity: `(B,)` $\|x - P(x - \alpha \nabla)\| / \alpha$ there, zero at an optimum; None likewise.
         step_size: `(B,)` $\alpha$ of each sample.
-        infeasible_start: `(B,)` whether `x0` lay outside of the constraint and was projected.
+        infeasible_start: `(B,)` whether `x0` was outside of the constraint and was projected.
     """
 
     joint_cost: Tensor = dataclasses.field(kw_only=True)
@@ -57,12 +106,8 @@ def optimize_inputs(
     targets: Sequence[Any] = (),
     regularizer: Callable[[Any], Tensor] | None = None,
     constraint: Constraint | Proximal | None = None,
-    step_size: float | Tensor | None = None,
-    solver: Solver = Anderson(memory=10, max_steps=100, rtol=1e-4, ridge=1e-2),
-    schedule: Schedule = Nested(),
-    gradient: Gradient = Implicit(solver=GMRES(max_steps=200, rtol=0.0, atol=1e-6)),
     params: Sequence[Tensor] | None = None,
-    equilibrium: Solver | None = Anderson(max_steps=50, rtol=1e-5),
+    optimizer: InputOptimizer = InputOptimizer(),
     trace: bool = False,
 ) -> InputSolution:
     r"""Minimize a cost of an equilibrium over the layer's input, and find the equilibrium at the same time.
@@ -70,45 +115,34 @@ def optimize_inputs(
     $$ \min_{x \in X} \; c(z^*(x), x) + r(x) \quad \text{subject to} \quad z^* = f(z^*, x) $$
 
     State, adjoint and input are one fixed point, which any solver finds; an evaluation of it is one of the cell and one
-    reverse pass (see `Joint` and `Nested`). Each is a block that converges by itself:
+    backward pass (see `Joint` and `Nested`). Each is a block with its own convergence:
 
     $$ z = f(z, x), \qquad \mu = J_z^\top \mu + \nabla_z c, \qquad
        x = P_X(x - \alpha (J_x^\top \mu + \nabla_x (c + r))) $$
 
-    The answer is a stationary point, no worse than the start, and in theory may be a saddle: look at `cost`.
+    The answer is a stationary point with a cost no higher than that of the start. In theory it may be a saddle point,
+    so compare the field `cost` of the solution with that of other starts.
 
     Args:
         cell: `f(z, x, *inputs)`, a module or a function.
         z0: start of the state, a tensor or a container of tensors `(B, ...)`.
         x0: start of the input, likewise; it is projected if it is not feasible.
         cost: `c(z, x, *targets) -> (B,)`, a sum over all but the batch.
-        inputs: tensors `(B, ...)` that the cell takes, too.
-        targets: tensors `(B, ...)` that the cost takes.
+        inputs: further inputs of the cell, tensors `(B, ...)`.
+        targets: further arguments of the cost, tensors `(B, ...)`.
         regularizer: `r(x) -> (B,)`.
         constraint: the set $X$ (`L2Ball`, `LInfBall`, `Box`), or a `Proximal` penalty; then `x0` is one tensor.
-        step_size: $\alpha$, a number or `(B,)`, say the `step_size` of an earlier solution; None: 1.5 over the
-            curvature (1 for `GaussSeidel()`, half for `Joint()`), measured for each sample at the start with six
-            evaluations and products. With a given one the curvature is measured at the end, and a sample that
-            converged only because its step is short is called STALLED.
-        solver: of the joint fixed point; its tolerance holds for each block. Where answers lie on the border of a small
-            set, `Picard()` ends less often elsewhere.
-        schedule: of a round. `Nested()` bears longer steps and ends less often at another stationary point than the
-            paper's `Joint()`, whose rounds cost less.
-        gradient: of `value` in parameters, inputs and targets. `Implicit()` is exact, active constraints included;
-            `Envelope()` if the outer loss is a multiple of this cost; `FirstOrder()` holds the input constant.
         params: tensors that cell, cost or regularizer depend on and that are to receive gradients. None: the parameters
             of those that are modules; if one is a function, all is treated as a closure, as by `fixed_point`: first
             derivatives only, and no sample leaves the batch early.
-        equilibrium: finds state and adjoint once more at the answer, for `cost`, `stationarity` and the check of a
-            given step. A sample whose cost is above that of its start, say at a maximum, gets the start back, as
-            DIVERGED. None: leave all of that out, as in training.
+        optimizer: solver, update scheme, step, gradient and verification.
         trace: record the residual of every round.
 
     Returns:
         `InputSolution`; `value` is differentiable.
 
     Raises:
-        TypeError, ValueError: something is of the wrong kind or shape.
+        TypeError, ValueError: an argument has the wrong kind or shape.
 
     Example:
         >>> import torch, equipoise as eq
@@ -124,39 +158,46 @@ def optimize_inputs(
     Source: Gurumurthy, Bai, Manchester and Kolter (2021). Beyond the paper: every iterate is projected, blocks are
     balanced and converge separately, steps are measured, gradients are exact.
     """
-    _check(constraint, step_size, solver, schedule, gradient, x0)
-    states = Layout.of(z0), Layout.of(x0, "x0")
-    z = states[0].pack(z0, "z0", _first(z0).dtype).detach()
-    x = states[1].pack(x0, "x0", z.dtype, cast=True).detach()
-    batch = len(z)
-    if len(x) != batch:
-        raise ValueError(f"x0 has {len(x)} rows, z0 has {batch}; give each sample an input")
-    given, cell_layout = InputLayout.flatten(inputs, batch)
-    wanted, cost_layout = InputLayout.flatten(targets, batch)
-    bounds = []
-    if isinstance(constraint, Constraint):
-        bounds = [_broadcast(name, t, x0.shape) for name, t in constraint.tensors().items()]
-    joint = JointModule(cell, cost, regularizer, constraint, states, cell_layout, cost_layout, schedule)
+    layouts = Layout.of(z0), Layout.of(x0, "x0")
+    z = layouts[0].pack(z0, "z0", _dtype(z0)).detach()
+    x = layouts[1].pack(x0, "x0", z.dtype, cast=True).detach()
+    if len(x) != len(z):
+        raise ValueError(f"x0 has {len(x)} rows, z0 has {len(z)}; give each sample an input")
+    step, given = _steps(optimizer.step_size, z), (*inputs, *targets, *_bounds(constraint, x0))
+    sizes = len(inputs), len(targets)
+    joint = JointModule(cell, cost, regularizer, constraint, layouts=layouts, sizes=sizes, scheme=optimizer.scheme)
     start = (z, torch.zeros_like(z), x)
-    step = torch.ones_like(z[:, :1]) * (1.0 if step_size is None else _column(step_size, batch).to(z))
-    f = JointMap(joint, start, (step, *given, *wanted, *bounds), params=params)
+    f = JointMap(joint, start, (*given, step), params=params)
     free = f.pack(start)
     with torch.no_grad(), f.solve_context():
-        v = f.with_inputs([t.detach() for t in f.tensors]).project(free)
+        fixed = f.with_inputs([t.detach() for t in f.tensors])
+        v = fixed.project(free)
         moved, size = (torch.linalg.vector_norm(t[:, -f.size :], dim=1) for t in (v - free, free))
-        if step_size is None:
-            v, step = measure(f, v)
-            f = f.with_step(schedule.stride * step)
-        solution = solver.solve(f.variant(schedule), v, trace=trace)
-        looked = _look_again(f, v, solution, solver, equilibrium, checked=step_size is not None)
-        joint_cost = f.variant(Held()).call_user(joint.objective, looked.value)
+        if optimizer.step_size is None:
+            v, inverse = measure_at_start(fixed, v)
+            step = optimizer.scheme.step_factor * inverse
+            fixed = fixed.with_step(step)
+        solution = optimizer.solver.solve(fixed, v, trace=trace)
+        found = Verification(solution.value, solution.status)
+        if optimizer.verify_solver is not None:
+            found = verify(
+                fixed,
+                v,
+                solution,
+                solver=optimizer.solver,
+                verify_solver=optimizer.verify_solver,
+                step_given=optimizer.step_size is not None,
+            )
+        joint_cost = fixed.call_user(joint.objective, found.value)
     counts = dataclasses.replace(joint.counts)
-    solution = dataclasses.replace(solution, value=looked.value, status=looked.status)
-    final = f.with_schedule(Held() if isinstance(gradient, StateOnly) else Joint())  # the least graph, same fixed point
-    flat = f.unpack(gradient.attach(final, v, solution).value)
+    solution = dataclasses.replace(solution, value=found.value, status=found.status)
+    # All schemes have the same fixed points; these keep the smallest graph.
+    scheme = FixedInput() if isinstance(optimizer.gradient, StateOnly) else Joint()
+    f = f.with_step(step)
+    flat = f.unpack(optimizer.gradient.attach(f.with_scheme(scheme), v, solution).value)
     return InputSolution(
-        value=(states[0].unpack(flat[0]), states[0].unpack(flat[1]), states[1].unpack(flat[2])),
-        status=looked.status,
+        value=(layouts[0].unpack(flat[0]), layouts[0].unpack(flat[1]), layouts[1].unpack(flat[2])),
+        status=found.status,
         residual=solution.residual,
         num_steps=solution.num_steps,
         num_evals=counts.evals,
@@ -164,105 +205,44 @@ def optimize_inputs(
         trace=solution.trace,
         map=f,
         joint_cost=joint_cost,
-        cost=looked.cost,
-        stationarity=looked.stationarity,
-        step_size=f.tensors[0][:, 0],
-        infeasible_start=moved > OUTSIDE * size,
+        cost=found.cost,
+        stationarity=found.stationarity,
+        step_size=step[:, 0],
+        infeasible_start=moved > INFEASIBLE * size,
     )
 
 
-@dataclasses.dataclass(eq=False)
-class _Look:
-    """The answer as it looks at its equilibrium."""
-
-    value: Tensor
-    status: Tensor
-    cost: Tensor | None = None
-    stationarity: Tensor | None = None
+def _dtype(state: Any) -> torch.dtype:
+    parts = state.values() if isinstance(state, Mapping) else state
+    first: Tensor = state if isinstance(state, Tensor) else next(iter(parts))
+    return first.dtype
 
 
-def _look_again(
-    f: JointMap, start: Tensor, solution: Solution[Tensor], solver: Solver, equilibrium: Solver | None, *, checked: bool
-) -> _Look:
-    """Settle state and adjoint at the answer; take back what is worse than the start, or not what it claims to be.
-
-    The input's residual is in proportion to its step: where `checked`, a sample is called converged only if it meets
-    the tolerance at a step of one over the curvature, too.
-    """
-    value, status = solution.value, solution.status
-    if equilibrium is None:
-        return _Look(value, status)
-    held, step = f.variant(Held()), f.tensors[0]
-    settled = equilibrium.solve(held, value).value
-    cost = held.call_user(f.f.objective, settled)
-    first = equilibrium.solve(held, start).value
-    before = held.call_user(f.f.objective, first)
-    worse = ~(cost <= before + WORSE * before.abs()) & before.isfinite()
-    value, settled = (torch.where(worse[:, None], first, t) for t in (value, settled))
-    cost = torch.where(worse, before, cost)
-    status = torch.where(worse & (status != Status.NONFINITE), int(Status.DIVERGED), status)
-    claimed = status == Status.CONVERGED
-    if checked and bool(claimed.any()):
-        probe = Probe(f, settled)
-        longer = torch.maximum(probe.inverse_curvature((settled - start)[:, -f.size :]), step)
-        allowed = SLACK * solver.tolerance(torch.linalg.vector_norm(probe.x, dim=1))
-        short = torch.linalg.vector_norm(_moved(f, settled, longer), dim=1) > allowed
-        status = torch.where(short & claimed, int(Status.STALLED), status)
-    stationarity = torch.linalg.vector_norm(_moved(f, settled, step), dim=1) / step[:, 0]
-    return _Look(value, status.to(solution.status.dtype), cost, stationarity)
+def _steps(step_size: float | Tensor | None, z: Tensor) -> Tensor:
+    """Return the step of each sample, `(B, 1)`; ones if it is still to be measured."""
+    step = torch.as_tensor(1.0 if step_size is None else step_size)
+    if step.ndim and step.shape != z.shape[:1]:
+        raise ValueError(
+            f"step_size has shape {tuple(step.shape)}; give one number, or one for each sample, ({len(z)},)"
+        )
+    return torch.ones_like(z[:, :1]) * step.expand(len(z))[:, None].to(z)
 
 
-def _moved(f: JointMap, v: Tensor, step: Tensor) -> Tensor:
-    """How far a step would lead the input, `(b, p)`."""
-    return (f.variant(Joint(), step).call(v) - v)[:, -f.size :]
-
-
-def _check(
-    constraint: Any,
-    step_size: float | Tensor | None,
-    solver: Any,
-    schedule: Any,
-    gradient: Any,
-    x0: Any,
-) -> None:
-    steps = torch.as_tensor(1.0 if step_size is None else step_size)
-    if not bool(((steps > 0) & steps.isfinite()).all()):
-        raise ValueError(f"step_size={step_size!r}: must be positive and finite, or None to measure it")
-    if not isinstance(schedule, Schedule):
-        raise TypeError(f"schedule must be a schedule such as Joint() or Nested(), got {schedule!r}")
-    if not isinstance(solver, Solver):
-        raise TypeError(f"solver must be a solver such as Anderson(), got {solver!r}")
-    if not isinstance(gradient, Gradient):
-        raise TypeError(f"gradient must be a gradient such as Implicit(), got {gradient!r}")
-    if gradient.uses_inverse:
-        raise ValueError(f"gradient {gradient!r} reads the solver's inverse, which is of another map; take Implicit()")
+def _bounds(constraint: Any, x0: Any) -> list[Tensor]:
+    """Return the tensors of a constraint in the shape of the inputs."""
     if constraint is not None and not isinstance(constraint, (Constraint, Proximal)):
         raise TypeError(
             f"constraint must be one of equipoise.constraints such as L2Ball(radius=1.0), got {constraint!r}"
         )
     if constraint is not None and not isinstance(x0, Tensor):
         raise TypeError(f"a constraint needs x0 as one tensor, got {type(x0).__name__}")
-
-
-def _first(state: Any) -> Tensor:
-    parts = state.values() if isinstance(state, Mapping) else state
-    first: Tensor = state if isinstance(state, Tensor) else next(iter(parts))
-    return first
-
-
-def _column(step_size: float | Tensor, batch: int) -> Tensor:
-    step = torch.as_tensor(step_size)
-    if step.ndim and step.shape != (batch,):
-        raise ValueError(
-            f"step_size has shape {tuple(step.shape)}; give one number, or one for each sample, ({batch},)"
-        )
-    return step.expand(batch)[:, None]
-
-
-def _broadcast(name: str, bound: Tensor, shape: torch.Size) -> Tensor:
-    try:
-        return bound.expand(shape)
-    except RuntimeError:
-        raise ValueError(
-            f"the constraint's {name} has shape {tuple(bound.shape)}, which does not broadcast to x0's {tuple(shape)}"
-        ) from None
+    bounds = []
+    for name, bound in constraint.tensors().items() if isinstance(constraint, Constraint) else ():
+        try:
+            bounds.append(bound.expand(x0.shape))
+        except RuntimeError:
+            raise ValueError(
+                f"the constraint's {name} has shape {tuple(bound.shape)}, which does not broadcast to x0's "
+                f"{tuple(x0.shape)}"
+            ) from None
+    return bounds

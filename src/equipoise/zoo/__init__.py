@@ -10,6 +10,7 @@ from equipoise import data, gradients, inputs, solvers, train
 from equipoise.train.config import TrainConfig
 from equipoise.zoo import adversarial, classification, continuous, few_shot, generative, inverse, lipschitz_mdeq, mdeq
 from equipoise.zoo.adversarial import (
+    ATTACK,
     Adversarial,
     AdversarialClassification,
     attack,
@@ -33,8 +34,18 @@ from equipoise.zoo.continuous import (
     skip_reg_fashion_mnist,
     skip_reg_mnist,
 )
-from equipoise.zoo.few_shot import Episodes, FewShot, FewShotConfig, FewShotLearner, Omniglot, QueryLoss, jiio_meta
+from equipoise.zoo.few_shot import (
+    ADAPT,
+    Episodes,
+    FewShot,
+    FewShotConfig,
+    FewShotLearner,
+    Omniglot,
+    QueryLoss,
+    jiio_meta,
+)
 from equipoise.zoo.generative import (
+    EXPLAIN,
     Blur,
     Corruption,
     DecoderConfig,
@@ -107,7 +118,10 @@ CLASSES: tuple[type, ...] = tuple(
 """Classes that a file may name."""
 
 __all__ = [
+    "ADAPT",
+    "ATTACK",
     "CLASSES",
+    "EXPLAIN",
     "MEMBERS",
     "RECIPES",
     "Adversarial",

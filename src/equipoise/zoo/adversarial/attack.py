@@ -9,11 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.constraints import Constraint
-from equipoise.gradients import Gradient
-from equipoise.inputs import Envelope, InputSolution, Nested, Schedule, optimize_inputs
+from equipoise.inputs import Envelope, InputOptimizer, InputSolution, optimize_inputs
 from equipoise.nn import frozen
-from equipoise.solvers import Anderson, Picard, Solver
+from equipoise.solvers import Anderson, Picard
 from equipoise.zoo.classification import EquilibriumClassifier
+
+ATTACK = InputOptimizer(
+    solver=Picard(max_steps=40, rtol=1e-3),
+    step_size=1.0,
+    gradient=Envelope(),
+    verify_solver=Anderson(max_steps=60, rtol=1e-4),
+)
+"""Default method of an attack; vary it with `dataclasses.replace`."""
 
 
 def attack(
@@ -25,11 +32,7 @@ def attack(
     mean: Sequence[float] = (0.0,),
     std: Sequence[float] = (1.0,),
     start: Tensor | None = None,
-    step_size: float | Tensor | None = 1.0,
-    solver: Solver = Picard(max_steps=40, rtol=1e-3),
-    schedule: Schedule = Nested(steps=2),
-    gradient: Gradient = Envelope(),
-    equilibrium: Solver | None = Anderson(max_steps=60, rtol=1e-4),
+    optimizer: InputOptimizer = ATTACK,
 ) -> InputSolution:
     r"""Images near the given ones that a classifier errs on most, found together with their equilibria.
 
@@ -52,12 +55,8 @@ def attack(
         mean: of each channel, that is subtracted before the model sees the image.
         std: of each channel, by which is divided.
         start: where the search begins; None: the images.
-        step_size: as in `optimize_inputs`, along the slope of the log odds.
-        solver: of state, adjoint and image together.
-        schedule: of a round.
-        gradient: of the answer in the parameters; `Envelope()` fits a training loss that is the cross-entropy, whose
-            slope is a multiple for each sample.
-        equilibrium: finds the state once more at the answer, for `cost`; None: leave that out, as in training.
+        optimizer: method of the attack; its step is along the gradient of the log odds. `Envelope()` fits a training
+            loss that is the cross-entropy, whose gradient is a multiple of that of the log odds for each sample.
 
     Returns:
         The solution, with `value` $(z, \mu, x)$ and `cost` the negative log odds.
@@ -86,11 +85,7 @@ def attack(
             cost=_Gain(model.head),
             targets=(labels,),
             constraint=constraint,
-            step_size=step_size,
-            solver=solver,
-            schedule=schedule,
-            gradient=gradient,
-            equilibrium=equilibrium,
+            optimizer=optimizer,
         )
 
 

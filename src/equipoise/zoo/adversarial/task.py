@@ -13,7 +13,7 @@ from equipoise.constraints import Constraint, L2Ball, LInfBall
 from equipoise.data.base import Data
 from equipoise.data.images import ImageData
 from equipoise.gradients import Gradient, Implicit
-from equipoise.inputs import InputSolution, Nested, Schedule
+from equipoise.inputs import InputOptimizer, InputSolution, Nested, UpdateScheme
 from equipoise.solvers import Anderson, Solver
 from equipoise.train.model import ModelConfig
 from equipoise.train.task import Objective, StepInfo
@@ -36,7 +36,7 @@ class Adversarial(ClassifierTask):
     """Norm of the ball: Euclidean, or the largest change of a pixel."""
     step_size: float = 1.0
     """Step of the image along the slope of the log odds against its label."""
-    schedule: Schedule = Nested(steps=2)
+    schedule: UpdateScheme = Nested(steps=2)
     """How often state and adjoint move between two steps of the image."""
     equilibrium: Solver = Anderson(max_steps=60, rtol=1e-4)
     """Finds the equilibrium alone: of clean images, and once more of those that the adversary ends with."""
@@ -136,11 +136,13 @@ class AdversarialClassification(Objective):
             images,
             labels,
             constraint=self.task.constraint(images),
-            step_size=self.task.step_size,
-            solver=solver,
-            schedule=self.task.schedule,
-            gradient=self.gradient,
-            equilibrium=None,
+            optimizer=InputOptimizer(
+                solver=solver,
+                scheme=self.task.schedule,
+                step_size=self.task.step_size,
+                gradient=self.gradient,
+                verify_solver=None,
+            ),
         )
 
     @staticmethod

@@ -10,10 +10,19 @@ from torch import Tensor, nn
 
 from equipoise.core.solution import Solution
 from equipoise.gradients import Gradient, Implicit
-from equipoise.inputs import InputSolution, Joint, Schedule, optimize_inputs
+from equipoise.inputs import InputOptimizer, InputSolution, Joint, optimize_inputs
 from equipoise.nn.deq import DEQ
 from equipoise.solvers import GMRES, Anderson, Solver
 from equipoise.zoo.images import ImageModelConfig
+
+ADAPT = InputOptimizer(
+    solver=Anderson(memory=10, max_steps=100, rtol=1e-3, ridge=1e-3),
+    scheme=Joint(),
+    step_size=1.0,
+    gradient=Implicit(solver=GMRES(max_steps=40, rtol=0.0, atol=1e-2)),
+    verify_solver=None,
+)
+"""Default method of `FewShotLearner.adapt`; vary it with `dataclasses.replace`."""
 
 Adapted = dict[str, Tensor]  # what a task sets: "context" (B, context) and "head" (B, ways, width)
 
@@ -155,11 +164,7 @@ class FewShotLearner(nn.Module):
         labels: Tensor,
         *,
         ways: int,
-        step_size: float | None = 1.0,
-        solver: Solver = Anderson(memory=10, max_steps=100, rtol=1e-3, ridge=1e-3),
-        schedule: Schedule = Joint(),
-        gradient: Gradient = Implicit(solver=GMRES(max_steps=40, rtol=0.0, atol=1e-2)),
-        equilibrium: Solver | None = None,
+        optimizer: InputOptimizer = ADAPT,
     ) -> InputSolution:
         """Find context and head of each task: the last part of the solution's `value`.
 
@@ -167,11 +172,7 @@ class FewShotLearner(nn.Module):
             images: `(B, S, image_channels, image_size, image_size)` support.
             labels: int64 `(B, S)`, below `ways`.
             ways: classes of a task.
-            step_size: as in `optimize_inputs`, like the rest.
-            solver: of state, adjoint and inputs together.
-            schedule: of a round.
-            gradient: of what is found.
-            equilibrium: for a second look at the answer; None: no such look.
+            optimizer: method of the optimization.
 
         Raises:
             ValueError: `images` has another shape.
@@ -189,11 +190,7 @@ class FewShotLearner(nn.Module):
             inputs=(u,),
             targets=(labels,),
             regularizer=self.decay,
-            step_size=step_size,
-            solver=solver,
-            schedule=schedule,
-            gradient=gradient,
-            equilibrium=equilibrium,
+            optimizer=optimizer,
         )
 
     def classify(self, images: Tensor, x: Adapted) -> tuple[Tensor, Solution[Tensor]]:

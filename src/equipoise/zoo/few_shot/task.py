@@ -11,7 +11,7 @@ from torch import Tensor
 
 from equipoise.data.base import Data
 from equipoise.gradients import Gradient, Implicit
-from equipoise.inputs import Envelope, Joint, Schedule
+from equipoise.inputs import Envelope, InputOptimizer, Joint, UpdateScheme
 from equipoise.solvers import Anderson, Solver
 from equipoise.train.model import ModelConfig
 from equipoise.train.task import Objective, StepInfo, Task
@@ -28,7 +28,7 @@ class FewShot(Task):
 
     step_size: float | None = 1.0
     """Step of context and head in a round; None: measured for each task."""
-    schedule: Schedule = Joint()
+    schedule: UpdateScheme = Joint()
     """How often the state moves between two steps of context and head."""
     equilibrium: Solver = Anderson(max_steps=30, rtol=1e-4)
     """Finds the equilibrium of the queries."""
@@ -114,10 +114,13 @@ class QueryLoss(Objective):
             images[:, : self.support],
             labels[:, : self.support],
             ways=self.ways,
-            step_size=self.task.step_size,
-            solver=self.solvers[info is None],
-            schedule=self.task.schedule,
-            gradient=self.gradient,
+            optimizer=InputOptimizer(
+                solver=self.solvers[info is None],
+                scheme=self.task.schedule,
+                step_size=self.task.step_size,
+                gradient=self.gradient,
+                verify_solver=None,
+            ),
         )
         logits, _ = self.model.classify(images[:, self.support :], found.value[2])
         wanted = labels[:, self.support :]

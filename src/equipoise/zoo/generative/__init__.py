@@ -4,9 +4,10 @@ from equipoise.zoo.generative.corruptions import Blur, Corruption, Downsample, H
 from equipoise.zoo.generative.decoder import ImageDecoder, ImageDecoderConfig
 from equipoise.zoo.generative.model import DecoderConfig, LatentDecoder
 from equipoise.zoo.generative.recipes import RECIPES, jiio_generative
-from equipoise.zoo.generative.task import ObservationCost, Reconstruct, Reconstruction, explain, psnr
+from equipoise.zoo.generative.task import EXPLAIN, ObservationCost, Reconstruct, Reconstruction, explain, psnr
 
 __all__ = [
+    "EXPLAIN",
     "RECIPES",
     "Blur",
     "Corruption",

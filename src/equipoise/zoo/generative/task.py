@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from equipoise.core.solution import Solution
 from equipoise.data.base import Data, derive_seed, generator
 from equipoise.gradients import Gradient, Implicit, Unrolled
-from equipoise.inputs import Envelope, InputSolution, Nested, Schedule, optimize_inputs
+from equipoise.inputs import Envelope, InputOptimizer, InputSolution, Nested, UpdateScheme, optimize_inputs
 from equipoise.solvers import Anderson, Picard, Solver
 from equipoise.train.model import ModelConfig
 from equipoise.train.pretraining import Pretraining
@@ -21,6 +21,8 @@ from equipoise.zoo.generative.corruptions import Corruption, Hole, Noise
 from equipoise.zoo.generative.decoder import ImageDecoder, ImageDecoderConfig
 from equipoise.zoo.images import check_shapes
 
+EXPLAIN = InputOptimizer(gradient=Envelope(), verify_solver=None)
+"""Default method of `explain`; vary it with `dataclasses.replace`."""
 FLOOR = 1e-4  # mean squared errors, of pixels in [0, 1], below which a loss hardly falls further
 
 
@@ -47,7 +49,7 @@ class Reconstruct(Task):
     """Finds the equilibrium alone, at latents that are given."""
     step_size: float | None = None
     """Step of the latents; None: measured at each solve."""
-    schedule: Schedule = Nested(steps=2)
+    schedule: UpdateScheme = Nested(steps=2)
     """How often state and adjoint move between two steps of the latents."""
     pretraining: Pretraining = Pretraining()
     """First steps, with latents of zero and the map applied a fixed number of times."""
@@ -141,11 +143,7 @@ def explain(
     kinds: Tensor | None = None,
     corruption: Corruption | None = None,
     regularizer: Callable[[Any], Tensor] | None = None,
-    solver: Solver,
-    gradient: Gradient = Envelope(),
-    step_size: float | None = None,
-    schedule: Schedule = Nested(steps=2),
-    equilibrium: Solver | None = None,
+    optimizer: InputOptimizer = EXPLAIN,
 ) -> InputSolution:
     """The latents whose images explain best what was observed.
 
@@ -157,11 +155,7 @@ def explain(
         kinds: `(B,)` numbers of the model's data weights, which come with a penalty of its latents; None: neither.
         corruption: through which they were seen; None: directly.
         regularizer: of latents, `(B, ...) -> (B,)`, in the place of a penalty of the model's own; None: none.
-        solver: of state, adjoint and latents together.
-        gradient: through the answer.
-        step_size: of the latents; None: measured.
-        schedule: of a round.
-        equilibrium: finds the equilibrium at the answer once more, for `cost`; None: it is left out.
+        optimizer: method of the optimization.
     """
     x0 = model.latents(len(observed), *size)
     return optimize_inputs(
@@ -172,11 +166,7 @@ def explain(
         cost=ObservationCost(model, corruption),
         targets=(observed, mask) if kinds is None else (observed, mask, kinds),
         regularizer=regularizer if kinds is None else LatentPenalty(model),
-        step_size=step_size,
-        solver=solver,
-        schedule=schedule,
-        gradient=gradient,
-        equilibrium=equilibrium,
+        optimizer=optimizer,
     )
 
 
@@ -246,10 +236,13 @@ class Reconstruction(Objective):
             size=(images.shape[2], images.shape[3]),
             kinds=torch.arange(len(images), device=images.device) % len(corruptions) if weighted else None,
             corruption=corruptions[0] if len(corruptions) == 1 else None,
-            solver=solver,
-            gradient=self.gradient,
-            step_size=self.task.step_size,
-            schedule=self.task.schedule,
+            optimizer=InputOptimizer(
+                solver=solver,
+                scheme=self.task.schedule,
+                step_size=self.task.step_size,
+                gradient=self.gradient,
+                verify_solver=None,
+            ),
         )
 
     def _complete(self, estimate: Tensor, observed: Tensor, mask: Tensor) -> Tensor:
