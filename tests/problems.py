@@ -43,6 +43,36 @@ def spectral(d: int, norm: float, generator: torch.Generator) -> Tensor:
     return a * (norm / torch.linalg.matrix_norm(a, 2))
 
 
+def tanh_map(d: int, norm: float) -> Callable[[Tensor], Tensor]:
+    """`z -> tanh(W z + b)`, the spectral norm of W given."""
+    weight, b = spectral(d, norm, torch.Generator().manual_seed(5)), torch.linspace(-1, 1, d)
+    return lambda z: torch.tanh(z @ weight.T + b)
+
+
+def jacobian(f: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """Of one sample, `(d, d)`."""
+    return torch.autograd.functional.jacobian(lambda z: f(z[None])[0], z)
+
+
+@functools.cache
+def recorded(kind: type[eq.Solver]) -> type[eq.Solver]:
+    """The same solver, which notes each point, its residual, and the inverse as it is when they are absorbed."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Recorded(kind):  # type: ignore[valid-type, misc]
+        log: list[tuple[Tensor, Tensor, eq.InverseEstimate]] = dataclasses.field(default_factory=list)
+
+        def propose(self, memory: Any, point: eq.Point) -> Tensor:
+            proposal = super().propose(memory, point)
+            part = self.inverse(memory, torch.full((len(point.z),), memory.absorbed))
+            # The vectors are views of a buffer that goes on changing.
+            inverse = eq.InverseEstimate.of(part.gamma, part.basis.clone(), part.core.clone())
+            self.log.append((point.z, point.residual, inverse))
+            return proposal
+
+    return Recorded
+
+
 def conv_matrix(kernel: Tensor, size: tuple[int, int], stride: int = 1, padding: int = 0) -> Tensor:
     """The matrix of a zero-padded convolution of images of a size, `(outputs, inputs)`, from all unit images."""
     pixels = kernel.shape[1] * size[0] * size[1]
@@ -55,8 +85,22 @@ def affine(batch: int = 5, d: int = 6, norm: float = 0.7) -> Problem:
     generator = torch.Generator().manual_seed(1)
     a = spectral(d, norm, generator)
     x = torch.randn(batch, d, generator=generator, dtype=torch.float64)
-    expected = torch.linalg.solve(torch.eye(d, dtype=a.dtype) - a, x.T).T
-    return Problem(lambda z, x: z @ a.to(z.dtype).T + x, torch.zeros_like(x), (x,), expected)
+    return Problem(lambda z, x: z @ a.to(z.dtype).T + x, torch.zeros_like(x), (x,), inverted(a, x))
+
+
+def product(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """Row by row, `(b, m, n), (b, n) -> (b, m)`."""
+    return torch.bmm(matrices, vectors[..., None])[..., 0]
+
+
+def solve_linear(a: Tensor, x: Tensor, solver: eq.Solver, **options: Any) -> eq.Solution[Tensor]:
+    """Solve `z = A z + x` from zero, `x` `(B, d)`."""
+    return eq.fixed_point(lambda z, x: z @ a.T + x, torch.zeros_like(x), x, solver=solver, params=(), **options)
+
+
+def inverted(a: Tensor, x: Tensor) -> Tensor:
+    """`(I - A)^{-1} x`, row by row."""
+    return torch.linalg.solve(torch.eye(len(a), dtype=a.dtype) - a, x.T).T
 
 
 class TanhCell(nn.Module):
@@ -93,8 +137,7 @@ def rotation(batch: int = 3, radius: float = 1.2) -> Problem:
     """z -> R z + x, R a quarter turn times `radius`: Picard iteration leaves on a spiral."""
     turn = torch.tensor([[0.0, -radius], [radius, 0.0]], dtype=torch.float64)
     x = torch.linspace(1, 2, 2 * batch, dtype=torch.float64).reshape(batch, 2)
-    expected = torch.linalg.solve(torch.eye(2, dtype=turn.dtype) - turn, x.T).T
-    return Problem(lambda z, x: z @ turn.to(z.dtype).T + x, torch.zeros_like(x), (x,), expected)
+    return Problem(lambda z, x: z @ turn.to(z.dtype).T + x, torch.zeros_like(x), (x,), inverted(turn, x))
 
 
 def scalar(batch: int = 4) -> Problem:

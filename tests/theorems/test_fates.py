@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import equipoise as eq
-from equipoise.solvers import BS3, VCAB3, Classical, Euler, SteadyState, Tsit5
+from equipoise.solvers import BS3, VCAB3, Euler, SteadyState, Tsit5
 from equipoise.zoo import MDEQClassifier, MDEQConfig
 
 DIVERGED, MAX_STEPS = eq.Status.DIVERGED, eq.Status.MAX_STEPS
@@ -143,16 +143,11 @@ def relative_residual(cell: nn.Module, u: Tensor, solver: eq.Solver, *, ahead: b
 def test_eighteen_evaluations_of_the_published_model_of_cifar() -> None:
     """Norms make f independent of the length of z, so zero is singular: steps of controlled accuracy crawl off it.
 
-    As published, with steps of 1e-3 and 1e-6 and a first one of 1e-4, nothing is solved (the specification: 1.00), and
-    it is told so. The first step of `SteadyState` is one of Picard's: 0.34 (a prototype with other norms: 0.26), where
+    The first step of `SteadyState` is one of Picard's: 0.34 (a prototype with other norms: 0.26), where
     Picard is at 0.88 (0.87), damped Picard at 0.38 (0.29), Anderson at 0.38 and Broyden at 0.58.
     """
     cell, u = multiscale(MDEQConfig.cifar10_tiny())
-    published = SteadyState(control=Classical(rtol=1e-3, atol=1e-6), first_step=1e-4, max_steps=18)
     for ahead in (False, True):
-        found, status = relative_residual(cell, u, published, ahead=ahead)
-        assert status.tolist() == [MAX_STEPS] * 2
-        assert float(found.min()) > 0.95
         found, status = relative_residual(cell, u, SteadyState(max_steps=18), ahead=ahead)
         assert status.tolist() == [MAX_STEPS] * 2
         assert 0.2 < float(found.min()) <= float(found.max()) < 0.45

@@ -9,7 +9,7 @@ from equipoise.solvers.gmres import GMRES
 from equipoise.solvers.lbfgs import LBFGS
 from equipoise.solvers.picard import Picard
 from equipoise.solvers.steady_state import SteadyState
-from equipoise.solvers.steppers import BS3, VCAB3, Classical, Euler, Stepper, Tsit5
+from equipoise.solvers.steppers import BS3, VCAB3, Euler, Stepper, Tsit5
 
 __all__ = [
     "BS3",
@@ -20,7 +20,6 @@ __all__ = [
     "AdjointBroyden",
     "Anderson",
     "Broyden",
-    "Classical",
     "Euler",
     "Picard",
     "Solver",

@@ -1,4 +1,4 @@
-"""The flow `dz/dt = f(z) - z`, followed by every sample at its own pace to its steady state."""
+"""Integration of the flow `dz/dt = f(z) - z` to its steady state."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from equipoise.core.linalg import row_sums
+from equipoise.core.linalg import norms, row_sums
 from equipoise.core.map import Point
 from equipoise.solvers.base import Solver
-from equipoise.solvers.steppers import SHRINK, VCAB3, Classical, Stepper, StepperState, where_rows
+from equipoise.solvers.steppers import SHRINK, VCAB3, Stepper, StepperState, where_rows
 
-BLOW_UP = 10.0  # a residual so many times that at the start of a step is no part of the flow
+BLOW_UP = 10.0  # largest residual of a point, relative to that at the start of its step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,21 +25,21 @@ class SteadyState(Solver):
        \|e\| \le \kappa\, h\, \|f(z) - z\| $$
 
     The flow is stable if the eigenvalues of $J$ have real parts below 1, Picard iteration only if they lie in the unit
-    circle: negative and complex ones are what this solver is for. On contractions Anderson takes fewer evaluations.
+    circle: this solver is for negative and complex eigenvalues. On contractions Anderson takes fewer evaluations.
 
-    The error is taken relative to $h\,\|f(z) - z\|$, the length of the step. The source leaves out $h$, so a length
-    is compared with a rate and stiff modes pass unnoticed: BS3 with $\kappa = 0.2$ then diverges at an eigenvalue of
-    -3. A point that is not finite, or whose residual is 10 times that at the start of its step, sends the sample back
-    to try a shorter step, at the price of that evaluation.
+    The error is relative to $h\,\|f(z) - z\|$, the length of the step. The source leaves out $h$; it compares a length
+    with a rate and does not notice stiff modes: BS3 with $\kappa = 0.2$ then diverges at an eigenvalue of -3. After a
+    point that is not finite, or whose residual is 10 times that at the start of its step, the sample tries a shorter
+    step; the evaluation is lost.
 
     Args:
-        stepper: the method: `VCAB3()`, `BS3()`, `Tsit5()` or `Euler()`.
-        control: of the error: None, as above; or by tolerances of the state, `Classical()`.
-        first_step: the first step that is tried; 1 is a step of Picard's.
-        growth: largest ratio of a step to the last one.
+        stepper: the method, with $\kappa$: `VCAB3()`, `BS3()`, `Tsit5()` or `Euler()`.
+        first_step: size of the first attempt; 1 is a Picard step.
+        growth: largest ratio of a step to the last one; 1 with `error_ratio=math.inf` gives fixed steps.
 
     Raises:
-        ValueError, TypeError: a field is out of its range or of another kind.
+        ValueError: a field is out of range.
+        TypeError: a field has the wrong type.
 
     Example:
         >>> import torch, equipoise as eq
@@ -51,7 +51,6 @@ class SteadyState(Solver):
     """
 
     stepper: Stepper = VCAB3()
-    control: Classical | None = None
     first_step: float = 1.0
     growth: float = 3.0
 
@@ -62,8 +61,6 @@ class SteadyState(Solver):
         super().__post_init__()
         if not isinstance(self.stepper, Stepper):
             raise TypeError(f"SteadyState(stepper={self.stepper!r}): must be a stepper such as VCAB3()")
-        if not (self.control is None or isinstance(self.control, Classical)):
-            raise TypeError(f"SteadyState(control={self.control!r}): must be None or Classical(rtol=..., atol=...)")
         if not 0 < self.first_step < math.inf:
             raise ValueError(f"SteadyState(first_step={self.first_step!r}): must be positive and finite")
         if not self.growth >= 1:
@@ -78,7 +75,7 @@ class SteadyState(Solver):
             slopes=point.z.new_zeros(b, self.stepper.slots, point.z.shape[1]),
             size=ones * math.inf,
             step=ones * self.first_step,
-            past=ones,  # neutral for the controller; a multistep method does not read it yet
+            past=ones,  # neutral for error control; a multistep method does not use it yet
             phase=zeros,
             accepted=zeros,
             rejected=zeros,
@@ -86,16 +83,16 @@ class SteadyState(Solver):
         )
 
     def propose(self, memory: StepperState, point: Point) -> Tensor:
-        size = torch.linalg.vector_norm(point.residual, dim=1).double()
+        size = norms(point.residual)
         sound = size <= BLOW_UP * memory.size  # False for NaN, too
-        landed, rejected, step = self.stepper.absorb(memory, point, size, sound, self.control, self.growth)
+        landed, rejected, step = self.stepper.absorb(memory, point, size, sound, self.growth)
         landed = landed & sound
         # The residual grows like the step times the stiffness: divide the step by as much.
         back = torch.where(size.isfinite(), memory.size / size, SHRINK).clamp_max(SHRINK)
         memory.step = torch.where(sound, step, memory.step * back)
-        under_way = point.running & memory.size.isfinite()  # the start is no step
+        moving = point.running & memory.size.isfinite()  # the start is no step
         memory.base = where_rows(landed, point.z, memory.base)
         memory.size = torch.where(landed, size, memory.size)
-        memory.accepted = memory.accepted + (landed & under_way)
+        memory.accepted = memory.accepted + (landed & moving)
         memory.rejected = memory.rejected + ((rejected | ~sound) & point.running)
         return memory.base + row_sums(self.stepper.weights(memory), memory.slopes)

@@ -1,59 +1,34 @@
-"""Integration steps for `SteadyState`: each takes one evaluation at a time, each row at its own pace."""
+"""Integration methods of `SteadyState`, one evaluation at a time; each row has its own step size."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-import math
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from equipoise.core.linalg import can_branch_on, row_sums
+from equipoise.core.linalg import can_branch_on, norms, row_sums
 from equipoise.core.map import Point
 
-SHRINK = 0.2  # least ratio of a step to the last one that error control asks for
-LARGE = 1e30  # longer steps are limited by growth in any case
+SHRINK = 0.2  # least ratio of a step to the last one in error control
+LARGE = 1e30  # finite bound on steps; `growth` limits them long before
 
 
 @dataclasses.dataclass(eq=False)
 class StepperState:
-    """Where each sample is on its way; the memory of a solve."""
+    """Memory of a `SteadyState` solve."""
 
     base: Tensor  # (b, D) last accepted state
-    slopes: Tensor  # (b, m, D) what steps are combined of: stages, or divided differences
+    slopes: Tensor  # (b, m, D) stages (one-step) or divided differences (multistep)
     size: Tensor  # (b,) float64, |f(z) - z| at the base
-    step: Tensor  # (b,) float64, the step that is attempted
+    step: Tensor  # (b,) float64, step size of the attempt
     past: Tensor  # (b,) float64, of the last accepted step: its length (multistep) or its error (one-step)
-    phase: Tensor  # (b,) int64, slopes in use: the order (multistep) or the stage that is evaluated (one-step)
+    phase: Tensor  # (b,) int64, slopes in use: the order (multistep) or the current stage (one-step)
     accepted: Tensor  # (b,) int64
     rejected: Tensor  # (b,) int64
     tableau: Tensor | None  # (b, m + 1, m) float64: weights of each stage, then those of the error
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Classical:
-    r"""Error control by tolerances of the state: the mean square of $e_i / (\text{atol} + \text{rtol}\,|z_i|)$ is <= 1.
-
-    For comparisons: where these tolerances are looser than the solver's, steps beyond the region of stability pass
-    unnoticed, and samples hover around the equilibrium until `max_steps`.
-
-    Args:
-        rtol: relative to each number of the state.
-        atol: absolute.
-
-    Raises:
-        ValueError: a field is not positive.
-    """
-
-    rtol: float = 1e-3
-    atol: float = 1e-6
-
-    def __post_init__(self) -> None:
-        for field in ("rtol", "atol"):
-            if not getattr(self, field) > 0:
-                raise ValueError(f"Classical({field}={getattr(self, field)!r}): must be > 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,10 +36,11 @@ class Stepper(abc.ABC):
     r"""A one-step or multistep method.
 
     Args:
-        error_ratio: largest local error of a step of length $h$, relative to $h\,\|f(z) - z\|$.
+        error_ratio: $\kappa$, largest local error of a step of length $h$, relative to $h\,\|f(z) - z\|$; infinite: no
+            error control.
 
     Raises:
-        ValueError: error_ratio is not positive.
+        ValueError: `error_ratio` is not positive.
     """
 
     error_ratio: float
@@ -79,30 +55,33 @@ class Stepper(abc.ABC):
 
     @abc.abstractmethod
     def absorb(
-        self, track: StepperState, point: Point, size: Tensor, sound: Tensor, control: Classical | None, growth: float
+        self, state: StepperState, point: Point, size: Tensor, sound: Tensor, growth: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Take a point of residual `size` into slopes, phase and past of its row, or refuse it if it is not `sound`.
+        """Update slopes, phase and past of each row by its point.
+
+        Args:
+            state: of the solve.
+            point: the evaluation.
+            size: `(b,)` norm of the residual there.
+            sound: `(b,)` mask; a row that is not sound keeps its slopes.
+            growth: largest ratio of a step to the last one.
 
         Returns:
-            Masks `(b,)` of the rows that make the point their base and of those that rejected an attempt, and the
-            steps `(b,)` to attempt next; all three are disregarded where the point is not sound.
+            Masks `(b,)` of the rows whose point is the new base and of those that rejected an attempt, and the next
+            step sizes `(b,)`; all three are meaningless for rows that are not sound.
         """
 
     @abc.abstractmethod
-    def weights(self, track: StepperState) -> Tensor:
-        """The next point is the base plus the slopes with these weights, `(b, m)`."""
+    def weights(self, state: StepperState) -> Tensor:
+        """Return the weights `(b, m)` of the slopes whose sum leads from the base to the next point."""
 
     def tableau(self, rows: int, device: torch.device) -> Tensor | None:
-        """Constants of the method for each row."""
+        """Return the constants of the method, repeated for each row."""
         return None
 
-    def error(self, vector: Tensor, z: Tensor, size: Tensor, control: Classical | None) -> Tensor:
-        """An error of `h * vector` or `h**2 * vector` from `z` in allowed units, without `h` in classical control and
-        without one `h` otherwise: `(b, D) -> (b,)` float64."""
-        if control is None:
-            return torch.linalg.vector_norm(vector, dim=1).double() / (self.error_ratio * size)
-        allowed = control.atol + control.rtol * z.abs()
-        return torch.linalg.vector_norm(vector / allowed, dim=1).double() / math.sqrt(z.shape[1])
+    def error(self, vector: Tensor, size: Tensor) -> Tensor:
+        """Return the error `h * vector` of a step `h` in units of the largest allowed one: `(b, D) -> (b,)` float64."""
+        return norms(vector) / (self.error_ratio * size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,9 +92,9 @@ class VCAB3(Stepper):
 
     $$ z_{n+1} = z_n + h F_n + \tfrac{h^2}{2}\,\delta_2 + \tfrac{h^2 (2h + 3h_1)}{6}\,\delta_3 $$
 
-    and the last term in use is the error. It is known before the step is evaluated: an attempt that it rejects is
-    shortened to the longest step that it admits, at no evaluation. Modes of the flow that decay are not made to grow
-    if `error_ratio` is below 5/12.
+    and the last term in use is the error. It is known before the step is evaluated, so a rejected attempt is shortened
+    to the longest admissible step without an evaluation. Decaying modes of the flow do not grow if `error_ratio` is
+    below 5/12.
 
     Source: Hairer, Norsett and Wanner I, section III.5, its recurrences in Newton's form; others start with
     Runge-Kutta steps, which cost six evaluations.
@@ -126,41 +105,35 @@ class VCAB3(Stepper):
     slots: ClassVar[int] = 3
 
     def absorb(
-        self, track: StepperState, point: Point, size: Tensor, sound: Tensor, control: Classical | None, growth: float
+        self, state: StepperState, point: Point, size: Tensor, sound: Tensor, growth: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        h, slopes = track.step, track.slopes
-        order = (track.phase + 1).clamp_max(3)
+        h, slopes = state.step, state.slopes
+        order = (state.phase + 1).clamp_max(3)
         low = order < 3
         second = (point.residual - slopes[:, 0]).div_(h.to(point.residual.dtype)[:, None])
-        third = (second - slopes[:, 1]).div_((h + track.past).to(point.residual.dtype)[:, None])
-        error = self.error(where_rows(low, second, third), point.z, size, control)
-        if control is None:
-            longest = torch.where(low, 2 / error, 12 / (3 * h * error + (9 * (h * error) ** 2 + 48 * error).sqrt()))
-        else:
-            # Order 3 asks for the root of a cubic: at the lesser root of either term the two make at most 2.
-            longest = torch.minimum((3 / error) ** (1 / 3), (2 / (h * error)).sqrt())
-            longest = longest / (longest**2 * (2 * longest + 3 * h) * error / 6).sqrt()
-            longest = torch.where(low, (2 / error).sqrt(), longest)
-        blind = order == 1  # nothing is known of the first step's error
+        third = (second - slopes[:, 1]).div_((h + state.past).to(point.residual.dtype)[:, None])
+        error = self.error(where_rows(low, second, third), size)
+        longest = torch.where(low, 2 / error, 12 / (3 * h * error + (9 * (h * error) ** 2 + 48 * error).sqrt()))
+        blind = order == 1  # the error of the first step is unknown
         wish = torch.where(blind, h, growth * h)
         longest = torch.where(blind, h, longest.nan_to_num(nan=LARGE).clamp_max(LARGE))
         for slot, slope in enumerate((point.residual, second, third)):
             slopes[:, slot] = where_rows(sound, slope, slopes[:, slot])
-        track.past = torch.where(sound & ~blind, h, track.past)
-        track.phase = torch.where(sound, order, track.phase)
+        state.past = torch.where(sound & ~blind, h, state.past)
+        state.phase = torch.where(sound, order, state.phase)
         return sound, longest < wish, torch.minimum(wish, longest)
 
-    def weights(self, track: StepperState) -> Tensor:
-        h = track.step
-        weights = torch.stack([h, h**2 / 2, h**2 * (2 * h + 3 * track.past) / 6], dim=1)
-        return torch.where(torch.arange(3, device=h.device) < track.phase[:, None], weights, 0.0)
+    def weights(self, state: StepperState) -> Tensor:
+        h = state.step
+        weights = torch.stack([h, h**2 / 2, h**2 * (2 * h + 3 * state.past) / 6], dim=1)
+        return torch.where(torch.arange(3, device=h.device) < state.phase[:, None], weights, 0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RungeKutta(Stepper):
-    """An embedded explicit pair whose last stage is the first of the next step: a stage an evaluation."""
+    """Embedded explicit Runge-Kutta pair whose last stage is the first of the next step: one evaluation a stage."""
 
-    stages: ClassVar[tuple[tuple[float, ...], ...]]  # weights of each stage but the first; the last are the step's
+    stages: ClassVar[tuple[tuple[float, ...], ...]]  # weights of each stage but the first; the last row is the step
     difference: ClassVar[tuple[float, ...]]  # weights of the error
     order: ClassVar[int]  # of the pair's lower formula
 
@@ -169,41 +142,39 @@ class RungeKutta(Stepper):
         return torch.tensor(lines, dtype=torch.float64, device=device).repeat(rows, 1, 1)
 
     def absorb(
-        self, track: StepperState, point: Point, size: Tensor, sound: Tensor, control: Classical | None, growth: float
+        self, state: StepperState, point: Point, size: Tensor, sound: Tensor, growth: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        assert track.tableau is not None
-        slopes, stage, step = track.slopes, track.phase, track.step
+        assert state.tableau is not None
+        slopes, stage, step = state.slopes, state.phase, state.step
         rows = torch.arange(slopes.shape[0], device=slopes.device)
-        # What has no weight must be finite all the same.
+        # Slopes of weight zero must be finite, too.
         slopes[rows, stage] = where_rows(sound, point.residual, point.residual.new_zeros(1))
         last = stage == self.slots - 1
         landed = stage == 0
         if not can_branch_on(last) or bool(last.any()):
-            vector = row_sums(track.tableau[:, -1], slopes)
-            error, power = self.error(vector, track.base, track.size, control), self.order
-            if control is not None:
-                error, power = error * step, power + 1
+            vector = row_sums(state.tableau[:, -1], slopes)
+            error = self.error(vector, state.size)
             good = last & (error <= 1)
             # Proportional-integral control after accepted steps, proportional control after rejected ones.
-            factor = 0.9 * error ** (-0.7 / power) * torch.where(good, track.past ** (0.4 / power), 1.0)
+            factor = 0.9 * error ** (-0.7 / self.order) * torch.where(good, state.past ** (0.4 / self.order), 1.0)
             step = torch.where(last, step * factor.clamp(SHRINK, growth), step)
             slopes[:, 0] = where_rows(good & sound, point.residual, slopes[:, 0])
-            track.past = torch.where(good, error.clamp_min(1e-4), track.past)
+            state.past = torch.where(good, error.clamp_min(1e-4), state.past)
             landed = landed | good
-        track.phase = torch.where(last | ~sound, 1, stage + 1)
+        state.phase = torch.where(last | ~sound, 1, stage + 1)
         return landed, last & ~landed, step
 
-    def weights(self, track: StepperState) -> Tensor:
-        assert track.tableau is not None
-        rows = torch.arange(track.phase.shape[0], device=track.phase.device)
-        return track.step[:, None] * track.tableau[rows, track.phase]
+    def weights(self, state: StepperState) -> Tensor:
+        assert state.tableau is not None
+        rows = torch.arange(state.phase.shape[0], device=state.phase.device)
+        return state.step[:, None] * state.tableau[rows, state.phase]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BS3(RungeKutta):
     """Bogacki and Shampine's pair of orders 3 and 2: three evaluations a step.
 
-    Modes of the flow that decay are not made to grow if `error_ratio` is at most 1/8.
+    Decaying modes of the flow do not grow if `error_ratio` is at most 1/8.
 
     Source: Bogacki and Shampine (1989).
     """
@@ -220,7 +191,7 @@ class BS3(RungeKutta):
 class Tsit5(RungeKutta):
     r"""Tsitouras' pair of orders 5 and 4: six evaluations a step.
 
-    Modes that decay are not made to grow at the default `error_ratio` if they turn by less than 19 times their decay.
+    Decaying modes do not grow at the default `error_ratio` if they rotate by less than 19 times their decay.
 
     Source: Tsitouras (2011).
     """
@@ -260,7 +231,7 @@ class Euler(RungeKutta):
 
 
 def where_rows(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-    """Rows `(b, D)` of one or the other; on the host without a copy where all are of one kind."""
+    """Return rows `(b, D)` of one or the other; on the CPU without a copy if all are from one."""
     if can_branch_on(mask):
         if bool(mask.all()):
             return yes

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import equipoise as eq
-from equipoise.solvers import BS3, VCAB3, Classical, Euler, SteadyState, Stepper, Tsit5
+from equipoise.solvers import BS3, VCAB3, Euler, SteadyState, Stepper, Tsit5
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -168,26 +168,22 @@ def test_vcab3_is_the_published_recurrence(error_ratio: float, growth: float) ->
         assert int(track.rejected) == reference.shortened
 
 
-@pytest.mark.parametrize("control", [None, Classical(rtol=1e-2, atol=1e-3)], ids=["residual", "classical"])
-def test_vcab3_takes_the_longest_admitted_step(control: Classical | None) -> None:
-    """The error of what it takes is the allowed one, in classical control at least half of it, unless growth limits."""
+def test_vcab3_takes_the_longest_admitted_step() -> None:
+    """The error of what it takes is the allowed one, unless growth limits."""
     weight = torch.randn(5, 5) / 3
     field = lambda z: torch.tanh(z @ weight + 1) - z  # noqa: E731
     stepper = VCAB3(error_ratio=0.05)
-    tracks = follow(SteadyState(stepper=stepper, control=control, first_step=0.1), field, torch.randn(3, 5), 12)
+    tracks = follow(SteadyState(stepper=stepper, first_step=0.1), field, torch.randn(3, 5), 12)
     checked = 0
     for before, track in itertools.pairwise(tracks):
         order, h = track.phase, track.step[:, None]
         term = torch.where(order[:, None] == 3, 1.0, 0.0)
         last = h**2 / 2 * track.slopes[:, 1] * (1 - term)
         last = last + h**2 * (2 * h + 3 * track.past[:, None]) / 6 * track.slopes[:, 2] * term
-        if control is None:
-            error = last.norm(dim=1) / (stepper.error_ratio * track.step * track.size)
-        else:
-            error = (last / (control.atol + control.rtol * track.base.abs())).square().mean(dim=1).sqrt()
+        error = last.norm(dim=1) / (stepper.error_ratio * track.step * track.size)
         short = track.rejected > before.rejected
         assert bool((error <= 1 + 1e-9).all())
-        assert bool((error[short] > (1 - 1e-9 if control is None else 0.5)).all())
+        assert bool((error[short] > 1 - 1e-9).all())
         torch.testing.assert_close(track.step[~short], 3 * before.step[~short])
         checked += int(short.sum())
     assert checked > 5
@@ -288,20 +284,6 @@ def test_discontinuous_map_ends(stepper: Stepper) -> None:
     assert bool(solution.value.isfinite().all())
 
 
-def test_classical_control_hovers_but_ends() -> None:
-    """Looser steps than the tolerance asks for never settle; residual control does."""
-    x = torch.randn(4, 6)
-    f = lambda z, x: -3 * z + x  # noqa: E731
-    loose = SteadyState(control=Classical(rtol=5e-2, atol=5e-2), max_steps=300, rtol=1e-5)
-    assert solve(f, 0 * x, x, solver=loose).status.tolist() != [eq.Status.CONVERGED] * 4
-    solve(f, 0 * x, x, solver=dataclasses.replace(loose, control=None)).raise_for_status()
-    for stepper in (BS3(), Tsit5()):
-        tight = SteadyState(stepper=stepper, control=Classical(rtol=1e-5, atol=1e-8), max_steps=300)
-        torch.testing.assert_close(
-            solve(f, 0 * x, x, solver=tight).raise_for_status().value, x / 4, rtol=1e-2, atol=1e-2
-        )
-
-
 # Counts
 
 
@@ -390,10 +372,9 @@ def mixed(rows: int = 16, d: int = 24, rho: float = 1.2) -> tuple[Callable[..., 
 
 
 @every_stepper
-@pytest.mark.parametrize("control", [None, Classical(rtol=1e-3, atol=1e-4)], ids=["residual", "classical"])
-def test_samples_equal_runs_of_one(stepper: Stepper, control: Classical | None) -> None:
+def test_samples_equal_runs_of_one(stepper: Stepper) -> None:
     f, x = mixed(rows=6)
-    solver = SteadyState(stepper=stepper, control=control, rtol=2e-2 if control else 1e-5, max_steps=250)
+    solver = SteadyState(stepper=stepper, rtol=1e-5, max_steps=250)
     together = solve(f, torch.zeros_like(x), x, solver=solver)
     assert len(together.num_steps.unique()) > 1
     for row in range(len(x)):
@@ -479,13 +460,10 @@ def test_a_point_that_is_not_finite_ends_with_a_status(stepper: Stepper, poison:
 
 
 @every_stepper
-@pytest.mark.parametrize("control", [None, Classical()], ids=["residual", "classical"])
-def test_tolerances_of_zero_use_all_steps_and_return_the_best_point(
-    stepper: Stepper, control: Classical | None
-) -> None:
+def test_tolerances_of_zero_use_all_steps_and_return_the_best_point(stepper: Stepper) -> None:
     """Errors and residuals become zeros, by which is divided; the start of the last row is its answer already."""
     x = torch.tensor([[1.0], [-20.0], [0.0]])
-    solver = SteadyState(stepper=stepper, control=control, rtol=0.0, atol=0.0, max_steps=300)
+    solver = SteadyState(stepper=stepper, rtol=0.0, atol=0.0, max_steps=300)
     solution = solve(lambda z, x: -0.5 * z + x, torch.zeros_like(x), x, solver=solver, trace=True)
     assert bool(torch.isin(solution.status, torch.tensor([eq.Status.CONVERGED, eq.Status.MAX_STEPS])).all())
     assert int(solution.status[2]) == eq.Status.CONVERGED
@@ -494,7 +472,7 @@ def test_tolerances_of_zero_use_all_steps_and_return_the_best_point(
     assert solution.trace is not None
     best = solution.trace.nan_to_num(nan=math.inf).amin(dim=0)
     torch.testing.assert_close(solution.residual, best, rtol=0, atol=0)
-    torch.testing.assert_close(solution.value, x / 1.5, rtol=1e-10 if control is None else 1e-2, atol=0)
+    torch.testing.assert_close(solution.value, x / 1.5, rtol=1e-10, atol=0)
 
 
 # Fields
@@ -508,8 +486,6 @@ def test_tolerances_of_zero_use_all_steps_and_return_the_best_point(
         lambda: SteadyState(growth=0.5),
         lambda: VCAB3(error_ratio=0.0),
         lambda: BS3(error_ratio=math.nan),
-        lambda: Classical(rtol=0.0),
-        lambda: Classical(atol=-1.0),
     ],
 )
 def test_fields_out_of_range(make: Callable[[], Any]) -> None:
@@ -520,5 +496,3 @@ def test_fields_out_of_range(make: Callable[[], Any]) -> None:
 def test_fields_of_another_kind() -> None:
     with pytest.raises(TypeError, match="VCAB3"):
         SteadyState(stepper="vcab3")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="Classical"):
-        SteadyState(control=1e-3)  # type: ignore[arg-type]
