@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -54,23 +55,107 @@ def jacobian(f: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
     return torch.autograd.functional.jacobian(lambda z: f(z[None])[0], z)
 
 
+class Seen(NamedTuple):
+    """What a recorded solver absorbed: a point, the inverse and the memory after it, and the memory before."""
+
+    point: eq.Point
+    inverse: eq.InverseEstimate
+    before: Any
+    after: Any
+
+    @property
+    def dense(self) -> Tensor:
+        """The inverse of the first row."""
+        return self.inverse.dense()[0]
+
+
 @functools.cache
 def recorded(kind: type[eq.Solver]) -> type[eq.Solver]:
-    """The same solver, which notes each point, its residual, and the inverse as it is when they are absorbed."""
+    """The same solver, which notes each point that it absorbs."""
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Recorded(kind):  # type: ignore[valid-type, misc]
-        log: list[tuple[Tensor, Tensor, eq.InverseEstimate]] = dataclasses.field(default_factory=list)
+        log: list[Seen] = dataclasses.field(default_factory=list)
 
         def propose(self, memory: Any, point: eq.Point) -> Tensor:
+            before = copy.copy(memory)
             proposal = super().propose(memory, point)
             part = self.inverse(memory, torch.full((len(point.z),), memory.absorbed))
             # The vectors are views of a buffer that goes on changing.
             inverse = eq.InverseEstimate.of(part.gamma, part.basis.clone(), part.core.clone())
-            self.log.append((point.z, point.residual, inverse))
+            self.log.append(Seen(point, inverse, before, copy.copy(memory)))
             return proposal
 
     return Recorded
+
+
+def rosenbrock(z: Tensor) -> Tensor:
+    return (100 * (z[:, 1:] - z[:, :-1] ** 2) ** 2 + (1 - z[:, :-1]) ** 2).sum(dim=1)
+
+
+def quadratic(size: int, condition: float) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:
+    """An objective, its Hessian and its minimizer."""
+    generator = torch.Generator().manual_seed(size)
+    q, _ = torch.linalg.qr(torch.randn(size, size, generator=generator))
+    hessian = (q * torch.logspace(0, float(np.log10(condition)), size)) @ q.T
+    b = torch.randn(size, generator=generator)
+    return lambda z: 0.5 * ((z @ hessian) * z).sum(1) - z @ b, hessian, torch.linalg.solve(hessian, b)
+
+
+def minimize(h: Callable[[Tensor], Tensor], z0: Tensor, **fields: Any) -> eq.Solution[Tensor]:
+    solver = eq.LBFGS(**{"max_steps": 300, "rtol": 0, "atol": 1e-8, **fields})
+    return solver.solve(eq.DescentMap(h, z0, params=()), z0, trace=True)
+
+
+def dense_bfgs(pairs: list[tuple[Tensor, Tensor]], scaled: bool) -> Tensor:
+    """The inverse of one sample from its pairs `(s, y)`, oldest first."""
+    s, y = pairs[-1]
+    h = torch.eye(len(s)) * (s @ y / (y @ y) if scaled else 1.0)
+    for s, y in pairs:
+        v = torch.eye(len(s)) - torch.outer(y, s) / (s @ y)
+        h = v.T @ h @ v + torch.outer(s, s) / (s @ y)
+    return h
+
+
+class BreastCancer:
+    """L2 logistic regression on a fifth of the data, features divided by their deviations; its Hessian is known.
+
+    `sum_i log(1 + exp(-m_i . z)) + e^l |z|^2 / 2`
+    """
+
+    size = 30
+
+    @functools.cached_property
+    def margins(self) -> Tensor:
+        from sklearn.datasets import load_breast_cancer
+        from sklearn.model_selection import train_test_split
+
+        x, y = load_breast_cancer(return_X_y=True)
+        x, _, y, _ = train_test_split(x / x.std(0), 2.0 * y - 1, train_size=0.2, random_state=3)
+        assert x.shape == (113, self.size)
+        return torch.tensor(x * y[:, None])
+
+    def loss(self, z: Tensor, log_lambda: Tensor) -> Tensor:
+        return nn.functional.softplus(-z @ self.margins.T).sum(1) + 0.5 * log_lambda.exp() * z.square().sum(1)
+
+    def gradient(self, z: Tensor, log_lambda: Tensor) -> Tensor:
+        return log_lambda.exp()[:, None] * z - torch.sigmoid(-z @ self.margins.T) @ self.margins
+
+    def hessian(self, z: Tensor, log_lambda: Tensor) -> Tensor:
+        p = torch.sigmoid(-z @ self.margins.T)
+        data = torch.einsum("bn,ni,nj->bij", p * (1 - p), self.margins, self.margins)
+        return data + log_lambda.exp()[:, None, None] * torch.eye(self.size)
+
+    def solve(self, z0: Tensor, log_lambda: Tensor, solver: eq.LBFGS) -> eq.Solution[Tensor]:
+        return solver.solve(eq.DescentMap(self.loss, z0, (log_lambda,), params=()), z0, trace=True)
+
+
+BREAST_CANCER = BreastCancer()
+
+
+def along(v: Tensor) -> Callable[[Any, Tensor], Tensor]:
+    """The outer loss whose gradient is `v`, row by row."""
+    return lambda z, rows: (z * v[rows]).sum(1)
 
 
 def conv_matrix(kernel: Tensor, size: tuple[int, int], stride: int = 1, padding: int = 0) -> Tensor:

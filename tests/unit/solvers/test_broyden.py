@@ -84,18 +84,19 @@ def test_dense_method(kind: type[eq.Solver], memory: int, outer_every: int | Non
     for row in range(2):
         rest = (target[row], outer_every) if kind is eq.AdjointBroyden else ()
         expected = (adjoint if rest else good)(f, z0[row], steps, memory, *rest)
-        for (z, _, inverse), (point, matrix, updates, (left, direction)) in zip(log, expected, strict=True):
+        for seen, (z, matrix, updates, (left, direction)) in zip(log, expected, strict=True):
             dense = torch.linalg.inv(matrix)
             near = {"rtol": 1e-7, "atol": 1e-9 * float(dense.norm())}
-            torch.testing.assert_close(z[row], point, **near)
-            torch.testing.assert_close(inverse.dense()[row], dense, **near)
-            torch.testing.assert_close(inverse.rmv(left.expand(2, 10))[row], direction, **near)
-            assert int(inverse.rank[row]) == updates
+            torch.testing.assert_close(seen.point.z[row], z, **near)
+            torch.testing.assert_close(seen.inverse.dense()[row], dense, **near)
+            torch.testing.assert_close(seen.inverse.rmv(left.expand(2, 10))[row], direction, **near)
+            assert int(seen.inverse.rank[row]) == updates
         # The inverse that is returned is the one at the best iterate, with all that this point taught.
-        best = int(torch.stack([r[row].norm() for _, r, _ in log]).argmin())
-        assert torch.equal(solution.value[row], log[best][0][row])
+        best = log[int(torch.stack([seen.point.residual[row].norm() for seen in log]).argmin())]
+        assert torch.equal(solution.value[row], best.point.z[row])
         if memory == 40:
-            torch.testing.assert_close(solution.inverse.dense()[row], log[best][2].dense()[row], rtol=1e-12, atol=1e-12)
+            near = {"rtol": 1e-12, "atol": 1e-12}
+            torch.testing.assert_close(solution.inverse.dense()[row], best.inverse.dense()[row], **near)
 
 
 # --- what one update learns ------------------------------------------------------------------------------------------
@@ -173,14 +174,14 @@ def test_float32(kind: type[eq.Solver]) -> None:
         return scale * torch.tanh(z / scale @ weight.T + x[: len(z)])
 
     log, _ = record(kind, f, torch.zeros_like(x), memory=30, max_steps=10)
-    for (z, r, _), (z_new, r_new, inverse) in itertools.pairwise(log):
+    for before, seen in itertools.pairwise(log):
         if kind is eq.Broyden:
-            s, y = z_new - z, r - r_new
-            torch.testing.assert_close(inverse.mv(y), s, rtol=1e-3, atol=1e-4 * float(s.norm()))
+            s, y = seen.point.z - before.point.z, before.point.residual - seen.point.residual
+            torch.testing.assert_close(seen.inverse.mv(y), s, rtol=1e-3, atol=1e-4 * float(s.norm()))
         else:
-            sigma = torch.nn.functional.normalize(r_new[:1] / scale)
-            left = sigma - sigma @ jacobian(f, z_new[0])
-            torch.testing.assert_close(inverse.rmv(left.expand(4, 20))[:1], sigma, rtol=1e-3, atol=1e-4)
+            sigma = torch.nn.functional.normalize(seen.point.residual[:1] / scale)
+            left = sigma - sigma @ jacobian(f, seen.point.z[0])
+            torch.testing.assert_close(seen.inverse.rmv(left.expand(4, 20))[:1], sigma, rtol=1e-3, atol=1e-4)
 
 
 # --- adjoint Broyden -------------------------------------------------------------------------------------------------
@@ -193,9 +194,9 @@ def test_length_of_the_direction() -> None:
         record(eq.AdjointBroyden, f, z0, memory=40, max_steps=12, outer_every=2, outer_loss=loss)[0]
         for loss in (outer, lambda z, rows: -1e-100 * outer(z, rows))
     )
-    for (z, _, inverse), (z_other, _, inverse_other) in zip(one, other, strict=True):
-        torch.testing.assert_close(z, z_other, rtol=1e-9, atol=1e-11)
-        torch.testing.assert_close(inverse.dense(), inverse_other.dense(), rtol=1e-9, atol=1e-9)
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a.point.z, b.point.z, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(a.inverse.dense(), b.inverse.dense(), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("steps", "outer_every", "vjps"), [(2, 1, 2), (12, 1, 22), (12, 5, 13), (11, 5, 12)])
@@ -213,7 +214,7 @@ def test_cadence_without_loss() -> None:
     plain, _ = record(eq.AdjointBroyden, f, z0, max_steps=9)
     same, solution = record(eq.AdjointBroyden, f, z0, max_steps=9, outer_every=2)
     assert solution.num_vjps == 8
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(plain, same, strict=True))
+    assert all(torch.equal(a.point.z, b.point.z) for a, b in zip(plain, same, strict=True))
 
 
 def test_constant_map() -> None:
@@ -240,6 +241,6 @@ def test_preconditioned_map_is_learned() -> None:
     solver.solve(eq.FunctionMap(lambda z: z @ a.T + x, z0 := torch.zeros(2, 6)), z0, preconditioner=estimate)
     preconditioned = near @ (torch.eye(6) - a)  # of the map z + near (f(z) - z), it is I - J
     assert len(solver.log) == 4
-    for _, r, inverse in solver.log[1:]:
-        sigma = torch.nn.functional.normalize(r)
-        torch.testing.assert_close(inverse.rmv(sigma @ preconditioned), sigma)
+    for seen in solver.log[1:]:
+        sigma = torch.nn.functional.normalize(seen.point.residual)
+        torch.testing.assert_close(seen.inverse.rmv(sigma @ preconditioned), sigma)
