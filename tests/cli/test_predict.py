@@ -296,7 +296,7 @@ def test_predict_says_what_is_wrong_with_the_command_line(run: str, capsys: pyte
         (["predict", run, "x.png", "--top", "two"], 2, "--top.*two"),
         (["predict", run, "x.png", "--epochs", "2"], 2, "unknown flag --epochs"),
         (["predict", run, "x.png", "--solver.max_steps", "-1"], 2, "max_steps=-1"),
-        (["predict", "x.png"], 1, "x.png is not a run folder: it has no config.yaml"),
+        (["predict", "x.png"], 2, "required: IMAGE; usage: equipoise predict RUN IMAGE"),
     ):
         assert main(words) == code, words
         captured = capsys.readouterr()

@@ -19,7 +19,7 @@ from train.toy import PLAIN, Interrupt, Interrupted, read_config, timeless
 from train.toy import command_line as main
 
 from equipoise import zoo
-from equipoise.cli import commands
+from equipoise.cli import train as training
 from equipoise.cli.display import LiveDisplay
 from equipoise.data import FashionMNIST
 from equipoise.train import RunError, TrainConfig, fit
@@ -107,7 +107,7 @@ def test_what_was_interrupted_goes_on_as_advised(
     toy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fit(PLAIN, run_dir="whole")
-    stepped = commands.PlainDisplay.stepped
+    stepped = training.PlainDisplay.stepped
 
     def press(self: Any, line: dict[str, Any]) -> None:
         if line["step"] == 6:
@@ -115,7 +115,7 @@ def test_what_was_interrupted_goes_on_as_advised(
         stepped(self, line)
 
     with monkeypatch.context() as patch:
-        patch.setattr(commands.PlainDisplay, "stepped", press)
+        patch.setattr(training.PlainDisplay, "stepped", press)
         assert main(["train", "--config", toy, "--run-dir", "a run"]) == 130
     advice = re.fullmatch(
         r"equipoise: error: interrupted; (equipoise (.*)) goes on from the last checkpoint\n", capsys.readouterr().err
@@ -133,7 +133,7 @@ def test_an_interruption_elsewhere_promises_nothing(
     def press(*_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "recipes", press)
+    monkeypatch.setattr(training, "recipes", press)
     assert main(["recipes"]) == 130
     assert capsys.readouterr().err == "equipoise: error: interrupted\n"
 
@@ -170,7 +170,7 @@ def test_naming_the_recipe_resumes_the_run_with_its_own_flags(
 ) -> None:
     """So that a job may be started and restarted by one and the same command."""
     asked: list[TrainConfig] = []
-    monkeypatch.setattr(commands, "fit", lambda config, **_: asked.append(config) or _stop())
+    monkeypatch.setattr(training, "fit", lambda config, **_: asked.append(config) or _stop())
     words = ["train", "mdeq-digits", "--run-dir", "run", "--resume"]
     main(words)
     pathlib.Path("run").mkdir()

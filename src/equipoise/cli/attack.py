@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -17,19 +16,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from equipoise.cli.commands import evaluated, run_folder, run_model
 from equipoise.cli.display import facts_table
 from equipoise.cli.errors import UsageError
-from equipoise.cli.flags import parse
+from equipoise.cli.flags import Option
+from equipoise.cli.runs import equilibrium_config, parse_run, report_packages, run_model
 from equipoise.constraints import L2Ball, LInfBall
 from equipoise.data import image_files, read_image
 from equipoise.files import RunError
 from equipoise.inputs import Nested
 from equipoise.solvers import Picard
 from equipoise.train import TrainConfig
-from equipoise.zoo import ATTACK, CLASSES, RECIPES, Adversarial, EquilibriumClassifier
+from equipoise.zoo import ATTACK, CLASSES, Adversarial, EquilibriumClassifier
 from equipoise.zoo import attack as find
-from equipoise.zoo.files import folder_config
 
 BATCH = 50  # images that are attacked together, between two marks of the progress bar
 SHOWN = 10  # images in the picture
@@ -48,6 +46,25 @@ examples:
   equipoise attack runs/demo --norm linf --radius 0.1 --out changed.png
   equipoise attack runs/demo digit.png
 """
+
+
+OWN: list[Option] = [
+    ("files", {"metavar": "IMAGE", "nargs": "*", "help": "image files, or folders of them, in place of test images"}),
+    ("--radius", {"type": float, "metavar": "R", "help": "largest change [that of the run's training, or 1]"}),
+    (
+        "--norm",
+        {
+            "choices": ["l2", "linf"],
+            "help": "Euclidean norm or largest change of a pixel [that of the training, or l2]",
+        },
+    ),
+    ("--images", {"type": int, "metavar": "N", "default": 100, "help": "test images to attack"}),
+    ("--rounds", {"type": int, "metavar": "N", "default": 40, "help": "steps of the image"}),
+    ("--step-size", {"type": float, "metavar": "A", "default": 1.0, "help": "along the slope"}),
+    ("--invert", {"action": "store_true", "help": "swap dark and light of image files"}),
+    ("--out", {"metavar": "FILE", "help": "picture of the first images [RUN/attack.png]"}),
+    ("--json", {"action": "store_true", "help": "print JSON"}),
+]
 
 
 @dataclasses.dataclass
@@ -97,53 +114,21 @@ class Found:
 
 def attack(arguments: list[str], classes: Sequence[type] = CLASSES) -> int:
     """Attack the images of a run, or image files."""
-    folder = run_folder(arguments, "attack")
-    found = folder_config(folder, classes=classes) if folder is not None else RECIPES["jiio-adversarial"]()
-    trained = found.task if isinstance(found.task, Adversarial) else Adversarial()
-    base = dataclasses.replace(evaluated(found), solver=found.forward_solver)
-    own: list[tuple[str, dict[str, Any]]] = [
-        ("run", {"metavar": "RUN", "help": "run folder"}),
-        (
-            "files",
-            {"metavar": "IMAGE", "nargs": "*", "help": "image files, or folders of them, in place of test images"},
-        ),
-        (
-            "--radius",
-            {
-                "type": float,
-                "metavar": "R",
-                "default": argparse.SUPPRESS,
-                "help": "largest change [that of the run's training, or 1]",
-            },
-        ),
-        (
-            "--norm",
-            {
-                "choices": ["l2", "linf"],
-                "default": trained.norm,
-                "help": "its norm: Euclidean, or the largest change of a pixel",
-            },
-        ),
-        ("--images", {"type": int, "metavar": "N", "default": 100, "help": "test images to attack"}),
-        ("--rounds", {"type": int, "metavar": "N", "default": 40, "help": "steps of the image"}),
-        ("--step-size", {"type": float, "metavar": "A", "default": 1.0, "help": "along the slope"}),
-        ("--invert", {"action": "store_true", "help": "swap dark and light of image files"}),
-        ("--out", {"metavar": "FILE", "help": "picture of the first images [RUN/attack.png]"}),
-        ("--json", {"action": "store_true", "help": "print JSON"}),
-    ]
-    config, options = parse(
+    config, options = parse_run(
         arguments,
-        base,
-        usage="equipoise attack RUN [IMAGE...] [flags]",
+        "attack",
+        classes,
+        recipe="jiio-adversarial",
+        own=OWN,
+        fields=("data", "solver"),
+        words=" [IMAGE...]",
         description=DESCRIPTION,
         examples=EXAMPLES,
-        own=own,
-        classes=classes,
-        fields=("data", "solver"),
+        prepare=equilibrium_config,
     )
-    _check(options, trained)
+    _complete(options, config.task if isinstance(config.task, Adversarial) else Adversarial())
     console = Console()
-    model, facts = run_model(Path(options.run), console, quiet=options.json, classes=classes)
+    model, facts = run_model(Path(options.run), classes, console, quiet=options.json)
     if not isinstance(model, EquilibriumClassifier):
         raise RunError(f"{options.run} holds a {type(model).__name__}, and attack is for classifiers")
     model.eval().float()
@@ -154,22 +139,23 @@ def attack(arguments: list[str], classes: Sequence[type] = CLASSES) -> int:
     seconds = time.perf_counter() - start
     path = Path(options.out) if options.out else Path(options.run) / "attack.png"
     _draw(result, names, path)
-    told = {**result.facts(), "radius": options.radius, "norm": options.norm, "seconds": seconds, "picture": str(path)}
+    facts = {**result.facts(), "radius": options.radius, "norm": options.norm, "seconds": seconds, "picture": str(path)}
     if options.json:
-        sys.stdout.write(json.dumps({"run": options.run, **told}) + "\n")
+        sys.stdout.write(json.dumps({"run": options.run, **facts}) + "\n")
         return 0
-    console.print(facts_table(_told(options, told)))
+    console.print(facts_table(_rows(options, facts)))
     if options.files:
-        for file, one, other in zip(_paths(options), result.before, result.after, strict=True):
+        for file, one, other in zip(image_files(options.files), result.before, result.after, strict=True):
             text = f"{file}: {_answer(names, one)} -> {_answer(names, other)}"
             console.print(text, markup=False, highlight=False, soft_wrap=True)
     console.print(f"picture {path}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
-def _check(options: Any, trained: Adversarial) -> None:
-    """Fill in the radius, and refuse what makes no sense."""
-    if not hasattr(options, "radius"):
+def _complete(options: Any, trained: Adversarial) -> None:
+    """Fill in norm and radius, and check the numbers."""
+    options.norm = options.norm or trained.norm
+    if options.radius is None:
         if options.norm != trained.norm:
             raise UsageError(f"--norm {options.norm} needs --radius, such as 0.1 for linf or 1 for l2")
         options.radius = trained.radius
@@ -178,15 +164,11 @@ def _check(options: Any, trained: Adversarial) -> None:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(options, name):g}: must be > 0")
 
 
-def _paths(options: Any) -> list[Path]:
-    return image_files(options.files)
-
-
 def _images(options: Any, config: TrainConfig) -> tuple[Tensor, Tensor | None]:
     """Pixels in [0, 1] and labels; None where the classifier's own answers take their place."""
     if options.files:
         return torch.stack(
-            [read_image(path, config.data, options.invert)[0] for path in _paths(options)]
+            [read_image(path, config.data, options.invert)[0] for path in image_files(options.files)]
         ).float() / 255, None
     images, labels = next(iter(config.data.load().test.batches(options.images)))
     return images.float() / 255, labels
@@ -242,11 +224,8 @@ def _run(
 
 
 def _draw(result: Found, names: list[str], path: Path) -> None:
-    try:
+    with report_packages("the picture"):
         from equipoise.report.attack import draw
-    except ImportError as error:
-        missing = (error.name or str(error)).partition(".")[0]
-        raise RunError(f"the picture needs {missing}: pip install 'equipoise[report]'") from error
     answers = [
         [
             (names[int(logits.argmax())], bool(logits.argmax() == label))
@@ -258,20 +237,20 @@ def _draw(result: Found, names: list[str], path: Path) -> None:
     draw(result.images[:SHOWN], result.attacked[:SHOWN], answers[0], answers[1], path)
 
 
-def _told(options: Any, told: dict[str, Any]) -> dict[str, str]:
-    count = told["images"]
+def _rows(options: Any, found: dict[str, Any]) -> dict[str, str]:
+    count = found["images"]
     ball = "Euclidean" if options.norm == "l2" else "of the largest pixel"
     facts = {"run": options.run, "largest change": f"{options.radius:g} ({ball})"}
     if options.files:
         facts["images"] = f"{count:,}"
-        facts["keep their class"] = f"{told['robust_accuracy']:.1%}"
+        facts["keep their class"] = f"{found['robust_accuracy']:.1%}"
     else:
         facts["test images"] = f"{count:,}"
-        facts["accuracy"] = f"{told['accuracy']:.4f}"
-        facts["accuracy under attack"] = f"{told['robust_accuracy']:.4f}"
-    facts["cross-entropy"] = f"{told['loss']:.3f}, under attack {told['robust_loss']:.3f}"
-    facts["cost"] = f"{told['evals']:,} calls of the map and {told['vjps']:,} products with its Jacobian, in batches"
-    return {**facts, "time": f"{told['seconds']:.1f} s"}
+        facts["accuracy"] = f"{found['accuracy']:.4f}"
+        facts["accuracy under attack"] = f"{found['robust_accuracy']:.4f}"
+    facts["cross-entropy"] = f"{found['loss']:.3f}, under attack {found['robust_loss']:.3f}"
+    facts["cost"] = f"{found['evals']:,} calls of the map and {found['vjps']:,} products with its Jacobian, in batches"
+    return {**facts, "time": f"{found['seconds']:.1f} s"}
 
 
 def _answer(names: list[str], logits: Tensor) -> str:

@@ -17,18 +17,16 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from equipoise.cli.commands import run_folder, run_model
 from equipoise.cli.display import facts_table
 from equipoise.cli.errors import UsageError
-from equipoise.cli.flags import parse
+from equipoise.cli.runs import parse_run, run_model
 from equipoise.contraction.certificate import Certificate
 from equipoise.core.solution import Solution
 from equipoise.files import RunError
 from equipoise.gradients import Implicit
 from equipoise.train.device import to_device
 from equipoise.train.proof import Proof, prove
-from equipoise.zoo import CLASSES, RECIPES, EquilibriumClassifier, MDEQConfig
-from equipoise.zoo.files import folder_config
+from equipoise.zoo import CLASSES, EquilibriumClassifier, MDEQConfig
 
 DESCRIPTION = """\
 What the weights of a run prove about its map: whether it contracts, without and with the dropout of training, how
@@ -45,30 +43,29 @@ examples:
 
 def certify(arguments: list[str], classes: Sequence[type] = CLASSES) -> int:
     """Prove that the map of a run contracts."""
-    own: list[tuple[str, dict[str, Any]]] = [
-        ("run", {"metavar": "RUN", "help": "run folder"}),
-        ("--images", {"type": int, "metavar": "N", "default": 32, "help": "test images to measure at; 0: none [32]"}),
-        ("--rtol", {"type": float, "metavar": "R", "default": 1e-3, "help": "wanted relative error [0.001]"}),
-        ("--json", {"action": "store_true", "help": "print JSON"}),
-    ]
-    folder = run_folder(arguments, "certify")
-    base = folder_config(folder, classes=classes) if folder is not None else RECIPES["lipschitz-digits"]()
-    config, options = parse(
+    config, options = parse_run(
         arguments,
-        base,
-        usage="equipoise certify RUN [flags]",
+        "certify",
+        classes,
+        recipe="lipschitz-digits",
+        own=[
+            (
+                "--images",
+                {"type": int, "metavar": "N", "default": 32, "help": "test images to measure at [32]"},
+            ),
+            ("--rtol", {"type": float, "metavar": "R", "default": 1e-3, "help": "wanted relative error [0.001]"}),
+            ("--json", {"action": "store_true", "help": "print JSON"}),
+        ],
+        fields=("data",),
         description=DESCRIPTION,
         examples=EXAMPLES,
-        own=own,
-        classes=classes,
-        fields=("data",),
     )
     if options.images < 0:
         raise UsageError(f"--images {options.images}: must be >= 0")
     if not options.rtol > 0:
         raise UsageError(f"--rtol {options.rtol:g}: must be > 0")
     console = Console()
-    model, _ = run_model(Path(options.run), console, quiet=options.json, classes=classes)
+    model, _ = run_model(Path(options.run), classes, console, quiet=options.json)
     if not isinstance(model, EquilibriumClassifier):
         raise RunError(f"{options.run} holds a {type(model).__name__}, and certify is for classifiers")
     images, labels = None, None
@@ -143,7 +140,7 @@ def _show(
     observed: dict[str, dict[str, Any]] | None,
     count: int,
 ) -> None:
-    """The same for people."""
+    """Print the certificate."""
     facts = {"run": run, "model": type(model).__name__}
     if isinstance(model.config, MDEQConfig):
         layers, dropout = model.config.contraction, model.config.dropout

@@ -1,4 +1,4 @@
-"""Flags for the fields of a configuration, made by jsonargparse from the dataclasses."""
+"""Flags for the fields of a configuration, checked as a configuration file is."""
 
 from __future__ import annotations
 
@@ -8,174 +8,285 @@ import difflib
 import inspect
 import re
 import typing
-from collections.abc import Sequence
-from typing import Any, ClassVar, NoReturn
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NoReturn
 
-import jsonargparse
+import docstring_parser
+import yaml
 
 from equipoise.cli.errors import UsageError
+from equipoise.data import Data
 from equipoise.train import TrainConfig
 from equipoise.train.serialize import from_plain, members, nearest, needs_python, public_path, to_plain
 from equipoise.zoo import CLASSES
 
+Option = tuple[str, dict[str, Any]]
+"""Name or flag of a command's own option, with keywords of `argparse.ArgumentParser.add_argument`."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser of a command's own options; an error is one line that ends with the usage."""
+
+    def __init__(self, own: Sequence[Option], **texts: Any) -> None:
+        super().__init__(
+            **texts,
+            allow_abbrev=False,
+            add_help=False,
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
+        )
+        group = self.add_argument_group("options")
+        for name, details in own:
+            (group if name.startswith("-") else self).add_argument(name, **details)
+        group.add_argument("-h", "--help", action="help", help="show this help")
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message.removeprefix('argument ')}; usage: {self.usage}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """Field of a configuration that a flag sets.
+
+    Args:
+        flag: name without dashes, such as `solver.max_steps`.
+        hint: type.
+        value: present value, as plain data.
+        text: description.
+    """
+
+    flag: str
+    hint: Any
+    value: Any
+    text: str
+
 
 def parse(
     arguments: Sequence[str],
-    base: TrainConfig,
+    base: Callable[[argparse.Namespace | None], TrainConfig],
     *,
+    own: Sequence[Option],
+    fields: Sequence[str] | None = None,
+    classes: Sequence[type] = CLASSES,
     usage: str,
     description: str,
     examples: str,
-    own: Sequence[tuple[str, dict[str, Any]]],
-    fields: Sequence[str] | None = None,
-    classes: Sequence[type] = CLASSES,
 ) -> tuple[TrainConfig, argparse.Namespace]:
-    """The configuration and the other options that a command line gives.
+    """Read a configuration and a command's own options from a command line.
 
     Args:
-        arguments: of the command.
-        base: configuration that the flags change.
-        usage: first line of the help.
-        description: of the command.
-        examples: end of the help.
-        own: the command's own positionals and flags: name and arguments of `add_argument`.
-        fields: those of the configuration that have flags; None: all.
+        arguments: words after the command.
+        base: returns the configuration that flags change, from the options; from None for the help of the command.
+        own: options of the command itself.
+        fields: names of the fields of the configuration that have flags; None: all but `name`.
         classes: that flags may name.
+        usage: first line of the help.
+        description: paragraph of the help, in which {name} stands for the name of the configuration.
+        examples: end of the help.
 
     Raises:
-        UsageError: an unknown flag (the nearest known one is named), a value of another type or out of range.
+        UsageError: an unknown flag, the nearest known one being named, or a value of another type or out of range.
     """
-    every = [field.name for field in dataclasses.fields(TrainConfig) if field.name != "name"]
-    fields = every if fields is None else list(fields)
-    arguments = [spell(argument, own) for argument in arguments]
-    plain = _choose_classes(to_plain(base), arguments, fields, classes)
-    _check_names(plain, arguments, fields, own, classes)
-    jsonargparse.set_parsing_settings(
-        docstring_parse_attribute_docstrings=True,
-        import_path_denylist=["*"],
-        import_path_allowlist=["equipoise", *sorted({cls.__module__ for cls in classes})],
-    )
-    parser = Parser(
-        prog="equipoise",
-        formatter_class=type("Formatter", (Formatter,), {"classes": classes}),
-        usage=usage,
-        description=description,
-        epilog=examples,
-        allow_abbrev=False,
-        add_help=False,
-        exit_on_error=False,
-    )
-    mine = parser.add_argument_group("options")
-    for name, details in own:
-        (mine if name.startswith("-") else parser).add_argument(name, **details)
-    mine.add_argument("-h", "--help", action="help", help="show this help")
-    others = {name for name in [*every, "name"] if name not in fields}
-    parser.add_argument_group("configuration").add_class_arguments(TrainConfig, as_group=False, skip=others)
-    parser.set_defaults({name: plain[name] for name in fields})
-    parsed = parser.parse_args(list(arguments)).as_dict()
-    options = argparse.Namespace(**{key: value for key, value in parsed.items() if key not in fields})
-    changed = {name: _dicts(parsed[name]) for name in fields}
+    words, flags = _separate([spell(argument, own) for argument in arguments], own)
+    asked = any(flag.endswith(".help") for flag in flags) or bool({"-h", "--help"} & set(words))
+    parser = Parser(own, usage=usage, epilog=examples)
     try:
-        return from_plain(TrainConfig, {**plain, **changed}, classes), options
-    except (ValueError, TypeError) as error:
+        options = parser.parse_args([word for word in words if word not in ("-h", "--help")])
+    except UsageError:
+        if not asked:
+            raise
+        options = None
+    names = [f.name for f in dataclasses.fields(TrainConfig) if f.name != "name"] if fields is None else fields
+    start = base(options)
+    parser.description = description.format(name=start.name)
+    tree = _Tree(to_plain(start), names, classes)
+    for flag, text in sorted(flags.items(), key=lambda item: item[0].count(".")):  # a class before its fields
+        target = flag.removesuffix(".help")
+        try:
+            tree.assign(target, text)
+        except LookupError:
+            known = {name[2:] for name, _ in own if name.startswith("--")} | {"help"}
+            for field in tree.fields():
+                known |= {field.flag, f"{field.flag}.help"} if family(field.hint) else {field.flag}
+            raise UsageError(f"unknown flag --{flag}; {nearest_flag(flag, known)}") from None
+        if flag != target:
+            _show(Parser((), usage=argparse.SUPPRESS), tree, f"{target}.")
+    if asked or options is None:
+        _show(parser, tree)
+    try:
+        return from_plain(TrainConfig, tree.plain, classes), options
+    except ValueError as error:
         raise UsageError(str(error)) from error
 
 
-def _dicts(value: Any) -> Any:
-    """Namespaces as dicts, also those in lists, where `as_dict` leaves them."""
-    if isinstance(value, jsonargparse.Namespace):
-        value = value.as_dict()
-    if isinstance(value, dict):
-        return {key: _dicts(item) for key, item in value.items()}
-    return [_dicts(item) for item in value] if isinstance(value, (list, tuple)) else value
+def parse_own(
+    arguments: Sequence[str], own: Sequence[Option], *, usage: str, description: str, examples: str
+) -> argparse.Namespace:
+    """Read the options of a command that has no configuration; arguments as in `parse`."""
+    words, flags = _separate([spell(argument, own) for argument in arguments], own)
+    for flag in flags:
+        known = {name[2:] for name, _ in own if name.startswith("--")}
+        raise UsageError(f"unknown flag --{flag}; {nearest_flag(flag, known)}")
+    return Parser(own, usage=usage, description=description, epilog=examples).parse_args(words)
 
 
-class Parser(jsonargparse.ArgumentParser):
-    """Parser that tells an error in one line; also of the help texts of classes, which jsonargparse makes itself."""
-
-    def __init__(self, *arguments: Any, **details: Any) -> None:
-        super().__init__(*arguments, **{"formatter_class": Formatter, "usage": argparse.SUPPRESS, **details})
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        text = re.sub(r"<class '([\w.]+)'>", r"\1", " ".join(message.split()))
-        text = re.sub(r"Problem with given class_path '[\w.]+': ", "", text)
-        text = re.sub(r'^Parser key "([^"]+)": ', r"--\1: ", text)
-        text = re.sub(r"^--([\w.]+): --([\w.]+): ", r"--\1.\2: ", text)
-        # A field of a class that may be left out: what is wrong with the field, not with the class.
-        text = re.sub(
-            r"^--([\w.]+): Does not validate .* Errors: - --([\w.]+): (.*?) - Expected .*NestedArg.*",
-            r"--\1.\2: \3",
-            text,
-        )
-        text = re.sub(
-            r"Does not validate against.* Subtypes: \[(.*?)\] Errors: .* Given value: (.*)", _union_error, text
-        )
-        text = re.sub(r"Expected a tuple\b", "Expected a list such as [16,32]", text)
-        text = re.sub(r"typing\.Literal\[([^\]]*)\]", r"one of \1", text)
-        raise UsageError(re.sub(r"Expected an? (.*?)\. Got value: ", r"expected \1, got ", text)) from ex
+def _show(parser: Parser, tree: _Tree, prefix: str = "") -> NoReturn:
+    """Print a help text with the fields whose flags begin with a prefix, and stop."""
+    tree.describe(parser, prefix)
+    parser.print_help()
+    raise SystemExit(0)
 
 
-def _union_error(match: re.Match[str]) -> str:
-    names = [name.rpartition(".")[2].replace("NoneType", "null") for name in match[1].split(", ")]
-    return f"expected {' or '.join(names)}, got {match[2]}"
+def _separate(words: Sequence[str], own: Sequence[Option]) -> tuple[list[str], dict[str, str]]:
+    """Split a command line into the command's own words and flags of the configuration with their values."""
+    mine, flags = [], {}
+    known = {name for name, _ in own} | {"--help"}
+    rest = iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if not word.startswith("--") or name in known:
+            mine.append(word)
+            continue
+        value = value if equals else next(rest, "--")
+        if value.startswith("--"):
+            raise UsageError(f"{name}: expected one argument")
+        flags[name[2:]] = value
+    return mine, flags
 
 
-class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Help with types left to the metavar and defaults as they would be typed."""
+@dataclasses.dataclass(frozen=True)
+class _Tree:
+    """Plain configuration whose fields flags set.
 
-    classes: ClassVar[Sequence[type]] = CLASSES
+    Args:
+        plain: configuration as plain data; changed in place.
+        names: fields of the configuration that have flags.
+        classes: that flags may name.
+    """
 
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34, width=110)
+    plain: dict[str, Any]
+    names: Sequence[str]
+    classes: Sequence[type]
 
-    def _get_help_string(self, action: argparse.Action) -> str:
-        if action.dest.endswith(".help"):
-            return "show the fields of a class"
-        text = re.sub(r"\bNone\b", "null", " ".join((action.help or "").split()))  # as it is typed here
-        text = _without_tex(text)
-        hint = getattr(action, "_typehint", None)
-        family = _family(hint)
-        if family is not None:
-            names = ", ".join(sorted(members(family, self.classes)))
-            text += f" One of {names}; its fields follow as --{action.dest}.FIELD."
-        if hint is None or action.default is argparse.SUPPRESS:
-            return text.replace("%", "%%")
-        return f"{text} [{_shown(action.default)}]".replace("%", "%%")
+    def assign(self, flag: str, text: str) -> None:
+        """Set the field of a flag.
 
-    def start_section(self, heading: str | None) -> None:
-        super().start_section(_without_tex(heading) if heading else heading)
+        Raises:
+            LookupError: there is no such field.
+            UsageError: an unknown class, or a field of a class that is not chosen.
+        """
+        if flag.partition(".")[0] not in self.names:
+            raise LookupError(flag)
+        plain, cls = self.plain, TrainConfig
+        path = flag.split(".")
+        for depth, name in enumerate(path, start=1):
+            field = next((field for field in dataclasses.fields(cls) if field.name == name), None)
+            hint = typing.get_type_hints(cls).get(name)
+            if field is None or needs_python(hint):
+                raise LookupError(flag)
+            if name not in plain and dataclasses.is_dataclass(field.default):
+                plain[name] = to_plain(field.default)
+            if depth == len(path):
+                plain[name] = self._member(hint, plain.get(name), flag, text) if family(hint) else _read(hint, text)
+                return
+            chosen = ".".join(path[:depth])
+            if not isinstance(plain.get(name), dict):
+                if family(hint) is None:
+                    raise LookupError(flag)
+                raise UsageError(f"--{flag}: --{chosen} is null; name its class first, --{chosen} CLASS")
+            cls = self._class(hint, plain[name])
+            plain = plain[name].get("init_args", plain[name])
 
-    def _format_action(self, action: argparse.Action) -> str:
-        # Whole groups from a file, as jsonargparse offers them, would be a second way to do what --config does.
-        # A function cannot be given in words, nor can tensors.
-        if type(action).__name__ == "_ActionConfigLoad" or needs_python(getattr(action, "_typehint", None)):
-            return ""
-        return super()._format_action(action)
+    def fields(self) -> list[Field]:
+        """List the fields and the fields inside them."""
+        return list(self._fields(TrainConfig, self.plain, self.names, ""))
 
-    def _metavar_formatter(self, action: argparse.Action, default_metavar: str) -> Any:
-        if action.dest.endswith(".help"):
-            return lambda size: ("CLASS",) * size
-        hint = getattr(action, "_typehint", None)
-        if hint is not None and action.choices is None and action.metavar is None:
-            name = _type_name(hint)
-            return lambda size: (name,) * size
-        return super()._metavar_formatter(action, default_metavar)
+    def describe(self, parser: argparse.ArgumentParser, prefix: str = "") -> None:
+        """Add the fields whose flags begin with a prefix to a help text, with a group for each class."""
+        common = group = parser.add_argument_group("fields of the configuration")
+        for field in self.fields():
+            if not field.flag.startswith(prefix):
+                continue
+            text, base = field.text, family(field.hint)
+            plain_class = base is None and dataclasses.is_dataclass(field.hint)
+            if "." not in field.flag:
+                group = parser.add_argument_group(text.rstrip(".")) if base is not None or plain_class else common
+            if base is not None:
+                names = ", ".join(sorted(members(base, self.classes)))
+                text += f" One of {names}; its fields follow as --{field.flag}.FIELD."
+                group.add_argument(f"--{field.flag}.help", metavar="CLASS", help="show the fields of a class")
+            if not plain_class:
+                text = f"{text} [{_shown(field.value)}]".replace("%", "%%")
+                group.add_argument(f"--{field.flag}", metavar=_type_name(field.hint), help=text)
+
+    def _fields(self, cls: type, plain: dict[str, Any], names: Iterable[str], prefix: str) -> Iterator[Field]:
+        hints, texts = typing.get_type_hints(cls), _descriptions(cls)
+        for name in names:
+            hint, value = hints[name], plain.get(name)
+            if needs_python(hint):
+                continue
+            yield Field(prefix + name, hint, value, texts.get(name, ""))
+            if isinstance(value, dict):
+                chosen = self._class(hint, value)
+                hints_inside = typing.get_type_hints(chosen)
+                inside = [f for f in dataclasses.fields(chosen) if not needs_python(hints_inside[f.name])]
+                defaults = {f.name: to_plain(f.default) for f in inside if f.default is not dataclasses.MISSING}
+                value = defaults | value.get("init_args", value)
+                yield from self._fields(chosen, value, [f.name for f in inside], f"{prefix}{name}.")
+
+    def _class(self, hint: Any, plain: dict[str, Any]) -> type:
+        """Return the dataclass that a plain value is of."""
+        base = family(hint)
+        if base is None:
+            return typing.cast(type, hint)
+        return members(base, self.classes)[plain["class_path"].rpartition(".")[2]]
+
+    def _member(self, hint: Any, old: Any, flag: str, text: str) -> Any:
+        """Return the plain form of a class; it keeps the fields that all solvers (optimizers) share."""
+        if text == "null":
+            return None
+        base = typing.cast(type, family(hint))
+        classes, name = members(base, self.classes), text.rpartition(".")[2]
+        if name not in classes:
+            raise UsageError(f"--{flag}: unknown class {name!r}; {nearest(name, classes)}")
+        path = text if "." in text else public_path(classes[name])
+        if old is not None and self._class(hint, old) is classes[name]:
+            return {**old, "class_path": path}
+        # Sources of data share a mean and a split, which belong to one of them.
+        shared = set() if issubclass(base, Data) else {field.name for field in dataclasses.fields(base)}
+        kept = {key: value for key, value in (old or {"init_args": {}})["init_args"].items() if key in shared}
+        return {"class_path": path, "init_args": kept}
 
 
-def _without_tex(text: str) -> str:
-    return re.sub(r"\$([^$]*)\$", lambda formula: formula[1].replace("\\", ""), text)
+def _read(hint: Any, text: str) -> Any:
+    """Read a value that is no class: a string as it is, all else as YAML."""
+    options = typing.get_args(hint) or (hint,)
+    if text == "null" and type(None) in options:
+        return None
+    if str in options or typing.get_origin(hint) is typing.Literal:
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text  # refused later, with the type that the field has
+
+
+def _descriptions(cls: type) -> dict[str, str]:
+    """Read the descriptions of fields from the docstrings of a class and its bases."""
+    found: dict[str, str] = {}
+    for kind in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(kind):
+            for entry in docstring_parser.parse_from_object(kind).params:
+                text = re.sub(r"\$([^$]*)\$", lambda formula: formula[1].replace("\\", ""), entry.description or "")
+                found[entry.arg_name] = re.sub(r"\bNone\b", "null", " ".join(text.split()))  # as a flag spells it
+    return found
 
 
 def _shown(value: Any) -> str:
-    """A default as it would be typed."""
-    if isinstance(value, jsonargparse.Namespace):
-        value = value.as_dict()
+    """Return a plain value as a flag spells it."""
     if isinstance(value, dict):
-        items = value.get("init_args", {}).items()
-        # Fields of plain dataclasses would make the line too long; they have flags of their own.
-        shown = {key: item for key, item in items if item is not None and not _is_plain(item)}
-        inside = ", ".join(f"{key}={_shown(item)}" for key, item in shown.items())
-        return f"{value['class_path'].rpartition('.')[2]}({inside})"
+        items = value.get("init_args", value).items()
+        inside = ", ".join(f"{key}={_shown(item)}" for key, item in items if item is not None)
+        return f"{value.get('class_path', '').rpartition('.')[2]}({inside})"
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(map(_shown, value)) + "]"
     if value is None or isinstance(value, bool):
@@ -183,14 +294,10 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, dict) and "class_path" not in value
-
-
 def _type_name(hint: Any) -> str:
-    family = _family(hint)
-    if family is not None:
-        return family.__name__.upper()
+    base = family(hint)
+    if base is not None:
+        return base.__name__.upper()
     if typing.get_origin(hint) is typing.Literal:
         return "{" + ",".join(map(str, typing.get_args(hint))) + "}"
     if typing.get_origin(hint) is tuple:
@@ -199,8 +306,8 @@ def _type_name(hint: Any) -> str:
     return "|".join("null" if name == "NoneType" else name for name in names)
 
 
-def _family(hint: Any) -> type | None:
-    """The abstract class whose members a field takes, if it is such a field."""
+def family(hint: Any) -> type | None:
+    """Return the abstract class whose members a field takes, None for another field."""
     if typing.get_origin(hint) is tuple:  # several of them are written as a list
         return None
     for option in typing.get_args(hint) or (hint,):
@@ -209,8 +316,8 @@ def _family(hint: Any) -> type | None:
     return None
 
 
-def spell(argument: str, own: Sequence[tuple[str, dict[str, Any]]]) -> str:
-    """A flag with underscores, or as the command spells its own."""
+def spell(argument: str, own: Sequence[Option]) -> str:
+    """Return a flag with underscores, or as the command spells its own."""
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument.partition("=")
@@ -220,94 +327,8 @@ def spell(argument: str, own: Sequence[tuple[str, dict[str, Any]]]) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
-def _values(arguments: Sequence[str]) -> dict[str, str]:
-    """Flags without dashes and what follows them."""
-    found = {}
-    for position, argument in enumerate(arguments):
-        if argument.startswith("--"):
-            name, equals, value = argument[2:].partition("=")
-            following = arguments[position + 1] if position + 1 < len(arguments) else ""
-            found[name] = value if equals else following
-    return found
-
-
-def _choose_classes(
-    plain: dict[str, Any], arguments: Sequence[str], fields: Sequence[str], classes: Sequence[type]
-) -> dict[str, Any]:
-    """The base with another class where a flag names one: it keeps the fields that all solvers (optimizers) share."""
-    values = _values(arguments)
-    hints = typing.get_type_hints(TrainConfig)
-    plain = dict(plain)
-    for name in fields:
-        family = _family(hints[name])
-        chosen = values.get(name, "").rpartition(".")[2]
-        if family is None:
-            continue
-        found = members(family, classes)
-        asked = values.get(f"{name}.help", "").rpartition(".")[2]
-        if asked and not asked.startswith("-") and asked not in found:
-            raise UsageError(f"--{name}.help: unknown class {asked!r}; {nearest(asked, found)}")
-        if not chosen or chosen == "null":
-            continue
-        if chosen not in found:
-            raise UsageError(f"--{name}: unknown class {chosen!r}; {nearest(chosen, found)}")
-        path, old = public_path(found[chosen]), plain[name]
-        if old is not None and old["class_path"] != path:
-            shared = {field.name for field in dataclasses.fields(family)} if name != "data" else set()
-            kept = {key: value for key, value in old["init_args"].items() if key in shared}
-            plain[name] = {"class_path": path, "init_args": kept}
-    return plain
-
-
-def _check_names(
-    plain: dict[str, Any],
-    arguments: Sequence[str],
-    fields: Sequence[str],
-    own: Sequence[tuple[str, dict[str, Any]]],
-    classes: Sequence[type],
-) -> None:
-    values = _values(arguments)
-    hints = typing.get_type_hints(TrainConfig)
-    known = {name[2:] for name, _ in own if name.startswith("--")} | {"help"}
-    for name in fields:
-        known |= _names(name, hints[name], plain.get(name), values, classes)
-    for given in values:
-        if given and given not in known:
-            raise UsageError(f"unknown flag --{given}; {nearest_flag(given, known)}")
-
-
-def _names(name: str, hint: Any, value: Any, values: dict[str, str], classes: Sequence[type]) -> set[str]:
-    """Flags of a field and of the fields inside it."""
-    names = {name}
-    family = _family(hint)
-    if family is not None:
-        names.add(f"{name}.help")
-        found = members(family, classes)
-        given = values.get(name, "").rpartition(".")[2]
-        if given.isidentifier() and given not in {*found, "null"}:
-            raise UsageError(f"--{name}: unknown class {given!r}; {nearest(given, found)}")
-        chosen = given or (value or {}).get("class_path", "").rpartition(".")[2]
-        if chosen not in found:
-            return names
-        cls, inside = found[chosen], (value or {}).get("init_args", {})
-        if not inside:
-            inside = {
-                field.name: to_plain(field.default)
-                for field in dataclasses.fields(cls)
-                if dataclasses.is_dataclass(field.default)
-            }
-    elif inspect.isclass(hint) and dataclasses.is_dataclass(hint):
-        cls, inside = hint, value or {}
-    else:
-        return names
-    for inner, inner_hint in typing.get_type_hints(cls).items():
-        if inner in {field.name for field in dataclasses.fields(cls)} and not needs_python(inner_hint):
-            names |= _names(f"{name}.{inner}", inner_hint, inside.get(inner), values, classes)
-    return names
-
-
 def nearest_flag(given: str, known: set[str]) -> str:
-    """End of a message about an unknown flag: the most similar one, first among the fields of the same class."""
+    """End a message about an unknown flag: the most similar one, first among the fields of the same class."""
     head, _, tail = given.rpartition(".")
     fields = {name.rpartition(".")[2] for name in known if head and name.rpartition(".")[0] == head} - {"help"}
     prefix, wanted, names = (f"--{head}.", tail, fields) if fields else ("--", given, known)

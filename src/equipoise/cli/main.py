@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
 
@@ -42,6 +43,12 @@ examples:
   equipoise report runs/demo
   equipoise tune breast-cancer
 """
+
+
+COMMANDS = {  # and the modules that they are in
+    "recipes": "train",
+    **{name: name for name in ("train", "evaluate", "certify", "predict", "attack", "reconstruct", "report", "tune")},
+}
 
 
 def main(argv: Sequence[str] | None = None, *, classes: Sequence[type] | None = None) -> int:
@@ -93,24 +100,9 @@ def run(arguments: list[str], classes: Sequence[type] | None = None) -> int:
     if command == "--version":
         sys.stdout.write(f"equipoise {equipoise.__version__}\n")
         return 0
-    from equipoise.cli import commands  # torch and its friends take seconds: not for --help
-    from equipoise.cli.attack import attack
-    from equipoise.cli.certify import certify
-    from equipoise.cli.reconstruct import reconstruct
-    from equipoise.cli.tune import tune
+    if command not in COMMANDS:
+        raise UsageError(f"unknown command {command!r}; {nearest(command, COMMANDS)}")
+    module = importlib.import_module(f"equipoise.cli.{COMMANDS[command]}")  # takes seconds: not for --help
     from equipoise.zoo import CLASSES
 
-    known = {
-        "recipes": commands.recipes,
-        "train": commands.train,
-        "evaluate": commands.evaluate,
-        "certify": certify,
-        "predict": commands.predict,
-        "attack": attack,
-        "reconstruct": reconstruct,
-        "report": commands.report,
-        "tune": tune,
-    }
-    if command not in known:
-        raise UsageError(f"unknown command {command!r}; {nearest(command, known)}")
-    return known[command](rest, CLASSES if classes is None else classes)
+    return int(getattr(module, command)(rest, CLASSES if classes is None else classes))

@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from equipoise.cli.commands import evaluated, run_folder, run_model
 from equipoise.cli.display import facts_table
 from equipoise.cli.errors import UsageError
-from equipoise.cli.flags import parse
+from equipoise.cli.flags import Option
+from equipoise.cli.runs import evaluation_config, parse_run, report_packages, run_model
 from equipoise.data import read_cropped, read_image
 from equipoise.data.base import generator
 from equipoise.files import RunError
@@ -27,7 +27,6 @@ from equipoise.train import TrainConfig
 from equipoise.zoo import (
     CLASSES,
     EXPLAIN,
-    RECIPES,
     Blur,
     Corruption,
     Downsample,
@@ -38,7 +37,6 @@ from equipoise.zoo import (
     explain,
     psnr,
 )
-from equipoise.zoo.files import folder_config
 
 DESCRIPTION = """\
 Recover an image from what is left of it: the decoder of a run makes the image, and its latents are optimized, together
@@ -54,60 +52,56 @@ examples:
 """
 
 
+OWN: list[Option] = [
+    ("image", {"metavar": "IMAGE", "help": "PNG, JPEG or other image file"}),
+    ("--task", {"choices": ["inpaint", "denoise", "deblur", "superres"], "required": True, "help": "what to do"}),
+    ("--mask", {"metavar": "FILE", "help": "inpaint: image that is white where pixels are missing"}),
+    ("--std", {"type": float, "default": 0.1, "help": "denoise: standard deviation, pixels in [0, 1]"}),
+    ("--sigma", {"type": float, "default": 1.5, "help": "deblur: standard deviation of the blur in pixels"}),
+    ("--factor", {"type": int, "default": 4, "help": "superres: how many times larger the answer is"}),
+    ("--simulate", {"action": "store_true", "help": "damage the image first, and compare at the end"}),
+    ("--noise-seed", {"type": int, "default": 0, "help": "of what --simulate draws"}),
+    ("--invert", {"action": "store_true", "help": "swap dark and light, for dark marks on light ground"}),
+    ("--out", {"metavar": "FILE", "help": "picture: observed, answer, and the truth if known [IMAGE-TASK.png]"}),
+    ("--json", {"action": "store_true", "help": "print JSON"}),
+]
+
+
 def reconstruct(arguments: list[str], classes: Sequence[type] = CLASSES) -> int:
     """Recover an image file."""
-    folder = run_folder(arguments, "reconstruct")
-    found = folder_config(folder, classes=classes) if folder is not None else RECIPES["jiio-generative"]()
-    if not isinstance(found.task, Reconstruct):
-        raise RunError(
-            f"{folder} is a run of {type(found.task).__name__}, and reconstruct needs a decoder: equipoise train "
-            "jiio-generative"
-        )
-    own: list[tuple[str, dict[str, Any]]] = [
-        ("run", {"metavar": "RUN", "help": "run folder"}),
-        ("image", {"metavar": "IMAGE", "help": "PNG, JPEG or other image file"}),
-        (
-            "--task",
-            {"choices": ["inpaint", "denoise", "deblur", "superres"], "required": True, "help": "what to do"},
-        ),
-        ("--mask", {"metavar": "FILE", "help": "inpaint: image that is white where pixels are missing"}),
-        (
-            "--std",
-            {"type": float, "default": 0.1, "help": "denoise: standard deviation, pixels in [0, 1]"},
-        ),
-        ("--sigma", {"type": float, "default": 1.5, "help": "deblur: standard deviation of the blur in pixels"}),
-        ("--factor", {"type": int, "default": 4, "help": "superres: how many times larger the answer is"}),
-        ("--simulate", {"action": "store_true", "help": "damage the image first, and compare at the end"}),
-        ("--noise-seed", {"type": int, "default": 0, "help": "of what --simulate draws"}),
-        ("--invert", {"action": "store_true", "help": "swap dark and light, for dark marks on light ground"}),
-        ("--out", {"metavar": "FILE", "help": "picture: observed, answer, and the truth if known [IMAGE-TASK.png]"}),
-        ("--json", {"action": "store_true", "help": "print JSON"}),
-    ]
-    config, options = parse(
+    config, options = parse_run(
         arguments,
-        evaluated(found),
-        usage="equipoise reconstruct RUN IMAGE --task TASK [flags]",
+        "reconstruct",
+        classes,
+        recipe="jiio-generative",
+        own=OWN,
+        fields=("solver",),
+        words=" IMAGE --task TASK",
         description=DESCRIPTION,
         examples=EXAMPLES,
-        own=own,
-        classes=classes,
-        fields=("solver",),
+        prepare=evaluation_config,
     )
+    task = config.task
+    if not isinstance(task, Reconstruct):
+        raise RunError(
+            f"{options.run} is a run of {type(task).__name__}, and reconstruct needs a decoder: equipoise train "
+            "jiio-generative"
+        )
     corruption = _corruption(options)
     console = Console()
-    if isinstance(found.model, PriorConfig) and options.task in ("deblur", "superres"):
+    if isinstance(config.model, PriorConfig) and options.task in ("deblur", "superres"):
         raise UsageError(
             f"{options.run} has learned to denoise and inpaint; for --task {options.task} take a run of jiio-generative"
         )
-    model, _ = run_model(Path(options.run), console, quiet=options.json, classes=classes)
+    model, _ = run_model(Path(options.run), classes, console, quiet=options.json)
     model.eval().float().requires_grad_(False)
     problem = _read(options, config, corruption)
     start = time.perf_counter()
     columns = TextColumn("optimizing latents and equilibrium together"), BarColumn(bar_width=None), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True, disable=options.json or not console.is_terminal) as bar:
-        told = bar.add_task("solve", total=_most_calls(found.task, config))
-        with model.deq.cell.register_forward_hook(lambda *_: bar.advance(told)):
-            answer, facts = _solve(model, config, found.task, problem, corruption)
+        solving = bar.add_task("solve", total=_most_calls(task, config))
+        with model.deq.cell.register_forward_hook(lambda *_: bar.advance(solving)):
+            answer, facts = _solve(model, config, task, problem, corruption)
     facts["seconds"] = time.perf_counter() - start
     path = Path(options.out or f"{Path(options.image).stem}-{options.task}.png")
     panels = {"observed": _shown(problem, options.task), "answer": answer[0]}
@@ -119,7 +113,7 @@ def reconstruct(arguments: list[str], classes: Sequence[type] = CLASSES) -> int:
         line = {"run": options.run, "image": options.image, "task": options.task, **facts, "note": problem.note}
         sys.stdout.write(json.dumps({**line, "picture": str(path)}) + "\n")
         return 0
-    console.print(facts_table(_told(options, facts)))
+    console.print(facts_table(_rows(options, facts)))
     for text in (problem.note, f"picture {path}"):
         if text:
             console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -265,20 +259,17 @@ def _ssim(answer: Tensor, truth: Tensor) -> float | None:
 
 
 def _draw(panels: dict[str, Tensor], path: Path) -> None:
-    try:
+    with report_packages("the picture"):
         from equipoise.report.reconstruction import draw
-    except ImportError as error:
-        missing = (error.name or str(error)).partition(".")[0]
-        raise RunError(f"the picture needs {missing}: pip install 'equipoise[report]'") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     draw(panels, path)
 
 
-def _told(options: Any, facts: dict[str, Any]) -> dict[str, str]:
-    told = {"run": options.run, "image": options.image, "task": options.task}
+def _rows(options: Any, facts: dict[str, Any]) -> dict[str, str]:
+    rows = {"run": options.run, "image": options.image, "task": options.task}
     if "psnr" in facts:
-        told["PSNR"] = f"{facts['psnr']:.2f} dB"
-        told["SSIM"] = "needs scikit-image" if facts["ssim"] is None else f"{facts['ssim']:.4f}"
-    told["not explained"] = f"{facts['rms']:.4f} of a pixel seen, root mean square"
-    told["cost"] = f"{facts['rounds']} rounds, {facts['evals']} calls of the map, {facts['vjps']} products"
-    return {**told, "time": f"{facts['seconds']:.1f} s"}
+        rows["PSNR"] = f"{facts['psnr']:.2f} dB"
+        rows["SSIM"] = "needs scikit-image" if facts["ssim"] is None else f"{facts['ssim']:.4f}"
+    rows["not explained"] = f"{facts['rms']:.4f} of a pixel seen, root mean square"
+    rows["cost"] = f"{facts['rounds']} rounds, {facts['evals']} calls of the map, {facts['vjps']} products"
+    return {**rows, "time": f"{facts['seconds']:.1f} s"}

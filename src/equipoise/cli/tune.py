@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from equipoise.bilevel import OuterStep
 from equipoise.cli.display import TwoLines, facts_table
 from equipoise.cli.errors import UsageError
-from equipoise.cli.flags import Formatter, Parser, nearest_flag, spell
+from equipoise.cli.flags import Option, parse_own
 from equipoise.files import RunError, write_atomic
 from equipoise.gradients import Gradient, Implicit, JacobianFree, Shine
 from equipoise.solvers import CG
@@ -206,7 +206,7 @@ def _fit(model: Any, X: Any, y: np.ndarray, run: _Run, console: Console) -> list
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    flags: list[tuple[str, dict[str, Any]]] = [
+    flags: list[Option] = [
         (
             "data",
             {"metavar": "DATA", "help": "file (.csv, .tsv, .parquet, .npz, libsvm text), breast-cancer or diabetes"},
@@ -224,30 +224,14 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         ("--overwrite", {"action": "store_true", "help": "replace the run in the folder"}),
         ("--json", {"action": "store_true", "help": "print only the result, as JSON"}),
     ]
-    known = {name[2:] for name, _ in flags if name.startswith("--")} | {"help"}
-    words = [spell(argument, flags) for argument in arguments]
-    for word in words:
-        name = word[2:].partition("=")[0]
-        if word.startswith("--") and name not in known:
-            raise UsageError(f"unknown flag --{name}; {nearest_flag(name, known)}")
-    if not words:
-        raise UsageError("DATA is missing: equipoise tune DATA; --help lists the flags")
-    parser = Parser(
-        prog="equipoise",
+    options = parse_own(
+        arguments,
+        flags,
         usage="equipoise tune DATA [flags]",
         description="Fit a logistic or a ridge regression to a table, with the penalties that minimize the loss on\n"
         "held-out rows, found by gradient.",
-        epilog=EXAMPLES,
-        allow_abbrev=False,
-        add_help=False,
-        exit_on_error=False,
-        formatter_class=Formatter,
+        examples=EXAMPLES,
     )
-    group = parser.add_argument_group("options")
-    for name, details in flags:
-        (group if name.startswith("-") else parser).add_argument(name, **details)
-    group.add_argument("-h", "--help", action="help", help="show this help")
-    options = argparse.Namespace(**parser.parse_args(words).as_dict())
     for name, choices in (("penalty", PENALTIES), ("gradient", GRADIENTS)):
         if getattr(options, name) not in choices:
             raise UsageError(
