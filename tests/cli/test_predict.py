@@ -291,7 +291,7 @@ def test_many_images_are_classified_batch_by_batch_with_the_same_answers(
 
 def test_predict_says_what_is_wrong_with_the_command_line(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     for words, code, pattern in (
-        (["predict", run], 2, "images"),
+        (["predict", run], 2, "IMAGE"),
         (["predict", run, "x.png", "--top", "0"], 2, "--top 0: must be >= 1"),
         (["predict", run, "x.png", "--top", "two"], 2, "--top.*two"),
         (["predict", run, "x.png", "--epochs", "2"], 2, "unknown flag --epochs"),

@@ -124,7 +124,7 @@ def test_one_penalty_for_each_class(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 MISTAKES = {
-    "nothing": ((), "DATA is missing: equipoise tune DATA"),
+    "nothing": ((), "arguments are required: DATA; usage: equipoise tune DATA"),
     "flag": (("rows.csv", "--labels", "x"), "unknown flag --labels; did you mean --label?"),
     "strange flag": (("rows.csv", "--xyzzy", "x"), "unknown flag --xyzzy; --help lists all"),
     "penalty": (("rows.csv", "--penalty", "per-clas"), "--penalty: unknown 'per-clas'; did you mean 'per-class'?"),
@@ -133,7 +133,7 @@ MISTAKES = {
     "fraction": (("rows.csv", "--validation-fraction", "1"), "--validation-fraction 1: must lie between 0 and 1"),
     "test fraction": (("rows.csv", "--test-fraction", "-1"), "--test-fraction -1: must be at least 0"),
     "steps": (("rows.csv", "--max-steps", "0"), "--max-steps 0: must be >= 1"),
-    "steps in words": (("rows.csv", "--max-steps", "few"), "--max_steps: expected int, got few"),
+    "steps in words": (("rows.csv", "--max-steps", "few"), "--max-steps: invalid int value: 'few'"),
     "strings": (("rows.csv", "--task", "regression"), "the labels are strings; name a numeric column with --label"),
     "not whole": (("diabetes", "--task", "classification"), "labels are 214 different numbers, not integers"),
     "two classes": (("breast-cancer", "--penalty", "per-class"), "needs three or more classes"),
