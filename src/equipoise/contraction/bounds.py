@@ -7,6 +7,7 @@ from typing import TypeGuard, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from equipoise.nn.dropout import VariationalDropout
 
@@ -14,7 +15,7 @@ M = TypeVar("M", bound=nn.Module)
 
 NONEXPANSIVE = (nn.Identity, nn.ReLU, nn.Tanh, nn.Sigmoid, nn.PixelShuffle, nn.PixelUnshuffle, nn.Flatten)
 # Reason and remedy for layers without a useful constant; the last entry takes every module.
-UNBOUNDED = {
+UNBOUNDED: dict[type[nn.Module] | tuple[type[nn.Module], ...], str] = {
     nn.modules.conv._ConvNd: "its norm is not bounded, and depends on the size of the image; use CappedConv2d",
     nn.modules.batchnorm._BatchNorm: "batch statistics make a sample depend on its batch; use MeanOnlyGroupNorm",
     (nn.GroupNorm, nn.LayerNorm): "a division by the standard deviation has no useful constant; use MeanOnlyGroupNorm",
@@ -89,6 +90,16 @@ def require_own(module: nn.Module, name: str) -> None:
     kind = next((kind for kind in type(module).__mro__ if {name, "forward"} & vars(kind).keys()), nn.Module)
     if kind is not nn.Module and name not in vars(kind):
         raise UnknownConstant(module, f"it overrides forward and inherits {name}; define {name}(training), too")
+
+
+def require_one_parametrization(module: nn.Module) -> None:
+    """Check that no second parametrization of the weight undoes a bound.
+
+    Raises:
+        UnknownConstant: there is another one.
+    """
+    if parametrize.is_parametrized(module, "weight") and len(module.parametrizations["weight"]) > 1:  # type: ignore[index]
+        raise UnknownConstant(module, "another parametrization, such as weight_norm, undoes its bound; remove it")
 
 
 def _plain(module: nn.Module, *kinds: type[M]) -> TypeGuard[M]:

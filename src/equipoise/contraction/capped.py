@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from equipoise.contraction.bounds import UnknownConstant
+from equipoise.contraction.bounds import require_one_parametrization
 from equipoise.contraction.operator_norm import conv_norm_bound, conv_power_iteration
 
 MOVED = 0.05  # relative change of a kernel after which its bound is renewed
@@ -83,8 +83,7 @@ class CappedConv2d(nn.Conv2d):
 
     def lipschitz_bound(self, training: bool) -> float:
         """Bound the norm of the weight of the present mode, in 64-bit arithmetic."""
-        if parametrize.is_parametrized(self, "weight") and len(self.parametrizations.weight) > 1:  # type: ignore[union-attr, arg-type]
-            raise UnknownConstant(self, "another parametrization, such as weight_norm, undoes its cap; remove it")
+        require_one_parametrization(self)
         weight = self.weight.detach().double()
         return float(conv_norm_bound(weight, self.size, stride=self.stride[0], padding=int(self.padding[0])))
 

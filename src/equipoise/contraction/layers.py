@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from equipoise.contraction.bounds import UnknownConstant
+from equipoise.contraction.bounds import require_one_parametrization
 
 
 class _Clip(torch.autograd.Function):
@@ -150,11 +150,8 @@ class MaxMin(nn.Module):
         return 1.0
 
 
-class IsometricUpsample(nn.Module):
-    """Nearest-neighbor upsampling divided by its factor; it preserves norms, so its constant is 1.
-
-    Every value is copied to `factor^2` pixels, so upsampling alone multiplies the norm by `factor`. The counterpart
-    for downsampling is `torch.nn.PixelUnshuffle`, which moves pixels into channels.
+class NearestUpsample(nn.Upsample):
+    """Nearest-neighbor upsampling by an integer factor, which is its constant.
 
     Args:
         factor: ratio of the new height and width to the old.
@@ -164,36 +161,35 @@ class IsometricUpsample(nn.Module):
     """
 
     def __init__(self, factor: int) -> None:
-        super().__init__()
+        super().__init__(scale_factor=factor, mode="nearest")
         if factor < 1:
-            raise ValueError(f"IsometricUpsample(factor={factor!r}): must be >= 1")
+            raise ValueError(f"{type(self).__name__}(factor={factor!r}): must be >= 1")
         self.factor = factor
+
+    def lipschitz_bound(self, training: bool) -> float:
+        """The factor: every value is copied `factor^2` times."""
+        return float(self.factor)
+
+
+class IsometricUpsample(NearestUpsample):
+    """Nearest-neighbor upsampling divided by its factor; it preserves norms, so its constant is 1.
+
+    The counterpart for downsampling is `torch.nn.PixelUnshuffle`, which moves pixels into channels.
+
+    Args:
+        factor: ratio of the new height and width to the old.
+
+    Raises:
+        ValueError: `factor` is below 1.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, C, H, W) -> (B, C, factor H, factor W)`."""
-        return F.interpolate(x / self.factor, scale_factor=self.factor, mode="nearest")
+        return super().forward(x / self.factor)
 
     def lipschitz_bound(self, training: bool) -> float:
         """One."""
         return 1.0
-
-    def extra_repr(self) -> str:
-        return f"factor={self.factor}"
-
-
-class NearestUpsample(nn.Upsample):
-    """Nearest-neighbor upsampling by an integer factor, which is its constant.
-
-    Args:
-        factor: ratio of the new height and width to the old.
-    """
-
-    def __init__(self, factor: int) -> None:
-        super().__init__(scale_factor=factor, mode="nearest")
-
-    def lipschitz_bound(self, training: bool) -> float:
-        """The factor: every value is copied `factor^2` times."""
-        return float(self.scale_factor)  # type: ignore[arg-type]
 
 
 class SLLBlock(nn.Module):
@@ -254,8 +250,7 @@ class SLLBlock(nn.Module):
 
     def lipschitz_bound(self, training: bool) -> float:
         """One."""
-        if len(self.parametrizations.weight) > 1:  # type: ignore[union-attr, arg-type]
-            raise UnknownConstant(self, "another parametrization, such as weight_norm, undoes its bound; remove it")
+        require_one_parametrization(self)
         return 1.0
 
 
@@ -303,7 +298,7 @@ class LevelWeights(nn.Module):
         self.mode = mode
         fixed = torch.ones(1, 1) if num_levels == 1 else _shares(num_levels, mode, exchange)
         if mode == "learned":
-            self.weight = nn.Parameter(fixed)
+            self.weight: Tensor = nn.Parameter(fixed)
             parametrize.register_parametrization(self, "weight", _UnitNorm())
         else:
             self.weight = nn.Buffer(fixed, persistent=False)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor
 
@@ -77,9 +75,6 @@ class _Response(Map):
 
     def select(self, index: Tensor) -> _Response:
         return _Response(self.forward_map.select(index), self.v[index], self.fv[index])
-
-    def solve_context(self, *, backward: bool = False) -> contextlib.AbstractContextManager[None]:
-        return self.forward_map.solve_context(backward=backward)
 
     def call(self, z: Tensor) -> Tensor:
         return self.forward_map.call(self.v + z) - self.fv
