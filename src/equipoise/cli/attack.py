@@ -1,4 +1,4 @@
-"""`equipoise attack`: how small changes of images mislead the classifier of a run."""
+"""`equipoise attack`: small changes of images that mislead the classifier of a run."""
 
 from __future__ import annotations
 
@@ -29,16 +29,15 @@ from equipoise.train import TrainConfig
 from equipoise.zoo import ATTACK, CLASSES, Adversarial, EquilibriumClassifier
 from equipoise.zoo import attack as find
 
-BATCH = 50  # images that are attacked together, between two marks of the progress bar
+BATCH = 50  # images per attack; the progress bar moves once per batch
 SHOWN = 10  # images in the picture
-SCHEME = Nested(steps=4)  # maps of runs may contract slowly, or not at all
+SCHEME = Nested(steps=4)  # safe for maps that contract slowly or not at all
 
 DESCRIPTION = """\
-Change images as little as allowed, such that the classifier of a run errs on them most, and show what becomes of its
-answers. Image and equilibrium are found together; the answers are of the equilibrium at the changed image, solved for
-once more. Without IMAGE the first test images are attacked, away from their labels; images of your own are led away
-from what the classifier says of them. Pixels are in [0, 1] and stay there.
-An attack that finds nothing proves nothing."""
+Change images within a small ball so that the classifier of a run errs, and show its predictions before and after. Image
+and equilibrium are found together; each prediction is made at an equilibrium that is solved for again. Without IMAGE
+the first test images are attacked against their labels; your own images are attacked against the prediction of the
+classifier. Pixels stay in [0, 1]. A failed attack proves nothing."""
 EXAMPLES = """\
 examples:
   equipoise attack runs/demo
@@ -69,12 +68,12 @@ OWN: list[Option] = [
 
 @dataclasses.dataclass
 class Found:
-    """What the attack made of some images.
+    """Result of an attack.
 
     Attributes:
         images: `(N, C, H, W)` pixels in [0, 1].
         attacked: the same after the attack.
-        labels: `(N,)` classes that the answers are compared with.
+        labels: `(N,)` reference classes.
         before: `(N, num_classes)` logits at the images.
         after: logits at the attacked images.
         evals: calls of the map, over all batches.
@@ -98,7 +97,7 @@ class Found:
         return Found(**joined, evals=self.evals + other.evals, vjps=self.vjps + other.vjps)
 
     def facts(self) -> dict[str, Any]:
-        """Scores over the images."""
+        """Return accuracies, losses and costs."""
         loss = [float(F.cross_entropy(logits, self.labels)) for logits in (self.before, self.after)]
         correct = [float((logits.argmax(1) == self.labels).double().mean()) for logits in (self.before, self.after)]
         return {
@@ -165,7 +164,7 @@ def _complete(options: Any, trained: Adversarial) -> None:
 
 
 def _images(options: Any, config: TrainConfig) -> tuple[Tensor, Tensor | None]:
-    """Pixels in [0, 1] and labels; None where the classifier's own answers take their place."""
+    """Return pixels in [0, 1] and labels; None: the predictions of the classifier serve as labels."""
     if options.files:
         return torch.stack(
             [read_image(path, config.data, options.invert)[0] for path in image_files(options.files)]

@@ -1,4 +1,4 @@
-"""`equipoise certify`: what the weights of a run prove about its map, and what is seen at images."""
+"""`equipoise certify`: certificate of the map of a run, and measurements at images."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from equipoise.train.proof import Proof, prove
 from equipoise.zoo import CLASSES, EquilibriumClassifier, MDEQConfig
 
 DESCRIPTION = """\
-What the weights of a run prove about its map: whether it contracts, without and with the dropout of training, how
-many evaluations every image needs at most, and how many some test images do need. All computed afresh from the weights,
-in evaluation mode; in training mode caps are followed within some percent.
-The exit code is 0 if the map is proved to contract in evaluation, and 1 if not."""
+Prove from the weights of a run that its map contracts: the Lipschitz constant without and with the dropout of training,
+the largest number of evaluations per image, and the number that test images take. All bounds are computed from the
+weights in evaluation mode; in training mode caps are followed within some percent.
+The exit code is 0 if the map provably contracts in evaluation, and 1 if not."""
 EXAMPLES = """\
 examples:
   equipoise certify runs/demo
@@ -97,21 +97,21 @@ def certify(arguments: list[str], classes: Sequence[type] = CLASSES) -> int:
 
 
 def _modes(proof: Proof) -> Iterator[tuple[str, Certificate]]:
-    """The certificates that there are, with their names."""
+    """Yield the available certificates with their modes."""
     for mode, found in (("evaluation", proof.evaluation), ("training", proof.training)):
         if found is not None:
             yield mode, found
 
 
 def _predicted(certificate: Certificate, rtol: float) -> int | None:
-    """Most evaluations of the solver that the certificate chooses, forward; backward there are no more."""
+    """Return the largest number of evaluations of the certified solver, forward and backward."""
     return certificate.solver(rtol=rtol).max_steps if certificate.contracts else None
 
 
 def _observe(
     model: EquilibriumClassifier, proof: Proof, images: Tensor, labels: Tensor, rtol: float
 ) -> dict[str, dict[str, Any]]:
-    """Evaluations that images need, forward and backward, with the solver that the certificate chooses."""
+    """Count evaluations at images, forward and backward, with the certified solver."""
     assert proof.evaluation is not None
     solver = proof.evaluation.solver(rtol=rtol)
     adjoint: list[Solution[Tensor]] = []
@@ -171,7 +171,7 @@ def _verdict(proof: Proof, rtol: float) -> str:
 
 
 def _matrix(mode: str, found: Certificate) -> Table:
-    """The block matrix, levels by their numbers."""
+    """Return the block matrix as a table, one row and one column per level."""
     table = Table(title=f"M in {mode}", title_justify="left")
     table.add_column("", style="bold")
     for j in range(len(found.block_matrix)):
@@ -184,7 +184,7 @@ def _matrix(mode: str, found: Certificate) -> Table:
 def _numbers(
     modes: dict[str, Certificate], rtol: float, observed: dict[str, dict[str, Any]] | None, count: int
 ) -> Table:
-    """What follows from the matrices, and what was seen."""
+    """Return a table of the bounds of each mode and of the measurements."""
     table = Table()
     table.add_column("", style="bold")
     for mode in modes:

@@ -1,4 +1,4 @@
-"""What the command line shows: live progress on a terminal, plain lines elsewhere, tables at the end."""
+"""Output of the command line: live progress on a terminal, plain lines elsewhere, tables at the end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from equipoise.train.task import SCORES
 
 
 class PlainDisplay(Observer):
-    """A line per epoch and evaluation.
+    """Display of one line per epoch and evaluation.
 
     Args:
         console: where to print.
@@ -41,7 +41,7 @@ class PlainDisplay(Observer):
         self.console.print(result_table(result))
 
     def stop(self) -> None:
-        """Leave the terminal as it was."""
+        """Restore the terminal."""
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -49,7 +49,7 @@ class PlainDisplay(Observer):
 
 
 class TwoLines(Progress):
-    """A progress bar with the latest figures below it: beside it they would leave no room for it."""
+    """Progress bar with the latest figures in a second line."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield self.make_tasks_table(self.tasks)
@@ -58,7 +58,7 @@ class TwoLines(Progress):
 
 
 class LiveDisplay(PlainDisplay):
-    """A progress bar with the time left and the latest figures, and the plain lines above it."""
+    """Progress bar with remaining time and latest figures, below the plain lines."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
@@ -100,10 +100,10 @@ class LiveDisplay(PlainDisplay):
 
 
 def describe(line: Mapping[str, Any], total: int) -> str:
-    """A line of the log for people."""
+    """Format a line of the log."""
     place = f"step {line['step']}/{total}  " if line["split"] == "train" else ""
     lr = f"  lr {line['lr']:.2e}" if "lr" in line else ""
-    epoch = line["epoch"] + (line["split"] != "test")  # they are counted from zero, and the test comes after the last
+    epoch = line["epoch"] + (line["split"] != "test")  # counted from zero; the test follows the last epoch
     return (
         f"epoch {epoch:>3}  {line['split']:<10}  {place}"
         f"loss {line['loss']:.4f}  {_scores(line, 4)}  solver steps {line['mean_steps']:.1f}  "
@@ -116,7 +116,7 @@ def _scores(line: Mapping[str, Any], digits: int) -> str:
 
 
 def result_table(result: Result) -> Table:
-    """The end of a training run."""
+    """Return the table at the end of a training run."""
     return facts_table(
         {
             **{f"test {SCORES[name]}": f"{result.test[f'test_{name}']:.4f}" for name in result.scores},
@@ -130,7 +130,7 @@ def result_table(result: Result) -> Table:
 
 
 def facts_table(facts: Mapping[str, str]) -> Table:
-    """Names and values."""
+    """Return a table of names and values."""
     table = Table(show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")

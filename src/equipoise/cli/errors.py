@@ -1,13 +1,13 @@
-"""What the command line says without a traceback."""
+"""Errors of the command line, printed without a traceback."""
 
 import sys
 
 
 class UsageError(ValueError):
-    """A command line that cannot be understood."""
+    """Error in a command line."""
 
 
 def fail(text: str, code: int) -> int:
-    """Tell an error on stderr, in one line; returns its exit code."""
+    """Print an error to stderr in one line and return its exit code."""
     sys.stderr.write(f"equipoise: error: {' '.join(text.split())}\n")
     return code

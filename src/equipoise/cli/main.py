@@ -45,7 +45,7 @@ examples:
 """
 
 
-COMMANDS = {  # and the modules that they are in
+COMMANDS = {  # command: module
     "recipes": "train",
     **{name: name for name in ("train", "evaluate", "certify", "predict", "attack", "reconstruct", "report", "tune")},
 }
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None, *, classes: Sequence[type] | None = 
         return run(arguments, classes)
     except KeyboardInterrupt as stop:
         return fail(f"interrupted{''.join(f'; {advice}' for advice in stop.args)}", 130)
-    except SystemExit as end:  # argparse leaves this way when it has shown a help text
+    except SystemExit as end:  # raised by argparse after a help text
         return int(end.code or 0)
     except BrokenPipeError:
         sys.stderr.close()
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None, *, classes: Sequence[type] | None = 
 
 
 def run(arguments: list[str], classes: Sequence[type] | None = None) -> int:
-    """Dispatch to a command."""
+    """Run one command."""
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(HELP)
         return 0 if arguments else 2
@@ -102,7 +102,9 @@ def run(arguments: list[str], classes: Sequence[type] | None = None) -> int:
         return 0
     if command not in COMMANDS:
         raise UsageError(f"unknown command {command!r}; {nearest(command, COMMANDS)}")
-    module = importlib.import_module(f"equipoise.cli.{COMMANDS[command]}")  # takes seconds: not for --help
+    module = importlib.import_module(
+        f"equipoise.cli.{COMMANDS[command]}"
+    )  # torch takes seconds to import: not for --help
     from equipoise.zoo import CLASSES
 
     return int(getattr(module, command)(rest, CLASSES if classes is None else classes))

@@ -1,4 +1,4 @@
-"""`equipoise reconstruct`: an image from what is left of it, by the decoder of a run."""
+"""`equipoise reconstruct`: recovery of a corrupted image by the decoder of a run."""
 
 from __future__ import annotations
 
@@ -39,10 +39,9 @@ from equipoise.zoo import (
 )
 
 DESCRIPTION = """\
-Recover an image from what is left of it: the decoder of a run makes the image, and its latents are optimized, together
-with its equilibrium, until that image explains what was observed. The file is taken as observed: noisy, blurred, the
-small image, or, with --mask, a picture in which pixels are missing. With --simulate the file is a clean image, which is
-damaged first and compared with the answer at the end."""
+Recover a corrupted image with the decoder of a run: the latents of the decoder and its equilibrium are optimized
+together until the decoded image explains the observation. The file is the observation: noisy, blurred, small, or, with
+--mask, incomplete. With --simulate the file is a clean image, which is corrupted first and compared at the end."""
 EXAMPLES = """\
 examples:
   equipoise reconstruct runs/decoder shirt.png --task deblur --sigma 1.5
@@ -54,13 +53,20 @@ examples:
 
 OWN: list[Option] = [
     ("image", {"metavar": "IMAGE", "help": "PNG, JPEG or other image file"}),
-    ("--task", {"choices": ["inpaint", "denoise", "deblur", "superres"], "required": True, "help": "what to do"}),
+    (
+        "--task",
+        {
+            "choices": ["inpaint", "denoise", "deblur", "superres"],
+            "required": True,
+            "help": "kind of corruption to undo",
+        },
+    ),
     ("--mask", {"metavar": "FILE", "help": "inpaint: image that is white where pixels are missing"}),
     ("--std", {"type": float, "default": 0.1, "help": "denoise: standard deviation, pixels in [0, 1]"}),
     ("--sigma", {"type": float, "default": 1.5, "help": "deblur: standard deviation of the blur in pixels"}),
     ("--factor", {"type": int, "default": 4, "help": "superres: how many times larger the answer is"}),
     ("--simulate", {"action": "store_true", "help": "damage the image first, and compare at the end"}),
-    ("--noise-seed", {"type": int, "default": 0, "help": "of what --simulate draws"}),
+    ("--noise-seed", {"type": int, "default": 0, "help": "seed of the noise of --simulate"}),
     ("--invert", {"action": "store_true", "help": "swap dark and light, for dark marks on light ground"}),
     ("--out", {"metavar": "FILE", "help": "picture: observed, answer, and the truth if known [IMAGE-TASK.png]"}),
     ("--json", {"action": "store_true", "help": "print JSON"}),
@@ -122,7 +128,7 @@ def reconstruct(arguments: list[str], classes: Sequence[type] = CLASSES) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Problem:
-    """One image, with a batch dimension of one.
+    """Inverse problem of one image, with a batch dimension of one.
 
     Attributes:
         observed: `(1, C, h, w)` what was seen.
@@ -155,7 +161,7 @@ def _corruption(options: Any) -> Corruption:
 
 
 def _read(options: Any, config: TrainConfig, corruption: Corruption) -> _Problem:
-    """The image as the decoder has it, and what was seen of it."""
+    """Read the image in the format of the decoder, and its mask."""
     factor = corruption.factor if isinstance(corruption, Downsample) else 1
     free = isinstance(config.model, PriorConfig)
     read = _read_free if free else _read_fixed
@@ -178,7 +184,7 @@ def _read(options: Any, config: TrainConfig, corruption: Corruption) -> _Problem
 
 
 def _read_fixed(name: str, invert: bool, config: TrainConfig, factor: int, simulate: bool) -> tuple[Tensor, str]:
-    """For a decoder of images of one size."""
+    """Read an image for a decoder of images of one size."""
     side = config.data.shape[1]
     if side % factor:
         raise UsageError(f"--factor {factor} does not divide the {side} pixels of the decoder's images")
@@ -186,7 +192,7 @@ def _read_fixed(name: str, invert: bool, config: TrainConfig, factor: int, simul
 
 
 def _read_free(name: str, invert: bool, config: TrainConfig, factor: int, simulate: bool) -> tuple[Tensor, str]:
-    """For a decoder of images of any size."""
+    """Read an image for a decoder of images of any size."""
     assert isinstance(config.model, PriorConfig)
     sides = config.model.stride
     multiple = math.lcm(sides, factor) if simulate else sides // math.gcd(sides, factor)
@@ -194,7 +200,7 @@ def _read_free(name: str, invert: bool, config: TrainConfig, factor: int, simula
 
 
 def _kind(task: Reconstruct, corruption: Corruption) -> int:
-    """Number of the trained corruption that is most like this one, whose data weight is taken.
+    """Return the index of the most similar trained corruption; its data weight is used.
 
     What the decoder was not trained for is taken as free of noise, so next to the weakest of what it was.
     """
@@ -206,14 +212,14 @@ def _kind(task: Reconstruct, corruption: Corruption) -> int:
 
 
 def _most_calls(task: Reconstruct, config: TrainConfig) -> int:
-    """Evaluations of the map that `_solve` takes at most, but for those that measure a step."""
+    """Return the largest number of evaluations in `_solve`, without those that measure a step."""
     return config.solver.max_steps * getattr(task.schedule, "steps", 1) + task.equilibrium.max_steps
 
 
 def _solve(
     model: Any, config: TrainConfig, task: Reconstruct, problem: _Problem, corruption: Corruption
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The answer, of the equilibrium that is solved for once more at the latents that were found."""
+    """Return the reconstruction, made at an equilibrium that is solved for again at the optimized latents."""
     linear = isinstance(corruption, (Blur, Downsample))
     weighted = isinstance(config.model, PriorConfig)
     solution = explain(
@@ -243,7 +249,7 @@ def _solve(
 
 
 def _shown(problem: _Problem, task: str) -> Tensor:
-    """What was seen, missing pixels in gray."""
+    """Return the observation with missing pixels in gray."""
     return torch.where(problem.mask > 0, problem.observed, 0.5)[0] if task == "inpaint" else problem.observed[0]
 
 
