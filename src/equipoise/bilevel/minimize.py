@@ -85,7 +85,7 @@ def minimize_outer(
     Source: Pedregosa (2016), algorithm 1 (HOAG); Ramzi et al. (2022), section 3.1, for SHINE.
     """
     for name, value, kind in (("solver", solver, Solver), ("gradient", gradient, Gradient), ("step", step, StepRule)):
-        if not isinstance(value, kind) and not (value is solver is None):
+        if not isinstance(value, kind) and (value is not None or name != "solver"):
             raise TypeError(f"{name} must be a {kind.__name__}, got {value!r}")
     if not callable(tolerance):
         raise TypeError(f"tolerance must be a function of the step such as Tolerance(), got {tolerance!r}")
