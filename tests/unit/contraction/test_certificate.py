@@ -179,7 +179,7 @@ class ReshapedCap(CappedConv2d):
 
 def test_cap_of_the_reshaped_kernel() -> None:
     levels = {"image_size": 16, "channels": (4, 8, 8), "head_channels": (2, 2, 2)}
-    cell = MDEQCell(dataclasses.replace(SMALL, **levels, contraction=ScaledLayers()))
+    cell = MDEQClassifier(dataclasses.replace(SMALL, **levels, contraction=ScaledLayers())).deq.cell
     assert eq.certify(cell.eval()).contracts
     for module in list(cell.modules()):
         for name, child in list(module.named_children()):
@@ -478,12 +478,3 @@ def test_map_without_its_state() -> None:
     assert certificate.contracts
     assert certificate.norm == 0
     assert dataclasses.replace(certificate, measured=0.0).as_dict()["tightness"] is None
-
-
-def test_other_contractions() -> None:
-    class Mine(Contraction):
-        def constant(self, num_levels: int, *, dropout: float = 0.0) -> float:
-            return 0.5
-
-    with pytest.raises(TypeError, match="must be ScaledLayers, SLLLayers or None"):
-        dataclasses.replace(MDEQConfig.digits(), contraction=Mine())
