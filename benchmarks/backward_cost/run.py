@@ -65,11 +65,11 @@ from equipoise.data import Digits, FashionMNIST
 from equipoise.data.base import Split
 from equipoise.files import write_atomic
 from equipoise.report.figures import BLUE, GRAY, GREEN, INK, ORANGE, STYLE
-from equipoise.train import Adam, Pretraining, TrainConfig, fit
+from equipoise.train import Adam, Objective, Pretraining, TrainConfig, fit
 from equipoise.train.device import to_device
 from equipoise.train.serialize import to_plain
 from equipoise.train.task import StepInfo
-from equipoise.zoo import Classification, Classify, EquilibriumClassifier, MDEQConfig
+from equipoise.zoo import Classify, EquilibriumClassifier, MDEQConfig
 from equipoise.zoo.files import load
 
 FULL = 20  # steps of the reference
@@ -250,7 +250,7 @@ def fallback_rate(model: EquilibriumClassifier, config: TrainConfig, split: Spli
     assert isinstance(config.gradient, eq.Shine)
     masks: list[Tensor] = []
     device = next(model.parameters()).device
-    objective = Classification(model).train()
+    objective = Objective(model, Classify()).train()
     with model.deq.using(solver=config.solver, gradient=dataclasses.replace(config.gradient, observe=masks.append)):
         for images, labels in batches(config, split, 32, count, str(device)):
             loss, _ = objective(images, labels, TRAINED)
@@ -261,7 +261,7 @@ def fallback_rate(model: EquilibriumClassifier, config: TrainConfig, split: Spli
 def costs(setting: Setting, model: EquilibriumClassifier, split: Split, device: str) -> dict[str, dict[str, float]]:
     """Time, products and error of each variant's backward pass, on one model and in turn on the same batches."""
     config, chosen = setting.config, variants(setting)
-    objective = Classification(model.to(device)).train()
+    objective = Objective(model.to(device), Classify()).train()
     inner = [*model.stem.parameters(), *model.deq.parameters()]
     outer = list(model.head.parameters())
     clock = clock_of(device)

@@ -66,7 +66,7 @@ from equipoise.data.base import Split, derive_seed, generator
 from equipoise.files import read_tensors, write_atomic, write_tensors
 from equipoise.train.device import device_name, to_device
 from equipoise.train.task import Objective, StepInfo
-from equipoise.zoo import Classification, EquilibriumClassifier
+from equipoise.zoo import EquilibriumClassifier
 
 COUNTED = 5  # training batches on which products are counted
 TRAINED = StepInfo(step=2**40, epoch=0, seed=0)  # past all fixed-depth steps, the skip weight not decayed
@@ -213,7 +213,7 @@ class Turns:
                     self.prediction[name].append(prediction)
 
     @torch.no_grad()
-    def _predict(self, goal: Classification, images: Tensor) -> float:
+    def _predict(self, goal: Objective, images: Tensor) -> float:
         goal.eval()
         start = self._now()
         goal.model.classify(images)

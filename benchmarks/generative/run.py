@@ -123,7 +123,7 @@ def explained(model: LatentDecoder, images: Tensor, config: TrainConfig) -> tupl
             optimizer=dataclasses.replace(
                 EXPLAIN,
                 solver=config.eval_solver or config.solver,
-                scheme=task.schedule,
+                scheme=task.scheme,
                 step_size=task.step_size,
             ),
         )

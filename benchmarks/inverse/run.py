@@ -156,7 +156,7 @@ def joint(model: Any, config: TrainConfig, seen: Tensor, mask: Tensor, task: int
             optimizer=dataclasses.replace(
                 EXPLAIN,
                 solver=config.eval_solver or config.solver,
-                scheme=task_of(config).schedule,
+                scheme=task_of(config).scheme,
                 step_size=task_of(config).step_size,
             ),
         )

@@ -56,11 +56,10 @@ import equipoise as eq
 from equipoise.data import Digits, FashionMNIST
 from equipoise.files import write_atomic
 from equipoise.report.figures import BLUE, GRAY, GREEN, INK, STYLE
-from equipoise.train import Adam, Pretraining, TrainConfig, fit
+from equipoise.train import Adam, Objective, Pretraining, TrainConfig, fit
 from equipoise.train.device import to_device
 from equipoise.train.task import StepInfo, relative_residual
 from equipoise.zoo import (
-    Classification,
     Classify,
     EquilibriumClassifier,
     JacobianPenalty,
@@ -190,7 +189,7 @@ def evaluations(model: EquilibriumClassifier, config: TrainConfig, seed: int) ->
     gradient = config.gradient
     if isinstance(gradient, eq.Implicit):
         gradient = dataclasses.replace(gradient, observe=lambda s: backward.append(float(s.num_steps.double().mean())))
-    objective = Classification(model).train()
+    objective = Objective(model, Classify()).train()
     with model.deq.using(gradient=gradient):
         for number, batch in enumerate(config.data.load().train.batches(config.batch_size, shuffle=(seed, -1))):
             if number == COUNTED:
@@ -220,7 +219,7 @@ def times(folders: dict[str, pathlib.Path], quick: bool) -> dict[str, dict[str, 
     ):
         training = key == "train_step_ratio"
         seconds: dict[str, list[float]] = {name: [] for name in names}
-        objectives = {name: Classification(model).train(training) for name, model in models.items()}
+        objectives = {name: Objective(model, Classify()).train(training) for name, model in models.items()}
         # So slow that the models stay what they are, and yet every kernel changes, which the caps must follow.
         optimizers = {name: torch.optim.Adam(model.parameters(), lr=1e-6) for name, model in models.items()}
         for number, batch in enumerate(split.batches(size, shuffle=(0, -2))):

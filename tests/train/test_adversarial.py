@@ -42,12 +42,12 @@ def test_in_training_the_loss_is_that_of_the_joint_iterate() -> None:
         labels,
         constraint=task.constraint(x),
         optimizer=dataclasses.replace(
-            ATTACK, solver=RECIPE.solver, step_size=task.step_size, scheme=task.schedule, verify_solver=None
+            ATTACK, solver=RECIPE.solver, step_size=task.step_size, scheme=task.scheme, verify_solver=None
         ),
     ).value
     torch.testing.assert_close(loss, F.cross_entropy(model.head(z), labels))
     assert (changed - x).flatten(1).norm(dim=1).max() <= 1 + 1e-6
-    assert objective.scores == ("robust_accuracy",)
+    assert objective.names[-1] == "robust_accuracy"
     assert found["count"] == 10
     assert found["robust_accuracy"] == int((model.head(z).argmax(1) == labels).sum())
     loss.backward()
@@ -73,12 +73,12 @@ def test_in_evaluation_the_scores_are_of_equilibria() -> None:
     torch.testing.assert_close(loss, F.cross_entropy(logits, labels), rtol=1e-3, atol=1e-4)
     assert found["robust_accuracy"] == int((logits.argmax(1) == labels).sum())
     assert found["accuracy"] == int((clean.argmax(1) == labels).sum())
-    assert objective.scores == Adversarial.scores
+    assert objective.names[-2:] == Adversarial.scores
 
 
 def test_what_does_not_fit_is_refused_with_its_remedy() -> None:
     for changes, message in (
-        ({"data": Digits()}, "would change what the radius means; set them to zeros and ones"),
+        ({"data": Digits()}, "would change the meaning of the radius; set them to zeros and ones"),
         ({"model": zoo.mdeq_digits().model}, "the BatchNorm of a MDEQConfig does not; take a DenseConfig"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -88,7 +88,7 @@ def test_what_does_not_fit_is_refused_with_its_remedy() -> None:
 
 
 def test_it_is_plain_data() -> None:
-    config = dataclasses.replace(RECIPE, task=Adversarial(radius=0.5, schedule=Joint(damping=0.5)))
+    config = dataclasses.replace(RECIPE, task=Adversarial(radius=0.5, scheme=Joint(damping=0.5)))
     assert from_plain(TrainConfig, to_plain(config), CLASSES) == config
 
 

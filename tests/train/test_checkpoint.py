@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import pickle
+import shutil
 import stat
 from collections.abc import Callable
 from typing import Any
@@ -23,10 +24,12 @@ from train.toy import MODEL, PLAIN, Interrupt
 
 import equipoise as eq
 from equipoise import files, train
-from equipoise.train import SGD, Adam, AdamW, CheckpointError, Optimizer, checkpoint, fit
+from equipoise.train import SGD, Adam, AdamW, CheckpointError, Optimizer, RunError, checkpoint, fit
 from equipoise.train.average import Average
-from equipoise.zoo import MDEQClassifier
-from equipoise.zoo.files import load
+from equipoise.zoo import CLASSES, MDEQClassifier, MDEQConfig
+from equipoise.zoo.files import folder_config, load
+
+FILES = pathlib.Path(__file__).with_name("files")
 
 
 def make_model(**options: Any) -> MDEQClassifier:
@@ -311,3 +314,38 @@ def test_the_moving_average_has_its_closed_form(decay: float) -> None:
     np.testing.assert_array_equal(average.values["weight"].numpy(), values[-1])
     average.swap(module)
     np.testing.assert_array_equal(module.weight.detach().numpy(), values[-1])
+
+
+@pytest.mark.parametrize("name", ["mdeq", "lipschitz"])
+def test_models_of_version_0_1(name: str) -> None:
+    path = FILES / f"{name}-0.1.0.safetensors"
+    images = torch.linspace(-1, 1, 32, dtype=torch.float32).view(2, 1, 4, 4)
+    with torch.no_grad():
+        logits = load(path)(images)
+    assert torch.equal(logits, torch.tensor(checkpoint.describe(path)["about"]["logits"], dtype=torch.float32))
+
+
+def test_what_0_1_alone_can_read_says_so(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(CheckpointError, match=r"unknown key 'solver\.guard'; .* Equipoise 0\.1\.0 wrote it; that vers"):
+        load(FILES / "broyden-0.1.0.safetensors")
+    shutil.copy(FILES / "config-0.1.0.yaml", tmp_path / "config.yaml")
+    reads = r"unknown key 'pretraining'; .* Equipoise 0\.1\.0 wrote it; that version reads it$"
+    with pytest.raises(RunError, match=reads):
+        folder_config(tmp_path)
+    with pytest.raises(RunError, match=r"Equipoise 0\.1\.0 wrote it; that version reads it$"):
+        fit(PLAIN, run_dir=tmp_path, resume=True)
+
+
+def test_files_build_only_the_classes_that_are_given(saved: pathlib.Path) -> None:
+    with pytest.raises(CheckpointError, match=r"unknown class 'equipoise\.zoo\.MDEQConfig'; did you mean 'Dense"):
+        load(saved, classes=[cls for cls in CLASSES if cls is not MDEQConfig])
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Own(MDEQConfig):
+        pass
+
+    model = Own(**vars(MODEL)).build()
+    train.save(model, saved)
+    with pytest.raises(CheckpointError, match=r"unknown class '.*train\.test_checkpoint\.Own'; known: .*MDEQConfig"):
+        load(saved)
+    assert load(saved, classes=(*CLASSES, Own)).config == model.config

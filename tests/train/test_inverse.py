@@ -33,7 +33,7 @@ from equipoise.zoo.generative.task import LatentPenalty
 CONFIG = TrainConfig(
     data=Digits(mean=(0.0,), std=(1.0,)),
     model=PriorConfig(image_size=8, channels=(6, 8), latent_channels=2, num_corruptions=2),
-    task=Reconstruct(corruptions=(Noise(std=0.2), Hole(size=3)), step_size=0.3, schedule=Joint()),
+    task=Reconstruct(corruptions=(Noise(std=0.2), Hole(size=3)), step_size=0.3, scheme=Joint()),
     solver=eq.Anderson(memory=20, max_steps=400, rtol=1e-10),
     gradient=eq.Implicit(solver=eq.GMRES(max_steps=100, rtol=0.0, atol=1e-9)),
     tensorboard=False,
@@ -120,7 +120,7 @@ def test_fixed_depth_steps_are_those_of_latents_of_zero() -> None:
     )
     objective = config.objective(model)
     early, late = (float(objective(images(2), torch.zeros(2), StepInfo(step, 0, 0))[0].detach()) for step in (0, 1))
-    observed, mask = objective._observe(images(2), StepInfo(0, 0, 0))
+    observed, mask = config.task.observe(images(2), StepInfo(0, 0, 0))
     x = model.latents(2, 8, 8)
     context = model.context(observed, mask)
     z = model.start(x)
@@ -178,9 +178,8 @@ def test_training_beats_the_observation(tmp_path: pathlib.Path) -> None:
         eval_batch_size=360,
     )
     result = fit(config, run_dir=tmp_path / "run")
-    objective = config.objective(result.model)
     clean = config.data.load().test.images.float() / 255
-    observed, _ = objective._observe(clean, None)
+    observed, _ = config.task.observe(clean, None)
     assert result.test["test_psnr"] > float(psnr(observed, clean).mean()) + 1
     loaded = load(tmp_path / "run" / "model.safetensors")
     assert torch.equal(loaded.weights(), result.model.weights())

@@ -18,11 +18,11 @@ from train.toy import FULL, MODEL, PLAIN, Interrupt, Run, Toy, read_config, time
 import equipoise as eq
 from equipoise.data.base import derive_seed, generator
 from equipoise.nn import jacobian_penalty
-from equipoise.train import SGD, NonFiniteLoss, Observer, Pretraining, checkpoint, evaluate, fit, loop
+from equipoise.train import SGD, NonFiniteLoss, Objective, Observer, Pretraining, checkpoint, evaluate, fit, loop
 from equipoise.train.optim import LRSchedule
 from equipoise.train.run_folder import read_lines
 from equipoise.train.task import COMMON, StepInfo
-from equipoise.zoo import Classification, Classify, JacobianPenalty, MDEQClassifier
+from equipoise.zoo import Classify, JacobianPenalty, MDEQClassifier
 from equipoise.zoo.files import load
 
 pytestmark = pytest.mark.slow  # each test trains: together they take too long for the fast set
@@ -108,7 +108,7 @@ def test_the_schedule_is_that_of_torch(warmup: int) -> None:
 def test_label_smoothing_and_statistics_equal_their_formulas() -> None:
     model = MDEQClassifier(MODEL, solver=eq.Broyden(max_steps=6, memory=6, rtol=0.1)).eval()
     images, labels = torch.randn(5, 1, 4, 4), torch.tensor([0, 1, 2, 2, 0])
-    objective = Classification(model, Classify(label_smoothing=0.3))
+    objective = Objective(model, Classify(label_smoothing=0.3))
     logits, solution = model.classify(images)
     log_p = logits.log_softmax(1)
     plain, spread = -log_p[range(5), labels].mean(), -log_p.mean()
@@ -135,7 +135,7 @@ def test_label_smoothing_and_statistics_equal_their_formulas() -> None:
 def test_the_jacobian_penalty_is_in_the_loss_with_its_weight() -> None:
     model = MDEQClassifier(MODEL, solver=eq.Broyden(max_steps=30, memory=30, rtol=1e-8)).eval()
     images, labels = torch.randn(2, 1, 4, 4), torch.tensor([0, 1])
-    objective = Classification(model, Classify(penalty=JacobianPenalty(weight=0.5, num_probes=200)))
+    objective = Objective(model, Classify(penalty=JacobianPenalty(weight=0.5, num_probes=200)))
     loss, sums = objective(images, labels, StepInfo(0, 0, 0))
     logits, solution = model.classify(images)
     jacobians = []
@@ -258,10 +258,10 @@ def test_a_model_learns(tmp_path: pathlib.Path) -> None:
 
 def broken(monkeypatch: pytest.MonkeyPatch, at: int, kind: str) -> None:
     """Makes the loss of a training step, its gradient or its penalty NaN, or the loss of evaluations infinite."""
-    forward = Classification.forward
+    forward = Objective.forward
 
     def replaced(
-        self: Classification, images: Tensor, labels: Tensor, moment: StepInfo | None = None
+        self: Objective, images: Tensor, labels: Tensor, moment: StepInfo | None = None
     ) -> tuple[Tensor, Tensor]:
         loss, sums = forward(self, images, labels, moment)
         if moment is None and kind == "evaluation":
@@ -276,7 +276,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, at: int, kind: str) -> None:
                 loss = loss + (weight * 0).square().sum().sqrt()  # zero, with the gradient 0 / 0
         return loss, sums
 
-    monkeypatch.setattr(Classification, "forward", replaced)
+    monkeypatch.setattr(Objective, "forward", replaced)
 
 
 @pytest.mark.parametrize(

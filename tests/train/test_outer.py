@@ -13,11 +13,11 @@ from train.toy import FULL, MODEL, PLAIN, Interrupt, Interrupted, read_config, t
 from train.toy import command_line as main
 
 import equipoise as eq
-from equipoise.train import Pretraining, evaluate, fit
+from equipoise.train import Objective, Pretraining, evaluate, fit
 from equipoise.train.run_folder import config_yaml, read_lines
 from equipoise.train.serialize import from_plain, to_plain
 from equipoise.train.task import StepInfo
-from equipoise.zoo import Classification, Classify, MDEQClassifier
+from equipoise.zoo import Classify, MDEQClassifier
 
 AWARE = eq.AdjointBroyden(max_steps=6, memory=8, rtol=0, outer_every=2)
 LABELS = torch.tensor([0, 2, 1, 1, 0])
@@ -50,7 +50,7 @@ def test_the_solver_is_told_the_loss_of_each_sample_of_the_frozen_head(
     for norm in classifier.head.modules():  # statistics that a first step would change
         if isinstance(norm, nn.BatchNorm2d):
             norm.momentum = 0.5
-    loss, _ = Classification(classifier, Classify(label_smoothing=smoothing))(*batch(), StepInfo(0, 0, 0))
+    loss, _ = Objective(classifier, Classify(label_smoothing=smoothing))(*batch(), StepInfo(0, 0, 0))
     loss.backward()
     assert len(told) == 2  # after two and four steps of the five
     assert classifier.training
@@ -69,7 +69,7 @@ def test_the_inverse_is_exact_from_the_left_where_the_loss_leads() -> None:
     for norm in classifier.head.modules():  # the head's own pass, which follows, must not change what is compared
         if isinstance(norm, nn.BatchNorm2d):
             norm.momentum = 0.0
-    objective = Classification(classifier)
+    objective = Objective(classifier, Classify())
     captured: list[eq.Solution[Any]] = []
     classify = classifier.classify
 
@@ -107,7 +107,7 @@ def test_neither_in_evaluation_nor_in_fixed_depth_steps_nor_without_cadence(monk
         return gradient(self, loss)
 
     monkeypatch.setattr(eq.Point, "loss_gradient", noted)
-    objective = Classification(model(), Classify(pretraining=Pretraining(steps=1, depth=2)))
+    objective = Objective(model(), Classify(pretraining=Pretraining(steps=1, depth=2)))
     objective(*batch(), StepInfo(0, 0, 0))
     with torch.no_grad():
         objective.eval()(*batch())

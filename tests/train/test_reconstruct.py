@@ -33,7 +33,7 @@ CONFIG = TrainConfig(
 
 def exact(config: TrainConfig) -> TrainConfig:
     solver = eq.Anderson(memory=10, max_steps=600, rtol=1e-10)
-    task = dataclasses.replace(config.task, step_size=0.05, equilibrium=eq.Anderson(max_steps=80, rtol=1e-12))
+    task = dataclasses.replace(config.task, step_size=0.05, equilibrium_solver=eq.Anderson(max_steps=80, rtol=1e-12))
     return dataclasses.replace(config, task=task, solver=solver)
 
 
@@ -79,7 +79,7 @@ def test_evaluation_is_at_the_equilibrium_that_is_solved_for_again() -> None:
             x0=z0,
             cost=lambda z, x: (model.decode(z) - images).square().sum((1, 2, 3)),
             optimizer=eq.inputs.InputOptimizer(
-                solver=config.solver, scheme=config.task.schedule, step_size=0.1, verify_solver=None
+                solver=config.solver, scheme=config.task.scheme, step_size=0.1, verify_solver=None
             ),
         )
         with model.deq.using(solver=eq.Anderson(max_steps=60, rtol=1e-7)):

@@ -15,10 +15,9 @@ import equipoise as eq
 from equipoise import zoo
 from equipoise.files import DataError
 from equipoise.nn import jacobian_penalty
-from equipoise.train import Pretraining, TrainConfig
+from equipoise.train import Objective, Pretraining, TrainConfig
 from equipoise.train.task import COMMON, StepInfo
 from equipoise.zoo import (
-    Classification,
     Classify,
     DenseClassifier,
     DenseConfig,
@@ -73,7 +72,7 @@ def told(sums: Tensor) -> dict[str, float]:
 @variants
 def test_the_loss_is_cross_entropy_and_the_weighted_distance(changes: dict[str, Any]) -> None:
     model, (images, labels) = dense(changes), batch()
-    objective = Classification(model, Classify(skip=SkipPenalty(weight=0.8, decay=0.92)))
+    objective = Objective(model, Classify(skip=SkipPenalty(weight=0.8, decay=0.92)))
     start, z, entropy = by_hand(model, images, labels)
     for epoch in (0, 1, 7):
         loss, sums = objective(images, labels, StepInfo(100 * epoch, epoch, 0))
@@ -93,7 +92,7 @@ def test_the_equilibrium_is_drawn_to_its_start_unless_it_is_detached(
     changes: dict[str, Any], detach_target: bool
 ) -> None:
     model, (images, labels) = dense(changes), batch()
-    objective = Classification(model, Classify(skip=SkipPenalty(weight=3.0, detach_target=detach_target)))
+    objective = Objective(model, Classify(skip=SkipPenalty(weight=3.0, detach_target=detach_target)))
     start, z, entropy = by_hand(model, images, labels)
     expected = gradients(entropy + 3 * ((z.detach() if detach_target else z) - start).abs().mean(), model)
     actual = gradients(objective(images, labels, FIRST)[0], model)
@@ -104,7 +103,7 @@ def test_the_equilibrium_is_drawn_to_its_start_unless_it_is_detached(
 @variants
 def test_fixed_depth_steps_are_penalized_too_and_count_their_depth(changes: dict[str, Any]) -> None:
     model, (images, labels) = dense(changes), batch()
-    objective = Classification(model, Classify(skip=SkipPenalty(weight=3.0), pretraining=Pretraining(steps=2, depth=4)))
+    objective = Objective(model, Classify(skip=SkipPenalty(weight=3.0), pretraining=Pretraining(steps=2, depth=4)))
     start, z, entropy = by_hand(model, images, labels, depth=4)
     loss, sums = objective(images, labels, StepInfo(1, 0, 0))
     torch.testing.assert_close(loss, entropy + 3 * (z - start).abs().mean())
@@ -116,7 +115,7 @@ def test_fixed_depth_steps_are_penalized_too_and_count_their_depth(changes: dict
 
 def test_both_penalties_add_up() -> None:
     model, (images, labels) = dense({"explicit_steps": 1}), batch()
-    both = Classification(model, Classify(penalty=JacobianPenalty(weight=0.5), skip=SkipPenalty(weight=2.0)))
+    both = Objective(model, Classify(penalty=JacobianPenalty(weight=0.5), skip=SkipPenalty(weight=2.0)))
     start, z, entropy = by_hand(model, images, labels)
     torch.manual_seed(3)
     loss = both(images, labels, FIRST)[0]
@@ -135,7 +134,7 @@ def test_levels_count_alike_or_by_their_numbers() -> None:
     assert gaps[0].numel() == 4 * gaps[1].numel()
     entropy = nn.functional.cross_entropy(logits, labels)
     for per_scale, apart in ((True, means.sum()), (False, (4 * means[0] + means[1]) / 5)):
-        objective = Classification(model, Classify(skip=SkipPenalty(weight=2.0, per_scale=per_scale)))
+        objective = Objective(model, Classify(skip=SkipPenalty(weight=2.0, per_scale=per_scale)))
         torch.testing.assert_close(objective(images, labels, FIRST)[0], entropy + 2 * apart)
 
 
@@ -180,7 +179,7 @@ def test_the_recipes_take_steps(recipe: Callable[[], TrainConfig]) -> None:
     except DataError as error:
         pytest.skip(str(error))
     model = config.build()
-    objective = Classification(model, config.task)
+    objective = Objective(model, config.task)
     optimizer = config.optimizer.build(model.parameters())
     before = [p.detach().clone() for p in model.parameters()]
     for step in {0, config.task.pretraining.steps}:  # a step of fixed depth, if there are such, and one by the flow

@@ -213,7 +213,7 @@ def _kind(task: Reconstruct, corruption: Corruption) -> int:
 
 def _most_calls(task: Reconstruct, config: TrainConfig) -> int:
     """Return the largest number of evaluations in `_solve`, without those that measure a step."""
-    return config.solver.max_steps * getattr(task.schedule, "steps", 1) + task.equilibrium.max_steps
+    return config.solver.max_steps * getattr(task.scheme, "steps", 1) + task.equilibrium_solver.max_steps
 
 
 def _solve(
@@ -230,11 +230,11 @@ def _solve(
         kinds=torch.tensor([_kind(task, corruption)]) if weighted else None,
         corruption=corruption if linear else None,
         optimizer=dataclasses.replace(
-            EXPLAIN, solver=config.solver, scheme=task.schedule, step_size=None if linear else task.step_size
+            EXPLAIN, solver=config.solver, scheme=task.scheme, step_size=None if linear else task.step_size
         ),
     )
     x = solution.value[2]
-    with torch.no_grad(), model.deq.using(solver=task.equilibrium):
+    with torch.no_grad(), model.deq.using(solver=task.equilibrium_solver):
         estimate = model.decode(model.deq(x, *model.context(problem.observed, problem.mask)))
         answer = corruption.complete(estimate, problem.observed, problem.mask)
         seen = corruption.apply(answer) if linear else answer

@@ -9,12 +9,13 @@ from equipoise.train.loop import NonFiniteLoss, Observer, Result, fit
 from equipoise.train.model import ModelConfig
 from equipoise.train.optim import SGD, Adam, AdamW, LRSchedule, Optimizer
 from equipoise.train.pretraining import Pretraining
-from equipoise.train.task import Objective, StepInfo, Task
+from equipoise.train.task import BatchResult, Objective, StepInfo, Task
 
 __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "BatchResult",
     "CheckpointError",
     "LRSchedule",
     "ModelConfig",

@@ -74,6 +74,12 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     return read_facts(Path(path))
 
 
+def written_by(facts: Mapping[str, Any]) -> str:
+    """End of a message about a file of another version; empty if this version wrote it."""
+    version = facts.get("version", "0.1.0")
+    return "" if version == equipoise.__version__ else f". Equipoise {version} wrote it; that version reads it"
+
+
 @dataclasses.dataclass(frozen=True)
 class State:
     """All that a run needs to go on: tensors by name (weights, average, moments) and plain facts (place, sums)."""

@@ -110,15 +110,22 @@ class TrainConfig:
 
     @property
     def forward_solver(self) -> Solver:
-        """Solver of an equilibrium alone, in evaluation."""
-        return self.task.forward_solver(self.solver, self.eval_solver)
+        """Solver of the model alone, in evaluation."""
+        return self.task.equilibrium_solver or self.eval_solver or self.solver
 
     def build(self) -> Any:
         """Build the model, with weights drawn at random."""
-        return self.task.build(self.model, self.solver, self.gradient)
+        if self.task.equilibrium_solver is not None:
+            return self.model.build(solver=self.task.equilibrium_solver)
+        return self.model.build(solver=self.solver, gradient=self.gradient)
 
     def objective(self, model: Any) -> Objective:
         """Return the objective of a model."""
-        return self.task.objective(
-            model, data=self.data, solver=self.solver, gradient=self.gradient, eval_solver=self.eval_solver
+        return Objective(
+            model,
+            self.task,
+            data=self.data,
+            solver=self.solver,
+            gradient=self.gradient,
+            eval_solver=self.eval_solver,
         )

@@ -104,6 +104,8 @@ class RunFolder:
         if found.exists() and resume:
             old, new = read_plain(found), to_plain(self.config)
             differences = _differences(old, new)
+            if differences and checkpoint.written_by(old):
+                raise RunError(f"{self.path} cannot be resumed{checkpoint.written_by(old)}")
             if differences:
                 raise RunError(
                     f"{self.path} cannot be resumed with another configuration: {'; '.join(differences)}. Drop these "

@@ -1,4 +1,4 @@
-"""Tasks: a task builds the model, and the objective that turns a batch into a loss."""
+"""Tasks: the loss of a batch, its scores, and the checks that model and data fit."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.core.solution import Solution
-from equipoise.data.base import Data, Splits
+from equipoise.data import Data, Splits
 from equipoise.gradients import Gradient
 from equipoise.solvers import Solver
 from equipoise.train.model import ModelConfig
 from equipoise.train.pretraining import Pretraining
 
 COMMON = ("count", "loss", "steps", "converged", "residual", "penalty")
-SCORES = {  # all that a task may score, as people read it
+SCORES = {  # titles of all scores
     "accuracy": "accuracy",
     "robust_accuracy": "accuracy under attack",
     "psnr": "PSNR in dB",
@@ -39,69 +39,34 @@ class StepInfo(NamedTuple):
     seed: int
 
 
-class Objective(nn.Module, abc.ABC):
-    """A module that turns a batch into a loss and into sums for the log.
+@dataclasses.dataclass(frozen=True)
+class BatchResult:
+    """Result of a task on one batch.
 
     Args:
-        model: what is trained.
+        loss: mean of the loss over the batch, without penalties.
+        solution: the equilibria.
+        scores: sum over the batch of each score.
+        penalty: mean over the batch of what is added to the loss.
     """
 
-    model: Any
-
-    @property
-    @abc.abstractmethod
-    def scores(self) -> tuple[str, ...]:
-        """Names, of those in `SCORES`, of what is summed beside the common sums in the present mode."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of all sums, in their order."""
-        return (*COMMON, *self.scores)
-
-    @abc.abstractmethod
-    def forward(self, images: Tensor, labels: Tensor, info: StepInfo | None = None) -> tuple[Tensor, Tensor]:
-        """Loss and sums of a batch.
-
-        Args:
-            images: `(B, C, H, W)`.
-            labels: `(B,)`.
-            info: position in the training; None in evaluation.
-
-        Returns:
-            Scalar loss to differentiate, and the sums over the batch named in `names`, float64.
-        """
-
-    def sums(self, loss: Tensor, solution: Solution[Any], scores: dict[str, Tensor], penalty: Tensor) -> Tensor:
-        """The sums of a batch, in the order of `names`.
-
-        Args:
-            loss: mean over the batch.
-            solution: of the batch.
-            scores: sum of each score.
-            penalty: mean over the batch of what is added to the loss.
-        """
-        count = torch.as_tensor(len(solution.status), device=loss.device)
-        common = (
-            count,
-            loss * count,
-            solution.num_steps.sum(),
-            solution.converged.sum(),
-            relative_residual(solution).sum(),
-            penalty * count,
-        )
-        values = (*common, *(scores[name] for name in self.scores))
-        return torch.stack([value.detach().to(torch.float64) for value in values])
+    loss: Tensor
+    solution: Solution[Any]
+    scores: dict[str, Tensor]
+    penalty: Tensor | float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task(abc.ABC):
-    """Purpose of the training: model, loss and scores.
+    """Purpose of a training: loss, scores, checks.
 
     Attributes:
-        scores: names of the scores of an evaluation, of those in `SCORES`; the first is the one that counts.
+        scores: names in `SCORES` of the scores in evaluation; the first is the main one.
+        train_scores: those in training; None: the same.
     """
 
     scores: ClassVar[tuple[str, ...]]
+    train_scores: ClassVar[tuple[str, ...] | None] = None
 
     @abc.abstractmethod
     def check(self, model: ModelConfig, data: Data, gradient: Gradient) -> None:
@@ -112,31 +77,15 @@ class Task(abc.ABC):
         """
 
     @abc.abstractmethod
-    def forward_solver(self, solver: Solver, eval_solver: Solver | None) -> Solver:
-        """Return the solver of an equilibrium alone, in evaluation.
+    def loss(self, objective: Objective, images: Tensor, labels: Tensor, info: StepInfo | None) -> BatchResult:
+        """Return loss and scores of a batch.
 
         Args:
-            solver: of the configuration.
-            eval_solver: likewise.
+            objective: model, solvers and gradient.
+            images: `(B, ...)` as `Data.prepare` returns them.
+            labels: `(B, ...)`.
+            info: position in the training; None in evaluation.
         """
-
-    @abc.abstractmethod
-    def objective(
-        self, model: Any, *, data: Data, solver: Solver, gradient: Gradient, eval_solver: Solver | None
-    ) -> Objective:
-        """Return the objective of a model.
-
-        Args:
-            model: as `build` returns it.
-            data: of the configuration, as all that follow.
-            solver: in training.
-            gradient: of what it finds.
-            eval_solver: in evaluation; None: `solver`.
-        """
-
-    def build(self, model: ModelConfig, solver: Solver, gradient: Gradient) -> Any:
-        """Build the model, with weights drawn at random."""
-        return model.build(solver=solver, gradient=gradient)
 
     def check_data(self, model: ModelConfig, splits: Splits) -> None:  # noqa: B027, many tasks check nothing
         """Check that the data, once read, fits model and task.
@@ -149,30 +98,94 @@ class Task(abc.ABC):
         """Return the equilibria of samples, at which the norm of the Jacobian is measured; None: it is not.
 
         Args:
-            model: as `build` returns it.
+            model: of the task.
             samples: a batch as `Data.prepare` returns it.
         """
         return None
 
     @property
+    def equilibrium_solver(self) -> Solver | None:
+        """Solver of the model alone, where the solver of the run optimizes inputs; a subclass may have such a field."""
+        return None
+
+    @property
     def pretraining(self) -> Pretraining:
-        """Fixed-depth steps at the beginning; a subclass may have a field of this name."""
+        """Fixed-depth steps at the beginning; a subclass may have such a field."""
         return Pretraining()
 
 
+class Objective(nn.Module):
+    """Module from a batch to a loss, and to sums for the log.
+
+    Args:
+        model: to train.
+        task: computes the loss.
+        data: of the run; None where the task does not read it.
+        solver: of the run; None: the model's.
+        gradient: of the run; None: the model's.
+        eval_solver: replaces `solver` in evaluation; None: the same.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        task: Task,
+        *,
+        data: Data | None = None,
+        solver: Solver | None = None,
+        gradient: Gradient | None = None,
+        eval_solver: Solver | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.task, self.data = model, task, data
+        self.solver, self.eval_solver = solver or model.deq.solver, eval_solver
+        self.gradient = gradient or model.deq.gradient
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all sums in the present mode, in their order."""
+        return (*COMMON, *((self.training and self.task.train_scores) or self.task.scores))
+
+    def solver_at(self, info: StepInfo | None) -> Solver:
+        """Return the solver of a batch."""
+        return (info is None and self.eval_solver) or self.solver
+
+    def forward(self, images: Tensor, labels: Tensor, info: StepInfo | None = None) -> tuple[Tensor, Tensor]:
+        """Return loss and sums of a batch.
+
+        Args:
+            images: `(B, ...)`.
+            labels: `(B, ...)`.
+            info: position in the training; None in evaluation.
+
+        Returns:
+            Scalar loss to differentiate, and the sums over the batch named in `names`, float64.
+        """
+        found = self.task.loss(self, images, labels, info)
+        solution, count = found.solution, len(found.solution.status)
+        sums = {
+            "count": count,
+            "loss": found.loss * count,
+            "steps": solution.num_steps.sum(),
+            "converged": solution.converged.sum(),
+            "residual": relative_residual(solution).sum(),
+            "penalty": found.penalty * count,
+            **found.scores,
+        }
+        values = [torch.as_tensor(sums[name], device=found.loss.device).detach().double() for name in self.names]
+        return found.loss + found.penalty, torch.stack(values)
+
+
 def relative_residual(solution: Solution[Any]) -> Tensor:
-    """`(B,)` norms of f(z) - z over those of z, at the answer; 0 where no evaluation was finite."""
-    size = (
-        torch.stack([part.detach().float().flatten(1).square().sum(1) for part in _tensors(solution.value)])
-        .sum(0)
-        .sqrt()
-    )
+    """`(B,)` norms of f(z) - z over those of z, at the solution; 0 where no evaluation was finite."""
+    parts = [part.detach().float().flatten(1).square().sum(1) for part in _tensors(solution.value)]
+    size = torch.stack(parts).sum(0).sqrt()
     ratio = solution.residual.float() / size.clamp_min(torch.finfo(torch.float32).tiny)
     return torch.where(ratio.isfinite(), ratio, 0.0)
 
 
 def _tensors(state: Any) -> Iterator[Tensor]:
-    """The tensors of a state; that of `optimize_inputs` holds what may be containers."""
+    """Tensors of a state; that of `optimize_inputs` may be nested."""
     if isinstance(state, Tensor):
         yield state
         return

@@ -12,13 +12,11 @@ from equipoise.zoo import adversarial, classification, continuous, few_shot, gen
 from equipoise.zoo.adversarial import (
     ATTACK,
     Adversarial,
-    AdversarialClassification,
     attack,
     jiio_adversarial,
     jiio_adversarial_fashion_mnist,
 )
 from equipoise.zoo.classification import (
-    Classification,
     ClassifierConfig,
     ClassifierTask,
     Classify,
@@ -34,16 +32,7 @@ from equipoise.zoo.continuous import (
     skip_reg_fashion_mnist,
     skip_reg_mnist,
 )
-from equipoise.zoo.few_shot import (
-    ADAPT,
-    Episodes,
-    FewShot,
-    FewShotConfig,
-    FewShotLearner,
-    Omniglot,
-    QueryLoss,
-    jiio_meta,
-)
+from equipoise.zoo.few_shot import ADAPT, Episodes, FewShot, FewShotConfig, FewShotLearner, Omniglot, jiio_meta
 from equipoise.zoo.generative import (
     EXPLAIN,
     Blur,
@@ -54,10 +43,10 @@ from equipoise.zoo.generative import (
     ImageDecoder,
     ImageDecoderConfig,
     LatentDecoder,
+    LatentPenalty,
     Noise,
     ObservationCost,
     Reconstruct,
-    Reconstruction,
     explain,
     jiio_generative,
     psnr,
@@ -125,9 +114,7 @@ __all__ = [
     "MEMBERS",
     "RECIPES",
     "Adversarial",
-    "AdversarialClassification",
     "Blur",
-    "Classification",
     "ClassifierConfig",
     "ClassifierTask",
     "Classify",
@@ -149,6 +136,7 @@ __all__ = [
     "ImageModelConfig",
     "JacobianPenalty",
     "LatentDecoder",
+    "LatentPenalty",
     "Layers",
     "MDEQCell",
     "MDEQClassifier",
@@ -161,9 +149,7 @@ __all__ = [
     "ObservationCost",
     "Omniglot",
     "PriorConfig",
-    "QueryLoss",
     "Reconstruct",
-    "Reconstruction",
     "SLLLayers",
     "ScaledLayers",
     "SkipPenalty",

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import equipoise
 from equipoise.files import CheckpointError, RunError, read_tensors
 from equipoise.gradients import Gradient
 from equipoise.solvers import Solver
+from equipoise.train.checkpoint import written_by
 from equipoise.train.config import TrainConfig
 from equipoise.train.model import ModelConfig
 from equipoise.train.proof import prove
@@ -80,12 +80,6 @@ def read_config(
         return from_plain(TrainConfig, content, classes)
     except (ValueError, TypeError) as error:
         raise RunError(f"{path}: {error}{written}") from error
-
-
-def written_by(facts: Mapping[str, Any]) -> str:
-    """End of a message about a file of another version; empty if this version wrote it."""
-    version = facts.get("version", "0.1.0")
-    return "" if version == equipoise.__version__ else f". Equipoise {version} wrote it; that version reads it"
 
 
 def folder_config(folder: Path, *, classes: Iterable[type] = CLASSES) -> TrainConfig:

@@ -2,13 +2,12 @@
 
 from equipoise.zoo.adversarial.attack import ATTACK, attack
 from equipoise.zoo.adversarial.recipes import RECIPES, jiio_adversarial, jiio_adversarial_fashion_mnist
-from equipoise.zoo.adversarial.task import Adversarial, AdversarialClassification
+from equipoise.zoo.adversarial.task import Adversarial
 
 __all__ = [
     "ATTACK",
     "RECIPES",
     "Adversarial",
-    "AdversarialClassification",
     "attack",
     "jiio_adversarial",
     "jiio_adversarial_fashion_mnist",

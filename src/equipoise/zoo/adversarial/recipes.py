@@ -22,7 +22,7 @@ def jiio_adversarial() -> TrainConfig:
         name="jiio-adversarial",
         data=Digits(mean=(0.0,), std=(1.0,)),
         model=DenseConfig(image_size=8, image_channels=1, num_classes=10, cap=0.8),
-        task=Adversarial(step_size=3.0, schedule=Nested(steps=3)),
+        task=Adversarial(step_size=3.0, scheme=Nested(steps=3)),
         solver=Picard(max_steps=10, rtol=1e-2),
         gradient=Envelope(),
         eval_solver=Picard(max_steps=40, rtol=1e-3),

@@ -2,10 +2,9 @@
 
 from equipoise.zoo.classification.model import ClassifierConfig, EquilibriumClassifier
 from equipoise.zoo.classification.penalties import JacobianPenalty, SkipPenalty
-from equipoise.zoo.classification.task import Classification, ClassifierTask, Classify
+from equipoise.zoo.classification.task import ClassifierTask, Classify
 
 __all__ = [
-    "Classification",
     "ClassifierConfig",
     "ClassifierTask",
     "Classify",

@@ -1,4 +1,4 @@
-"""Classification of images by an equilibrium: task and objective."""
+"""Classification of images by an equilibrium."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from equipoise.core.solution import Solution
-from equipoise.data.base import Data, Splits
+from equipoise.data import Data, Splits
 from equipoise.gradients import Gradient, Unrolled
 from equipoise.nn import frozen, jacobian_penalty, skip_penalty
-from equipoise.solvers import AdjointBroyden, Picard, Solver
-from equipoise.train.model import ModelConfig
-from equipoise.train.pretraining import Pretraining
-from equipoise.train.task import Objective, StepInfo, Task
+from equipoise.solvers import AdjointBroyden, Picard
+from equipoise.train import BatchResult, ModelConfig, Objective, Pretraining, StepInfo, Task
 from equipoise.zoo.classification.model import ClassifierConfig, EquilibriumClassifier
 from equipoise.zoo.classification.penalties import JacobianPenalty, SkipPenalty
 from equipoise.zoo.images import check_shapes
@@ -46,7 +44,14 @@ class ClassifierTask(Task):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Classify(ClassifierTask):
-    """Name the class of an image."""
+    r"""Classify images: cross-entropy, penalties, fixed-depth steps.
+
+    $$ L = \mathrm{CE}(\mathrm{model}(x), y) + \gamma \, \frac{1}{D} \|J(z^*)\|_F^2
+       + \lambda \operatorname{mean} |z^* - z_0| $$
+
+    In training, a solver with outer-problem awareness, `AdjointBroyden` with `outer_every`, receives the cross-entropy
+    of each sample while it solves. The head is frozen meanwhile: its statistics and random numbers are untouched.
+    """
 
     scores: ClassVar[tuple[str, ...]] = ("accuracy",)
 
@@ -55,7 +60,7 @@ class Classify(ClassifierTask):
     penalty: JacobianPenalty = JacobianPenalty()
     """Jacobian penalty."""
     skip: SkipPenalty = SkipPenalty()
-    """Penalty on the distance of the equilibrium from the start of its solve."""
+    """Penalty on the distance of the equilibrium from the start of its solve; also in fixed-depth steps."""
     label_smoothing: float = 0.0
     """Share of the target probability that is spread over all classes."""
 
@@ -72,75 +77,38 @@ class Classify(ClassifierTask):
                 "set model.predictor=true (Skip DEQ) or model.explicit_steps=1 (Skip Reg DEQ)"
             )
 
-    def forward_solver(self, solver: Solver, eval_solver: Solver | None) -> Solver:
-        return eval_solver or solver
-
-    def objective(
-        self, model: Any, *, data: Data, solver: Solver, gradient: Gradient, eval_solver: Solver | None
-    ) -> Objective:
-        return Classification(model, self, eval_solver=eval_solver)
-
-
-class Classification(Objective):
-    r"""Cross-entropy of a classifier, with the penalties and the fixed-depth steps of equilibrium training.
-
-    $$ L = \mathrm{CE}(\mathrm{model}(x), y) + \gamma \, \frac{1}{D} \|J(z^*)\|_F^2
-       + \lambda \operatorname{mean} |z^* - z_0| $$
-
-    In training, a solver that is aware of the outer problem, `AdjointBroyden` with `outer_every`, gets the
-    cross-entropy of each sample. The head is frozen meanwhile: its statistics and random numbers are untouched.
-
-    Args:
-        model: classifier that tells its solution.
-        task: penalties, label smoothing and fixed-depth steps.
-        eval_solver: solver in evaluation; None: the model's.
-    """
-
-    def __init__(
-        self, model: EquilibriumClassifier, task: Classify = Classify(), *, eval_solver: Solver | None = None
-    ) -> None:
-        super().__init__()
-        self.model, self.task, self.eval_solver = model, task, eval_solver
-
-    @property
-    def scores(self) -> tuple[str, ...]:
-        return Classify.scores
-
-    def forward(self, images: Tensor, labels: Tensor, info: StepInfo | None = None) -> tuple[Tensor, Tensor]:
-        with self._solving(info, labels):
-            logits, solution = self.model.classify(images)
+    def loss(self, objective: Objective, images: Tensor, labels: Tensor, info: StepInfo | None) -> BatchResult:
+        with self._solving(objective, labels, info):
+            logits, solution = objective.model.classify(images)
         logits = _precise(logits)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.task.label_smoothing if info is not None else 0.0)
-        penalty = self._penalties(solution, info) if info is not None else torch.zeros_like(loss)
-        correct = (logits.argmax(1) == labels).sum()
-        return loss + penalty, self.sums(loss, solution, {"accuracy": correct}, penalty)
+        smoothing, penalty = (0.0, 0.0) if info is None else (self.label_smoothing, self._penalties(solution, info))
+        loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        return BatchResult(loss, solution, {"accuracy": (logits.argmax(1) == labels).sum()}, penalty)
 
     def _penalties(self, solution: Solution, info: StepInfo) -> Tensor:
         total = torch.zeros((), device=solution.residual.device)
-        weight = self.task.penalty.at(info.step, info.epoch, info.seed)
-        if weight:
-            total = total + weight * jacobian_penalty(solution, self.task.penalty.num_probes)
-        weight = self.task.skip.at(info.epoch)
-        if weight:
-            apart = skip_penalty(
-                solution, per_scale=self.task.skip.per_scale, detach_target=self.task.skip.detach_target
-            )
-            total = total + weight * apart
+        if weight := self.penalty.at(info.step, info.epoch, info.seed):
+            total = total + weight * jacobian_penalty(solution, self.penalty.num_probes)
+        if weight := self.skip.at(info.epoch):
+            distance = skip_penalty(solution, per_scale=self.skip.per_scale, detach_target=self.skip.detach_target)
+            total = total + weight * distance
         return total
 
-    def _solving(self, info: StepInfo | None, labels: Tensor) -> contextlib.AbstractContextManager[object]:
-        deq = self.model.deq
+    def _solving(
+        self, objective: Objective, labels: Tensor, info: StepInfo | None
+    ) -> contextlib.AbstractContextManager[object]:
+        deq, head = objective.model.deq, objective.model.head
         if info is None:
-            return deq.using(solver=self.eval_solver) if self.eval_solver is not None else contextlib.nullcontext()
-        if info.step < self.task.pretraining.steps:
-            return deq.using(solver=Picard(max_steps=0), gradient=Unrolled(steps=self.task.pretraining.depth))
+            return deq.using(solver=objective.eval_solver or deq.solver)
+        if info.step < self.pretraining.steps:
+            return deq.using(solver=Picard(max_steps=0), gradient=Unrolled(steps=self.pretraining.depth))
         if not isinstance(deq.solver, AdjointBroyden) or deq.solver.outer_every is None:
             return contextlib.nullcontext()
 
         def outer(z: Any, rows: Tensor) -> Tensor:
-            with frozen(self.model.head):
-                logits = _precise(self.model.head(z))
-            return F.cross_entropy(logits, labels[rows], label_smoothing=self.task.label_smoothing, reduction="none")
+            with frozen(head):
+                logits = _precise(head(z))
+            return F.cross_entropy(logits, labels[rows], label_smoothing=self.label_smoothing, reduction="none")
 
         return deq.using(solver=dataclasses.replace(deq.solver, outer_loss=outer))
 

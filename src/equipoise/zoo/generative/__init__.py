@@ -4,7 +4,7 @@ from equipoise.zoo.generative.corruptions import Blur, Corruption, Downsample, H
 from equipoise.zoo.generative.decoder import ImageDecoder, ImageDecoderConfig
 from equipoise.zoo.generative.model import DecoderConfig, LatentDecoder
 from equipoise.zoo.generative.recipes import RECIPES, jiio_generative
-from equipoise.zoo.generative.task import EXPLAIN, ObservationCost, Reconstruct, Reconstruction, explain, psnr
+from equipoise.zoo.generative.task import EXPLAIN, LatentPenalty, ObservationCost, Reconstruct, explain, psnr
 
 __all__ = [
     "EXPLAIN",
@@ -17,10 +17,10 @@ __all__ = [
     "ImageDecoder",
     "ImageDecoderConfig",
     "LatentDecoder",
+    "LatentPenalty",
     "Noise",
     "ObservationCost",
     "Reconstruct",
-    "Reconstruction",
     "explain",
     "jiio_generative",
     "psnr",

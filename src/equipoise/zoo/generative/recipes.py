@@ -17,7 +17,7 @@ def jiio_generative() -> TrainConfig:
         name="jiio-generative",
         data=FashionMNIST(validation_fraction=0.02, mean=(0.0,), std=(1.0,)),
         model=DecoderConfig(image_size=28, image_channels=1),
-        task=Reconstruct(step_size=0.05, schedule=Nested(steps=3)),
+        task=Reconstruct(step_size=0.05, scheme=Nested(steps=3)),
         solver=Anderson(memory=8, max_steps=18, rtol=1e-4, ridge=1e-3),
         gradient=Envelope(),
         eval_solver=Anderson(memory=8, max_steps=40, rtol=1e-4, ridge=1e-3),

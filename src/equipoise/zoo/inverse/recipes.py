@@ -22,7 +22,7 @@ def jiio_inverse() -> TrainConfig:
         task=Reconstruct(
             corruptions=(Noise(std=0.1), Noise(std=0.2), Hole(size=9)),
             step_size=0.1,
-            schedule=Joint(),
+            scheme=Joint(),
             pretraining=Pretraining(steps=3_700, depth=6),
         ),
         solver=Anderson(memory=8, max_steps=15, rtol=1e-3, ridge=1e-3),
