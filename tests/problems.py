@@ -89,6 +89,17 @@ def recorded(kind: type[eq.Solver]) -> type[eq.Solver]:
     return Recorded
 
 
+def follow(solver: eq.SteadyState, field: Callable[[Tensor], Tensor], z: Tensor, points: int) -> list[Any]:
+    """The states of an integration of `field` after each of its points; the loop's statuses are left out."""
+    rows, memory, states, f = torch.arange(len(z)), None, [], eq.FunctionMap(lambda z: z + field(z), z)
+    for _ in range(points):
+        point = f.evaluate(z, rows, torch.ones_like(rows, dtype=torch.bool))
+        memory = memory or solver.init(point)
+        z = solver.propose(memory, point)
+        states.append(dataclasses.replace(memory, slopes=memory.slopes.clone()))
+    return states
+
+
 def rosenbrock(z: Tensor) -> Tensor:
     return (100 * (z[:, 1:] - z[:, :-1] ** 2) ** 2 + (1 - z[:, :-1]) ** 2).sum(dim=1)
 
