@@ -50,7 +50,7 @@ from torch import Tensor
 import equipoise as eq
 from equipoise import zoo
 from equipoise.constraints import L2Ball
-from equipoise.data.base import derive_seed
+from equipoise.data import derive_seed
 from equipoise.files import write_atomic
 from equipoise.gradients import Gradient, Implicit
 from equipoise.train import TrainConfig

@@ -61,14 +61,12 @@ from torch import Tensor
 
 import equipoise as eq
 from equipoise import zoo
-from equipoise.data import Digits, FashionMNIST
-from equipoise.data.base import Split
+from equipoise.data import Digits, FashionMNIST, Split
 from equipoise.files import write_atomic
 from equipoise.report.figures import BLUE, GRAY, GREEN, INK, ORANGE, STYLE
-from equipoise.train import Adam, Objective, Pretraining, TrainConfig, fit
+from equipoise.train import Adam, Objective, Pretraining, StepInfo, TrainConfig, fit
 from equipoise.train.device import to_device
 from equipoise.train.serialize import to_plain
-from equipoise.train.task import StepInfo
 from equipoise.zoo import Classify, EquilibriumClassifier, MDEQConfig
 from equipoise.zoo.files import load
 

@@ -62,10 +62,10 @@ import equipoise as eq
 from benchmarks.continuous.neural_ode import METHODS, NeuralODE
 from benchmarks.continuous.report import plot, show, summary
 from benchmarks.continuous.settings import Settings, Variant, splits, variants
-from equipoise.data.base import Split, derive_seed, generator
+from equipoise.data import Split, derive_seed, generator
 from equipoise.files import read_tensors, write_atomic, write_tensors
+from equipoise.train import Objective, StepInfo
 from equipoise.train.device import device_name, to_device
-from equipoise.train.task import Objective, StepInfo
 from equipoise.zoo import EquilibriumClassifier
 
 COUNTED = 5  # training batches on which products are counted

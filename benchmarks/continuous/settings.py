@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 
 import equipoise as eq
-from equipoise.data import MNIST5K, Digits, FashionMNIST, HubImages, ImageData
-from equipoise.data.base import Split, Splits, TensorSplit
+from equipoise.data import MNIST5K, Digits, FashionMNIST, HubImages, ImageData, Split, Splits, TensorSplit
 from equipoise.solvers import VCAB3, Stepper, Tsit5
 from equipoise.train import Adam, Pretraining, TrainConfig
 from equipoise.zoo import ClassifierConfig, Classify, DenseConfig, JacobianPenalty, MDEQConfig, SkipPenalty

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from equipoise.data.base import generator
+from equipoise.data import generator
 from equipoise.files import DataError
 from equipoise.zoo import Omniglot
 

@@ -39,7 +39,7 @@ import equipoise as eq
 from benchmarks.few_shot.letters import OmniglotAndLetters
 from benchmarks.few_shot.rivals import FirstOrderMAML, Network, Pixels, Prototypes
 from equipoise import zoo
-from equipoise.data.base import Split, Splits
+from equipoise.data import Split, Splits
 from equipoise.files import read_tensors, write_atomic, write_tensors
 from equipoise.train import TrainConfig
 from equipoise.zoo import ADAPT, FewShotConfig, FewShotLearner, Omniglot

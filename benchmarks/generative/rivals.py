@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import equipoise as eq
-from equipoise.data.base import Split
+from equipoise.data import Split
 from equipoise.zoo import DecoderConfig, LatentDecoder
 
 WARM = 0.1  # share of the training over which the weight of the divergence rises

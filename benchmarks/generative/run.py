@@ -43,12 +43,10 @@ from torch import Tensor
 import equipoise as eq
 from benchmarks.generative.rivals import VAE, batches, frechet, train_features, train_vae
 from equipoise import zoo
-from equipoise.data import Digits
-from equipoise.data.base import derive_seed
+from equipoise.data import Digits, derive_seed
 from equipoise.files import write_atomic
 from equipoise.solvers import Anderson
-from equipoise.train import TrainConfig
-from equipoise.train.task import StepInfo
+from equipoise.train import StepInfo, TrainConfig
 from equipoise.zoo import (
     EXPLAIN,
     Blur,

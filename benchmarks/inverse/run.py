@@ -40,8 +40,7 @@ from torch import Tensor
 
 import equipoise as eq
 from equipoise import zoo
-from equipoise.data import FashionMNIST, ImageData, Photographs
-from equipoise.data.base import Splits, TensorSplit, generator
+from equipoise.data import FashionMNIST, ImageData, Photographs, Splits, TensorSplit, generator
 from equipoise.inputs import FirstOrder
 from equipoise.train import TrainConfig, fit
 from equipoise.zoo import EXPLAIN, Hole, LatentPenalty, ObservationCost, Reconstruct, explain

@@ -47,9 +47,9 @@ from torch import Tensor
 import equipoise as eq
 from equipoise import zoo
 from equipoise.core.function_map import DescentMap
-from equipoise.data.base import TensorSplit
+from equipoise.data import TensorSplit
 from equipoise.files import write_atomic
-from equipoise.train.task import StepInfo
+from equipoise.train import StepInfo
 from equipoise.zoo import EquilibriumClassifier, MDEQCell
 
 # --- L-BFGS ---------------------------------------------------------------------------------------------------------

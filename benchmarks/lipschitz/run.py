@@ -56,9 +56,9 @@ import equipoise as eq
 from equipoise.data import Digits, FashionMNIST
 from equipoise.files import write_atomic
 from equipoise.report.figures import BLUE, GRAY, GREEN, INK, STYLE
-from equipoise.train import Adam, Objective, Pretraining, TrainConfig, fit
+from equipoise.train import Adam, Objective, Pretraining, StepInfo, TrainConfig, fit
 from equipoise.train.device import to_device
-from equipoise.train.task import StepInfo, relative_residual
+from equipoise.train.task import relative_residual
 from equipoise.zoo import (
     Classify,
     EquilibriumClassifier,

@@ -24,8 +24,7 @@ import equipoise as eq
 from equipoise import report, zoo
 from equipoise.cli import train as training
 from equipoise.data import HubImages, ImageData
-from equipoise.train import SGD, ModelConfig, Optimizer, Pretraining, TrainConfig, fit
-from equipoise.train.optim import LRSchedule
+from equipoise.train import SGD, LRSchedule, ModelConfig, Optimizer, Pretraining, TrainConfig, fit
 from equipoise.train.serialize import from_plain, members, to_plain
 from equipoise.zoo import Classify, JacobianPenalty, MDEQConfig, SkipPenalty
 
@@ -68,7 +67,7 @@ def test_version_by_the_module_and_by_the_function(capsys: pytest.CaptureFixture
     called = subprocess.run([sys.executable, "-m", "equipoise", "--version"], capture_output=True, text=True)
     assert (called.returncode, called.stdout, called.stderr) == (0, text, "")
     (script,) = importlib.metadata.entry_points(group="console_scripts", name="equipoise")
-    assert script.load() is main
+    assert script.load() is cli.main
 
 
 def test_help_names_every_command_and_no_command_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
@@ -418,6 +417,7 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(missing: str, 
     program = f"""
 import sys
 sys.modules[{missing!r}] = None
+from equipoise.cli import main
 sys.exit(main(["train", "mdeq-digits", "--run-dir", "run"]))
 """
     called = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 import equipoise as eq
 from equipoise.data import Digits
-from equipoise.train import Adam, TrainConfig, fit
-from equipoise.train.optim import LRSchedule
+from equipoise.train import Adam, LRSchedule, TrainConfig, fit
 from equipoise.zoo import Classify, DenseConfig, SkipPenalty
 
 pytestmark = pytest.mark.slow

@@ -15,9 +15,8 @@ from equipoise.constraints import LInfBall
 from equipoise.data import Digits
 from equipoise.inputs import Joint
 from equipoise.solvers import Picard
-from equipoise.train import TrainConfig, fit
+from equipoise.train import StepInfo, TrainConfig, fit
 from equipoise.train.serialize import from_plain, to_plain
-from equipoise.train.task import StepInfo
 from equipoise.zoo import ATTACK, CLASSES, Adversarial, Classify, DenseClassifier, attack
 
 RECIPE = zoo.jiio_adversarial()

@@ -15,8 +15,7 @@ from train.toy import CLASSES, FULL, PLAIN, Toy, read_config
 import equipoise as eq
 from equipoise import zoo
 from equipoise.data import Digits, FashionMNIST, HubImages
-from equipoise.train import SGD, Adam, AdamW, Pretraining, RunError, TrainConfig, fit
-from equipoise.train.optim import LRSchedule
+from equipoise.train import SGD, Adam, AdamW, LRSchedule, Pretraining, RunError, TrainConfig, fit
 from equipoise.train.run_folder import config_yaml, write_config
 from equipoise.train.serialize import from_plain, to_plain
 from equipoise.zoo import Classify, JacobianPenalty, ScaledLayers

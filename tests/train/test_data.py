@@ -19,8 +19,17 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from equipoise.data import DataError, Digits, FashionMNIST, HubImages
-from equipoise.data.base import Split, TensorSplit, derive_seed, generator, random_split
+from equipoise.data import (
+    DataError,
+    Digits,
+    FashionMNIST,
+    HubImages,
+    Split,
+    TensorSplit,
+    derive_seed,
+    generator,
+    random_split,
+)
 from equipoise.data.images import random_crop, random_flip
 from equipoise.data.readers import open_image, random_resized_crop, read_idx, resize_and_crop, to_mode, to_tensor
 

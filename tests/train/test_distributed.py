@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from train.toy import ENVIRONMENT, MODEL, PLAIN, Toy, command, timeless
 
-from equipoise.data.base import derive_seed, generator
+from equipoise.data import derive_seed, generator
 from equipoise.train import SGD, TrainConfig, checkpoint, evaluate
 from equipoise.train.run_folder import read_lines
 from equipoise.zoo import MDEQClassifier

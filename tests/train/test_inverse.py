@@ -11,8 +11,7 @@ import torch
 import equipoise as eq
 from equipoise.data import Digits, Photographs
 from equipoise.inputs import Joint
-from equipoise.train import Adam, Pretraining, TrainConfig, fit
-from equipoise.train.task import StepInfo
+from equipoise.train import Adam, Pretraining, StepInfo, TrainConfig, fit
 from equipoise.zoo import (
     EXPLAIN,
     Blur,

@@ -16,12 +16,23 @@ from torch import Tensor, nn
 from train.toy import FULL, MODEL, PLAIN, Interrupt, Run, Toy, read_config, timeless
 
 import equipoise as eq
-from equipoise.data.base import derive_seed, generator
+from equipoise.data import derive_seed, generator
 from equipoise.nn import jacobian_penalty
-from equipoise.train import SGD, NonFiniteLoss, Objective, Observer, Pretraining, checkpoint, evaluate, fit, loop
-from equipoise.train.optim import LRSchedule
+from equipoise.train import (
+    SGD,
+    LRSchedule,
+    NonFiniteLoss,
+    Objective,
+    Observer,
+    Pretraining,
+    StepInfo,
+    checkpoint,
+    evaluate,
+    fit,
+    loop,
+)
 from equipoise.train.run_folder import read_lines
-from equipoise.train.task import COMMON, StepInfo
+from equipoise.train.task import COMMON
 from equipoise.zoo import Classify, JacobianPenalty, MDEQClassifier
 from equipoise.zoo.files import load
 

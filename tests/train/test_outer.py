@@ -13,10 +13,9 @@ from train.toy import FULL, MODEL, PLAIN, Interrupt, Interrupted, read_config, t
 from train.toy import command_line as main
 
 import equipoise as eq
-from equipoise.train import Objective, Pretraining, evaluate, fit
+from equipoise.train import Objective, Pretraining, StepInfo, evaluate, fit
 from equipoise.train.run_folder import config_yaml, read_lines
 from equipoise.train.serialize import from_plain, to_plain
-from equipoise.train.task import StepInfo
 from equipoise.zoo import Classify, MDEQClassifier
 
 AWARE = eq.AdjointBroyden(max_steps=6, memory=8, rtol=0, outer_every=2)

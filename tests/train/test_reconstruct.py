@@ -12,8 +12,7 @@ import torch
 import equipoise as eq
 from equipoise.data import Digits
 from equipoise.inputs import Envelope
-from equipoise.train import Adam, TrainConfig, fit
-from equipoise.train.task import StepInfo
+from equipoise.train import Adam, StepInfo, TrainConfig, fit
 from equipoise.zoo import DecoderConfig, Hole, MDEQConfig, Noise, Reconstruct, psnr
 from equipoise.zoo.files import load
 

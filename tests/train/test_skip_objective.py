@@ -15,8 +15,8 @@ import equipoise as eq
 from equipoise import zoo
 from equipoise.files import DataError
 from equipoise.nn import jacobian_penalty
-from equipoise.train import Objective, Pretraining, TrainConfig
-from equipoise.train.task import COMMON, StepInfo
+from equipoise.train import Objective, Pretraining, StepInfo, TrainConfig
+from equipoise.train.task import COMMON
 from equipoise.zoo import (
     Classify,
     DenseClassifier,

@@ -17,10 +17,8 @@ from torch import nn
 
 import equipoise as eq
 from equipoise import cli, zoo
-from equipoise.data import ImageData
-from equipoise.data.base import Splits, TensorSplit
-from equipoise.train import Adam, Observer, Pretraining, Result, TrainConfig, fit
-from equipoise.train.optim import LRSchedule
+from equipoise.data import ImageData, Splits, TensorSplit
+from equipoise.train import Adam, LRSchedule, Observer, Pretraining, Result, TrainConfig, fit
 from equipoise.train.serialize import from_plain, to_plain
 from equipoise.zoo import Classify, JacobianPenalty, MDEQConfig, ScaledLayers, SLLLayers, files
 

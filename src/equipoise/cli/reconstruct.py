@@ -20,8 +20,7 @@ from equipoise.cli.display import facts_table
 from equipoise.cli.errors import UsageError
 from equipoise.cli.flags import Option
 from equipoise.cli.runs import evaluation_config, parse_run, report_packages, run_model
-from equipoise.data import read_cropped, read_image
-from equipoise.data.base import generator
+from equipoise.data import generator, read_cropped, read_image
 from equipoise.files import RunError
 from equipoise.train import TrainConfig
 from equipoise.zoo import (

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from equipoise.data.base import Splits
+from equipoise.data import Splits
 from equipoise.files import write_atomic
 from equipoise.report.figures import confusion_map, curve, residual_plot, step_counts, to_svg
 from equipoise.report.predictions import Predictions, collect_predictions

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from equipoise.data import DataError
-from equipoise.data.base import Split
+from equipoise.data import DataError, Split
 from equipoise.train import TrainConfig
 from equipoise.train.device import make_fabric, to_device
 from equipoise.zoo import EquilibriumClassifier

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from equipoise.data.base import Data
+from equipoise.data import Data
 from equipoise.gradients import Gradient, Implicit
 from equipoise.solvers import Anderson, Solver
 from equipoise.train.model import ModelConfig

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import equipoise
-from equipoise.data.base import Split
+from equipoise.data import Split
 from equipoise.solvers import Solver
 from equipoise.train.config import TrainConfig
 from equipoise.train.device import device_name, isolated_rng, make_fabric, to_device

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from equipoise.data.base import Split, Splits, derive_seed, generator
+from equipoise.data import Split, Splits, derive_seed, generator
 from equipoise.train import checkpoint
 from equipoise.train.average import Average
 from equipoise.train.config import TrainConfig

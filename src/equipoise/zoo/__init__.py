@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 from equipoise import data, gradients, inputs, solvers, train
-from equipoise.train.config import TrainConfig
+from equipoise.train import TrainConfig
 from equipoise.zoo import adversarial, classification, continuous, few_shot, generative, inverse, lipschitz_mdeq, mdeq
 from equipoise.zoo.adversarial import (
     ATTACK,

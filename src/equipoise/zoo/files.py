@@ -12,9 +12,8 @@ import torch
 from equipoise.files import CheckpointError, RunError, read_tensors
 from equipoise.gradients import Gradient
 from equipoise.solvers import Solver
+from equipoise.train import ModelConfig, TrainConfig
 from equipoise.train.checkpoint import written_by
-from equipoise.train.config import TrainConfig
-from equipoise.train.model import ModelConfig
 from equipoise.train.proof import prove
 from equipoise.train.run_folder import read_plain
 from equipoise.train.serialize import from_plain, to_plain

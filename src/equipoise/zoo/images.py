@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from equipoise.data.base import Data
-from equipoise.train.model import ModelConfig
+from equipoise.data import Data
+from equipoise.train import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,7 @@ import dataclasses
 from equipoise.data import Digits, FashionMNIST
 from equipoise.inputs import Envelope, Nested
 from equipoise.solvers import Picard
-from equipoise.train.config import TrainConfig
-from equipoise.train.optim import Adam
+from equipoise.train import Adam, TrainConfig
 from equipoise.zoo.adversarial.task import Adversarial
 from equipoise.zoo.continuous import DenseConfig
 

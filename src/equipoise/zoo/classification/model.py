@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from equipoise.core.solution import Solution
-from equipoise.nn.deq import DEQ
+from equipoise.nn import DEQ
 from equipoise.zoo.images import ImageModelConfig
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from equipoise.data.base import derive_seed
+from equipoise.data import derive_seed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

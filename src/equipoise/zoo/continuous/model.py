@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from equipoise.gradients import Gradient, Implicit
-from equipoise.nn.deq import DEQ
+from equipoise.nn import DEQ
 from equipoise.solvers import Anderson, Solver
 from equipoise.zoo.classification import ClassifierConfig, EquilibriumClassifier
 

@@ -7,8 +7,7 @@ import dataclasses
 from equipoise.data import MNIST5K
 from equipoise.gradients import Implicit
 from equipoise.solvers import GMRES, SteadyState
-from equipoise.train.config import TrainConfig
-from equipoise.train.optim import Adam
+from equipoise.train import Adam, TrainConfig
 from equipoise.zoo.classification import Classify, SkipPenalty
 from equipoise.zoo.continuous.model import DenseConfig
 from equipoise.zoo.mdeq import mdeq_fashion_mnist

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from equipoise.core.solution import Solution
 from equipoise.gradients import Gradient, Implicit
 from equipoise.inputs import InputOptimizer, InputSolution, Joint, optimize_inputs
-from equipoise.nn.deq import DEQ
+from equipoise.nn import DEQ
 from equipoise.solvers import GMRES, Anderson, Solver
 from equipoise.zoo.images import ImageModelConfig
 

@@ -16,8 +16,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from equipoise.data.base import TEST_SEED, Split, Splits, TensorSplit, batch_indices, generator
-from equipoise.data.images import ImageData
+from equipoise.data import ImageData, Split, Splits, TensorSplit, generator
+from equipoise.data.base import TEST_SEED, batch_indices
 from equipoise.data.readers import open_image, to_mode, to_tensor
 from equipoise.files import DataError, data_root
 

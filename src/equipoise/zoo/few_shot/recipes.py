@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from equipoise.gradients import Implicit
 from equipoise.solvers import GMRES, Anderson
-from equipoise.train.config import TrainConfig
-from equipoise.train.optim import Adam, LRSchedule
+from equipoise.train import Adam, LRSchedule, TrainConfig
 from equipoise.zoo.few_shot.model import FewShotConfig
 from equipoise.zoo.few_shot.omniglot import Omniglot
 from equipoise.zoo.few_shot.task import FewShot

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from equipoise.nn.deq import DEQ
+from equipoise.nn import DEQ
 from equipoise.zoo.generative.corruptions import Corruption
 from equipoise.zoo.images import ImageModelConfig
 

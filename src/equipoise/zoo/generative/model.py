@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.gradients import Gradient, Implicit
-from equipoise.nn.deq import DEQ
-from equipoise.nn.norms import spectral_norm
+from equipoise.nn import DEQ, spectral_norm
 from equipoise.solvers import Anderson, Solver
 from equipoise.zoo.generative.decoder import ImageDecoder, ImageDecoderConfig
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from equipoise.data import FashionMNIST
 from equipoise.inputs import Envelope, Nested
 from equipoise.solvers import Anderson
-from equipoise.train.config import TrainConfig
-from equipoise.train.optim import Adam
+from equipoise.train import Adam, TrainConfig
 from equipoise.zoo.generative.model import DecoderConfig
 from equipoise.zoo.generative.task import Reconstruct
 

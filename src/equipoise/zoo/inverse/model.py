@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equipoise.gradients import Gradient, Implicit
-from equipoise.nn import spectral_norm
-from equipoise.nn.deq import DEQ
+from equipoise.nn import DEQ, spectral_norm
 from equipoise.solvers import Anderson, Solver
 from equipoise.zoo.generative import Corruption, Downsample, ImageDecoder, ImageDecoderConfig
 

@@ -6,9 +6,7 @@ from equipoise.data import FashionMNIST
 from equipoise.gradients import Implicit
 from equipoise.inputs import Joint
 from equipoise.solvers import GMRES, Anderson
-from equipoise.train.config import TrainConfig
-from equipoise.train.optim import Adam
-from equipoise.train.pretraining import Pretraining
+from equipoise.train import Adam, Pretraining, TrainConfig
 from equipoise.zoo.generative import Hole, Noise, Reconstruct
 from equipoise.zoo.inverse.model import PriorConfig
 

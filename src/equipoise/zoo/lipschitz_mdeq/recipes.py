@@ -6,8 +6,7 @@ import dataclasses
 
 from equipoise.contraction.certificate import contraction_solver
 from equipoise.gradients import Implicit
-from equipoise.train.config import TrainConfig
-from equipoise.train.pretraining import Pretraining
+from equipoise.train import Pretraining, TrainConfig
 from equipoise.zoo.classification import Classify
 from equipoise.zoo.lipschitz_mdeq.scaled import ScaledLayers
 from equipoise.zoo.lipschitz_mdeq.sll import SLLLayers

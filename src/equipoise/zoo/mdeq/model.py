@@ -13,7 +13,7 @@ import dataclasses
 from torch import nn
 
 from equipoise.gradients import Gradient, Implicit
-from equipoise.nn.deq import DEQ
+from equipoise.nn import DEQ
 from equipoise.solvers import Anderson, Solver
 from equipoise.zoo.classification import EquilibriumClassifier
 from equipoise.zoo.mdeq.cell import MDEQCell

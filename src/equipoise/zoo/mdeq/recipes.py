@@ -7,9 +7,7 @@ import dataclasses
 from equipoise.data import Digits, FashionMNIST, HubImages
 from equipoise.gradients import Implicit, Shine
 from equipoise.solvers import Broyden
-from equipoise.train.config import TrainConfig
-from equipoise.train.optim import SGD, Adam
-from equipoise.train.pretraining import Pretraining
+from equipoise.train import SGD, Adam, Pretraining, TrainConfig
 from equipoise.zoo.classification import Classify
 from equipoise.zoo.mdeq.model import MDEQConfig
 
