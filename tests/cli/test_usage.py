@@ -21,7 +21,7 @@ from train.toy import CLASSES, contracting_toys, read_config
 from train.toy import command_line as main
 
 import equipoise as eq
-from equipoise import report, zoo
+from equipoise import cli, report, zoo
 from equipoise.cli import train as training
 from equipoise.data import HubImages, ImageData
 from equipoise.train import SGD, LRSchedule, ModelConfig, Optimizer, Pretraining, TrainConfig, fit
