@@ -1,4 +1,4 @@
-"""Joins map, solver and gradient: the one entry to the implicit core."""
+"""Fixed points from map, solver and gradient: the entry to the core."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def fixed_point(
     params: Sequence[Tensor] | None = None,
     trace: bool = False,
 ) -> Solution[S]:
-    r"""Solve $z = f(z, \text{inputs})$ and make the answer differentiable.
+    r"""Solve $z = f(z, \text{inputs})$ and make the solution differentiable.
 
     Args:
         f: a module or function; called as `f(z, *inputs)`, it returns a state like `z`.
@@ -34,16 +34,16 @@ def fixed_point(
         inputs: tensors (or containers of tensors) whose first dimension is the batch. Rows of inputs leave the batch
             together with the samples that converged, and receive gradients of any order.
         solver: finds the equilibrium.
-        gradient: how the answer is differentiated.
-        params: tensors that `f` depends on besides its inputs, which are to receive gradients. None: the parameters of
-            a module; a function is then a closure: first derivatives only, and no sample leaves the batch early.
+        gradient: differentiates it.
+        params: further tensors that `f` depends on and that need gradients. None: the parameters of a module; a
+            function is then a closure, with first derivatives only, from whose batch no sample leaves early.
         trace: record the residual of every evaluation.
 
     Returns:
         `Solution` whose `value` has the structure of `z0`.
 
     Raises:
-        TypeError: something is of the wrong kind.
+        TypeError: an argument has the wrong type.
         ValueError: shapes do not fit; the cell uses batch statistics; `Shine` after a solver that keeps no inverse.
 
     Example:
@@ -57,11 +57,8 @@ def fixed_point(
 
 
 def solve_map(f: FunctionMap, z0: S, *, solver: Solver, gradient: Gradient, trace: bool = False) -> Solution[S]:
-    """`fixed_point` of a map that was already made, say one with blocks and a projection; see there."""
-    if not isinstance(solver, Solver):
-        raise TypeError(f"solver must be a solver such as Anderson(), got {solver!r}")
-    if not isinstance(gradient, Gradient):
-        raise TypeError(f"gradient must be a gradient such as Implicit(), got {gradient!r}")
+    """Solve for the fixed point of a map, say of one with blocks and a projection; see `fixed_point`."""
+    check_methods(solver, gradient)
     if torch.is_grad_enabled() and gradient.uses_inverse and not solver.keeps_inverse:
         raise ValueError(
             f"gradient {gradient!r} reads the forward solver's inverse, but {type(solver).__name__} keeps none; "
@@ -70,3 +67,11 @@ def solve_map(f: FunctionMap, z0: S, *, solver: Solver, gradient: Gradient, trac
     start = f.pack(z0)
     solution: Solution[Any] = gradient.attach(f, start, solver.solve(f, start.detach(), trace=trace))
     return dataclasses.replace(solution, value=f.unpack(solution.value), map=f, start=z0)
+
+
+def check_methods(solver: Any, gradient: Any) -> None:
+    """Check the types of a solver and a gradient."""
+    if not isinstance(solver, Solver):
+        raise TypeError(f"solver must be a solver such as Anderson(), got {solver!r}")
+    if not isinstance(gradient, Gradient):
+        raise TypeError(f"gradient must be a gradient such as Implicit(), got {gradient!r}")

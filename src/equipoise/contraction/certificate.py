@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.contraction.bounds import UnknownConstant, require_own
-from equipoise.core.function_map import FunctionMap
 from equipoise.core.solution import Solution
 from equipoise.nn import DEQ
+from equipoise.nn.penalties import solved_map
 from equipoise.solvers import Anderson, Picard, Solver
 
 PICARD_UP_TO = 0.6  # Lipschitz constant up to which acceleration saves no evaluations
@@ -276,12 +276,9 @@ def jacobian_norm(solution: Solution, num_iterations: int = 30) -> Tensor:
     """
     if num_iterations < 1:
         raise ValueError(f"num_iterations={num_iterations!r}: must be >= 1")
-    f = solution.map
-    if not isinstance(f, FunctionMap):
-        raise ValueError("the solution carries no map; take it from DEQ.solve or fixed_point, not from a bare solver")
+    f = solved_map(solution)
     with f.solve_context(backward=True), torch.enable_grad():
-        z = f.pack(solution.value).detach().requires_grad_()
-        fz = f.with_inputs([t.detach() for t in f.tensors]).call(z)
+        z, fz = f.detached().call_tracked(f.pack(solution.value))
         if not fz.requires_grad:  # the map ignores its state
             return torch.zeros(z.shape[0], dtype=z.dtype, device=z.device)
         # J v is the derivative of J^T w in w.

@@ -112,6 +112,10 @@ class FunctionMap(Map):
         chosen.tensors = list(tensors)
         return chosen
 
+    def detached(self) -> Self:
+        """Return the same map with detached inputs."""
+        return self.with_inputs([tensor.detach() for tensor in self.tensors])
+
     @property
     def projected(self) -> bool:
         return self.projection is not None
@@ -129,6 +133,12 @@ class FunctionMap(Map):
                 f"the map returned {flat.shape[0]} rows for a state of {z.shape[0]}; it must keep the batch dimension"
             )
         return self.project(flat)
+
+    def call_tracked(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a new leaf at `z` and the value of the map there, tracked to the leaf."""
+        with torch.enable_grad():
+            leaf = z.detach().requires_grad_()
+            return leaf, self.call(leaf)
 
     def call_user(self, function: Callable[..., Any], z: Tensor) -> Any:
         """Call a user function of state and inputs in the map's autocast and dropout state, without counting.
@@ -161,9 +171,7 @@ class FunctionMap(Map):
     def evaluate(self, z: Tensor, rows: Tensor, running: Tensor, *, graph: bool = False) -> Point:
         if not graph:
             return super().evaluate(z, rows, running)
-        with torch.enable_grad():
-            leaf = z.detach().requires_grad_()
-            tracked = self.with_inputs([t.detach() for t in self.tensors]).call(leaf)
+        leaf, tracked = self.detached().call_tracked(z)
         fz = tracked.detach()
         return Point(z, fz, fz - z, rows, running, self, pullback=functools.partial(self.vjp, tracked, leaf))
 

@@ -1,4 +1,4 @@
-"""Plain batched linear algebra: row dots and sums, inverse estimates."""
+"""Batched linear algebra: dot products and sums of rows, inverse estimates."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def norms(x: Tensor) -> Tensor:
 
 
 def row_dots(x: Tensor, rows: Tensor) -> Tensor:
-    """Dot products of one vector with many, sample by sample: `(b, D), (b, m, D) -> (b, m)`."""
+    """Return dot products of one vector with many, sample by sample: `(b, D), (b, m, D) -> (b, m)`."""
     # The vector stands on the left: this order is up to four times faster on CPU than its mirror image.
     return torch.bmm(x[:, None], rows.mT)[:, 0]
 
 
 def row_sums(weights: Tensor, rows: Tensor) -> Tensor:
-    """Weighted sums of many vectors, sample by sample: `(b, m), (b, m, D) -> (b, D)`."""
+    """Return weighted sums of many vectors, sample by sample: `(b, m), (b, m, D) -> (b, D)`."""
     return torch.bmm(weights.to(rows.dtype)[:, None], rows)[:, 0]
 
 
@@ -49,7 +49,7 @@ class LowRank:
     core: Tensor
 
     def mv(self, x: Tensor) -> Tensor:
-        """`M x` for each sample: `(b, D) -> (b, D)`."""
+        """Return `M x` for each sample: `(b, D) -> (b, D)`."""
         scaled = self.gamma.to(x.dtype)[:, None] * x
         if self.basis.shape[1] == 0:
             return scaled
@@ -69,7 +69,7 @@ class LowRank:
 class InverseEstimate:
     r"""Estimate of $(I - J)^{-1}$ for each sample of a batch: $M = \gamma I + S^\top K S$.
 
-    Samples that left the batch together form a part, so that their vectors need not be moved again.
+    Samples that left the batch together form a part, so that their vectors are not moved again.
 
     Attributes:
         parts: pairs of row numbers `(b_i,)` and the matrices of these rows; all rows are covered once.
@@ -81,12 +81,12 @@ class InverseEstimate:
 
     @classmethod
     def of(cls, gamma: Tensor, basis: Tensor, core: Tensor) -> InverseEstimate:
-        """An estimate in one part; arguments as in `LowRank`."""
+        """Return an estimate in one part; arguments as in `LowRank`."""
         rows = torch.arange(gamma.shape[0], device=gamma.device)
         return cls(((rows, LowRank(gamma, basis, core)),), gamma.shape[0])
 
     def mv(self, x: Tensor) -> Tensor:
-        """`M x` for each sample: `(B, D) -> (B, D)`."""
+        """Return `M x` for each sample: `(B, D) -> (B, D)`."""
         if len(self.parts) == 1:
             return self.parts[0][1].mv(x)
         out = torch.empty_like(x)
@@ -95,12 +95,12 @@ class InverseEstimate:
         return out
 
     def rmv(self, x: Tensor) -> Tensor:
-        r"""$M^\top x$ for each sample: `(B, D) -> (B, D)`."""
+        r"""Return $M^\top x$ for each sample: `(B, D) -> (B, D)`."""
         return self.mT.mv(x)
 
     @property
     def mT(self) -> InverseEstimate:
-        """The transposed estimate: that of the adjoint system."""
+        """The transposed estimate, that of the adjoint system."""
         return InverseEstimate(tuple((rows, part.mT) for rows, part in self.parts), self.batch)
 
     @property
@@ -109,13 +109,13 @@ class InverseEstimate:
         return self._gather([(part.core != 0).any(dim=2).sum(dim=1) for _, part in self.parts])
 
     def dense(self) -> Tensor:
-        """The matrices themselves, `(B, D, D)`, for small states."""
+        """Return the matrices, `(B, D, D)`, for small states."""
         size = self.parts[0][1].basis.shape[2]
         eye = torch.eye(size, dtype=self.parts[0][1].basis.dtype, device=self.parts[0][0].device)
         return torch.stack([self.mv(column.expand(self.batch, size)) for column in eye], dim=2)
 
     def select(self, index: Tensor) -> InverseEstimate:
-        """The estimates of some samples, in the order of `index`."""
+        """Return the estimates of some samples, in the order of `index`."""
         place = self._gather([torch.arange(len(rows), device=rows.device) for rows, _ in self.parts])[index]
         owner = self._gather([torch.full_like(rows, number) for number, (rows, _) in enumerate(self.parts)])[index]
         chosen = []
@@ -126,7 +126,7 @@ class InverseEstimate:
         return InverseEstimate(tuple(chosen), int(index.shape[0]))
 
     def reset(self, mask: Tensor) -> InverseEstimate:
-        """The same estimate, but the identity for the samples of a `(B,)` mask."""
+        """Return the estimate with the identity in the samples of a `(B,)` mask."""
         parts = []
         for rows, part in self.parts:
             gamma = torch.where(mask[rows], 1.0, part.gamma)

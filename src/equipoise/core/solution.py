@@ -1,4 +1,4 @@
-"""What a solve tells: value, status, residual and counts, sample by sample."""
+"""Result of a solve: value, status, residual and counts of each sample."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ S = TypeVar("S")
 
 
 class Status(enum.IntEnum):
-    """How the solve of one sample ended; the numbers are those in `Solution.status`."""
+    """End of the solve of one sample; the numbers are those in `Solution.status`."""
 
     CONVERGED = 0
     MAX_STEPS = 1
@@ -27,7 +27,7 @@ class Status(enum.IntEnum):
 REMEDIES = {
     Status.MAX_STEPS: "raise max_steps, loosen rtol or atol, or take a faster solver (Anderson, Broyden)",
     Status.STALLED: "loosen rtol or atol, raise patience, or solve in float64: the map's own noise may be the limit",
-    Status.DIVERGED: "the map does not contract: damp the solver, take Anderson or Broyden, or regularise the map",
+    Status.DIVERGED: "the map does not contract: damp the solver, take Anderson or Broyden, or regularize the map",
     Status.NONFINITE: "the map returned NaN or Inf: check its inputs and parameters, or lower the learning rate",
 }
 
@@ -38,21 +38,20 @@ class ConvergenceError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Solution(Generic[S]):
-    r"""The answer to `z = f(z)` and all that the solve told about it.
+    r"""The solution of `z = f(z)` and its convergence record.
 
     Attributes:
         value: the best iterate of each sample, in the structure of `z0`; differentiable.
         status: `(B,)` integers of `Status`.
-        residual: `(B,)` norm of `f(z) - z` at the returned `z`; Inf where no evaluation was finite.
-        num_steps: `(B,)` evaluations of `f` spent on each sample until its record was closed, those of the start too.
-        num_evals: calls of `f` during the solve (a call evaluates all rows still in the batch), those of the start too.
+        residual: `(B,)` norm of `f(z) - z` at the returned `z`; infinite if no evaluation was finite.
+        num_steps: `(B,)` evaluations of `f` for each sample until it stopped, those of the start too.
+        num_evals: calls of `f` during the solve, each with all rows still in the batch; those of the start too.
         num_vjps: vector-Jacobian products during the solve.
         inverse: estimate of `(I - J)^{-1}` that belongs to `value`, if the solver keeps one.
-        trace: `(T, B)` residual of each sample at each evaluation, on request; NaN once a sample left.
+        trace: `(T, B)` residual of each sample at each evaluation, on request; NaN after a sample stopped.
         map: the map that was solved, for probes and penalties at `value`.
-        start: where the solve began, in the structure of `z0`; differentiable if it was predicted.
-        statistics: what the solver counted beside evaluations, `(B,)` each: `SteadyState` its accepted and rejected
-            steps.
+        start: start of the solve, in the structure of `z0`; differentiable if it was predicted.
+        statistics: further counts of the solver, `(B,)` each: accepted and rejected steps of `SteadyState`.
     """
 
     value: S

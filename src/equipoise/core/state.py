@@ -15,7 +15,7 @@ State = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a state with `B` rows lies in a flat `(B, D)` tensor.
+    """Layout of a state with `B` rows in a flat `(B, D)` tensor.
 
     Attributes:
         kind: `Tensor`, `tuple`, `list` or `dict`: the container that the caller uses.
@@ -64,10 +64,10 @@ class Layout:
         return cls(kind, keys, shapes, tuple(shape.numel() for shape in shapes))
 
     def pack(self, state: Any, name: str, dtype: torch.dtype, cast: bool = False) -> Tensor:
-        """Lay a state of this layout flat.
+        """Flatten a state of this layout.
 
         Args:
-            state: what a map returned.
+            state: result of a map, say.
             name: what to call it in error messages.
             dtype: the dtype that the flat tensor must have.
             cast: convert other floating dtypes (under autocast) instead of raising.
@@ -111,7 +111,7 @@ class Layout:
         return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
 
     def unpack(self, flat: Tensor) -> Any:
-        """Give a flat `(B, D)` tensor its outer shape back, as views of it."""
+        """Restore the structure of a flat `(B, D)` tensor, as views of it."""
         if self.kind is Tensor:
             return flat.view(flat.shape[0], *self.shapes[0])
         parts = [
@@ -133,7 +133,7 @@ def _parts(state: Any, name: str) -> tuple[type, tuple[str, ...], Sequence[Any]]
 
 @dataclasses.dataclass(frozen=True)
 class InputLayout:
-    """How the inputs of a map, tensors or containers of tensors, become one list of tensors and back."""
+    """Layout of the inputs of a map, tensors or containers of tensors, in one list of tensors."""
 
     forms: tuple[tuple[type, tuple[str, ...], int], ...]
 
@@ -162,7 +162,7 @@ class InputLayout:
         return tensors, cls(tuple(forms))
 
     def unflatten(self, tensors: Sequence[Tensor]) -> list[Any]:
-        """The inputs as the caller gave them, from their list of tensors."""
+        """Restore the structure of the inputs from their list of tensors."""
         inputs: list[Any] = []
         start = 0
         for kind, keys, count in self.forms:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from equipoise.core.function_map import FunctionMap
@@ -30,10 +29,7 @@ class AdjointMap(Map):
     def select(self, index: Tensor) -> AdjointMap:
         # f is evaluated once for the rows that stay, so that products cost less from here on.
         f = self.forward_map.select(index)
-        with torch.enable_grad():
-            z = self.z[index].detach().requires_grad_()
-            fz = f.call(z)
-        return AdjointMap(f, z, fz, self.g[index])
+        return AdjointMap(f, *f.call_tracked(self.z[index]), self.g[index])
 
     def with_cotangent(self, g: Tensor) -> AdjointMap:
         """Return the same map with another right-hand side."""

@@ -36,9 +36,8 @@ def attach(f: FunctionMap, solution: Solution[Tensor], gradient: Estimator) -> S
     """
     if f.declared:
         return dataclasses.replace(solution, value=_attach_declared(f, solution, gradient))
-    with f.solve_context(), torch.enable_grad():
-        z = solution.value.detach().requires_grad_()
-        fz = f.call(z)
+    with f.solve_context():
+        z, fz = f.call_tracked(solution.value)
     if not _depends_beyond(fz, z):
         return solution
     value = _ClosureEquilibrium.apply(fz, _Record(f, gradient, solution, z))
@@ -104,12 +103,10 @@ def _gradients(
     record: _Record, z: Tensor, g: Tensor, inputs: Sequence[Tensor], wanted: Sequence[bool]
 ) -> tuple[Tensor, ...]:
     """Return first derivatives: one evaluation of `f`, the adjoint vector, one product for all wanted tensors."""
-    with torch.enable_grad():
-        leaf = z.detach().requires_grad_()
-        leaves = [t.detach().requires_grad_(want) for t, want in zip(inputs, wanted, strict=False)]
-        f = record.map.with_inputs(leaves)
-        fz = f.call(leaf)
-    adjoint = AdjointMap(f.with_inputs([t.detach() for t in inputs]), leaf, fz, g)
+    leaves = [t.detach().requires_grad_(want) for t, want in zip(inputs, wanted, strict=False)]
+    f = record.map.with_inputs(leaves)
+    leaf, fz = f.call_tracked(z)
+    adjoint = AdjointMap(f.detached(), leaf, fz, g)
     w = record.gradient.cotangent(adjoint, g, dataclasses.replace(record.solution, value=z))
     targets = [t for t, want in zip((*leaves, *f.params), wanted, strict=True) if want]
     return torch.autograd.grad(fz, targets, w, materialize_grads=True)
@@ -124,7 +121,7 @@ def _tracked_gradients(
     f = record.map.with_inputs(inputs_in)
     fz = f.call(z_in)
     with torch.no_grad():
-        plain = AdjointMap(f.with_inputs([t.detach() for t in inputs]), z_in, fz, g.detach())
+        plain = AdjointMap(f.detached(), z_in, fz, g.detach())
         w = record.gradient.cotangent(plain, g.detach(), dataclasses.replace(record.solution, value=z.detach()))
 
     def adjoint(w: Tensor, z: Tensor, g: Tensor, *tensors: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The implicit function theorem: solve the adjoint system."""
+"""Gradients by the implicit function theorem: solve the adjoint system."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class Implicit(Gradient):
 
     $$ w = J^\top w + g, \qquad \frac{dL}{d\theta} = w^\top \frac{\partial f}{\partial \theta} $$
 
-    The right-hand side is scaled to norm one, so that the accuracy does not depend on the scale of the loss: the
-    solver's `atol` is one of the relative residual $\|J^\top w + g - w\| / \|g\|$, its `rtol` one relative to
+    The right-hand side is scaled to norm one, so that the accuracy does not depend on the scale of the loss: `atol` of
+    the solver bounds the relative residual $\|J^\top w + g - w\| / \|g\|$, and `rtol` is relative to
     $\|J^\top w + g\|$. For the first alone: `solver=GMRES(rtol=0, atol=1e-6)`.
 
     Args:
-        solver: of the adjoint equation, a fixed point like any other; its `max_steps` counts products $J^\top w$.
-        start: where to begin: None at `g`; another gradient at its estimate (`Shine()`: the adjoint is preconditioned
-            with the forward inverse, too, which is SHINE-refine); or a state of the caller's (a tensor `(B, ...)`).
+        solver: of the adjoint equation; its `max_steps` counts products $J^\top w$.
+        start: warm start. None: `g`; another gradient: its estimate (with `Shine()` the forward inverse also
+            preconditions the adjoint, which is SHINE-refine); a tensor `(B, ...)`: that state.
         observe: called in backward with the adjoint's `Solution`, whose `residual` is relative to the norm of `g`.
 
     Raises:
-        TypeError: a field is of another kind.
+        TypeError: a field has the wrong type.
 
     Source: Bai, Kolter and Koltun (2019), theorem 1; refine: Ramzi et al. (2022), with the transposed inverse.
     """
@@ -54,7 +54,7 @@ class Implicit(Gradient):
 
     @property
     def uses_inverse(self) -> bool:  # type: ignore[override]
-        """Whether the start reads the forward solver's inverse."""
+        """Whether the warm start uses the forward solver's inverse."""
         return isinstance(self.start, Gradient) and self.start.uses_inverse
 
     def cotangent(self, adjoint: AdjointMap, g: Tensor, solution: Solution[Tensor]) -> Tensor:
@@ -78,5 +78,5 @@ class Implicit(Gradient):
             w = self.start.detach().reshape(g.shape[0], -1).to(g)
             if w.shape != g.shape:
                 raise ValueError(f"Implicit(start=...) has shape {tuple(self.start.shape)}, the state {tuple(g.shape)}")
-            return torch.where(norm > 0, w / norm, 0.0), None  # the adjoint of nothing is known
+            return torch.where(norm > 0, w / norm, 0.0), None  # a zero cotangent has a zero adjoint
         return self.start.warm_start(adjoint, g, solution)

@@ -1,4 +1,4 @@
-"""SHINE: share the forward quasi-Newton inverse with the backward pass."""
+"""SHINE: the forward quasi-Newton inverse, shared with the backward pass."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from equipoise.core.fields import check
 from equipoise.core.linalg import InverseEstimate, can_branch_on
 from equipoise.core.solution import Solution
 from equipoise.gradients.adjoint import AdjointMap
@@ -17,15 +18,15 @@ from equipoise.gradients.base import Gradient
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shine(Gradient):
-    r"""Gradient with the inverse estimate that the forward solver already holds; no further product with $J$.
+    r"""SHINE (shared inverse estimate): gradient with the inverse estimate of the forward solver, without products.
 
     $$ w = M^\top g, \qquad M \approx (I - J)^{-1} $$
 
-    Where $\|w\| > c\,\|g\|$ or `w` is not finite, the sample falls back to $w = g$ (Jacobian-free).
+    If $\|w\| > c\,\|g\|$ or `w` is not finite, the sample falls back to $w = g$ (Jacobian-free).
 
     Args:
         fallback_ratio: $c$; infinity never falls back, 0 always does. After outer-aware updates (`AdjointBroyden`,
-            `LBFGS` with `outer`) 1.8 is better: a more exact `w` may be longer.
+            `LBFGS` with `outer_loss`) 1.8 is better: a more exact `w` may be longer.
         observe: called in backward with the `(B,)` mask of samples that fell back.
 
     Raises:
@@ -40,8 +41,7 @@ class Shine(Gradient):
     uses_inverse: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not self.fallback_ratio >= 0:
-            raise ValueError(f"Shine(fallback_ratio={self.fallback_ratio!r}): must be >= 0")
+        check(self, self.fallback_ratio >= 0, "fallback_ratio", "must be >= 0")
 
     def cotangent(self, adjoint: AdjointMap, g: Tensor, solution: Solution[Tensor]) -> Tensor:
         return self._estimate(g, solution)[0]

@@ -6,6 +6,7 @@ import dataclasses
 
 from torch import Tensor
 
+from equipoise.core.fields import check
 from equipoise.core.solution import Solution
 from equipoise.gradients.adjoint import AdjointMap
 from equipoise.gradients.base import Gradient
@@ -13,7 +14,7 @@ from equipoise.gradients.base import Gradient
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JacobianFree(Gradient):
-    """Gradient of one application of the map: `w = g`.
+    """Jacobian-free gradient (JFB), that of one application of the map: `w = g`.
 
     Source: Fung et al. (2022), Jacobian-free backpropagation.
     """
@@ -24,7 +25,7 @@ class JacobianFree(Gradient):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Neumann(Gradient):
-    r"""Truncated Neumann series of the inverse, which converges if the spectral radius of $J$ is below one.
+    r"""Truncated Neumann series of the inverse; the series converges if the spectral radius of $J$ is below one.
 
     $$ w = \sum_{i=0}^{k} (J^\top)^i g $$
 
@@ -38,8 +39,7 @@ class Neumann(Gradient):
     steps: int = 5
 
     def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise ValueError(f"Neumann(steps={self.steps!r}): must be >= 0")
+        check(self, self.steps >= 0, "steps", "must be >= 0")
 
     def cotangent(self, adjoint: AdjointMap, g: Tensor, solution: Solution[Tensor]) -> Tensor:
         w = g
@@ -59,7 +59,7 @@ class Phantom(Gradient):
         damping: $\lambda$.
 
     Raises:
-        ValueError: a field is out of its range.
+        ValueError: a field is out of range.
 
     Source: Geng et al. (2021), equation (9), in Neumann form.
     """
@@ -68,10 +68,8 @@ class Phantom(Gradient):
     damping: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"Phantom(steps={self.steps!r}): must be >= 1")
-        if not 0 < self.damping <= 1:
-            raise ValueError(f"Phantom(damping={self.damping!r}): must lie in (0, 1]")
+        check(self, self.steps >= 1, "steps", "must be >= 1")
+        check(self, 0 < self.damping <= 1, "damping", "must lie in (0, 1]")
 
     def cotangent(self, adjoint: AdjointMap, g: Tensor, solution: Solution[Tensor]) -> Tensor:
         w = g * self.damping

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from equipoise.core.fields import check
 from equipoise.core.function_map import FunctionMap
 from equipoise.core.solution import Solution
 from equipoise.gradients.adjoint import AdjointMap
@@ -16,12 +17,12 @@ from equipoise.gradients.base import Gradient
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Unrolled(Gradient):
-    """Apply the map a fixed number of times after the solve and backpropagate through these applications.
+    """Backpropagation through a fixed number of applications of the map after the solve.
 
-    With `Picard(max_steps=0)` as solver this is a network of fixed depth, the usual pre-training of equilibrium models.
-    The value is then differentiable in the start, too. The applications are made with and without gradient, so that
-    training and evaluation compute the same function; they count in `num_steps` and `num_evals`, and `residual` is
-    that of the last point at which the map was applied.
+    With `Picard(max_steps=0)` as solver this is a network of fixed depth, the usual pretraining of equilibrium models;
+    the value is then differentiable in the start, too. The applications also take place without gradient, so that
+    training and evaluation compute the same function. They count in `num_steps` and `num_evals`; `residual` is that of
+    the last point at which the map was applied.
 
     Args:
         steps: number of applications.
@@ -35,8 +36,7 @@ class Unrolled(Gradient):
     exact: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"Unrolled(steps={self.steps!r}): must be >= 1")
+        check(self, self.steps >= 1, "steps", "must be >= 1")
 
     def cotangent(self, adjoint: AdjointMap, g: Tensor, solution: Solution[Tensor]) -> Tensor:
         raise TypeError("Unrolled backpropagates through the map itself and cannot start an adjoint solve")

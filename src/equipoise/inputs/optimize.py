@@ -170,7 +170,7 @@ def optimize_inputs(
     f = JointMap(joint, start, (*given, step), params=params)
     free = f.pack(start)
     with torch.no_grad(), f.solve_context():
-        fixed = f.with_inputs([t.detach() for t in f.tensors])
+        fixed = f.detached()
         v = fixed.project(free)
         moved, size = (torch.linalg.vector_norm(t[:, -f.size :], dim=1) for t in (v - free, free))
         if optimizer.step_size is None:

@@ -1,4 +1,4 @@
-"""The DEQ layer: cell, solver, gradient and init in one module."""
+"""The DEQ layer: cell, solver, gradient and start in one module."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from torch import Tensor, nn
 
 from equipoise.core.function_map import FunctionMap
 from equipoise.core.solution import Solution
-from equipoise.fixed_point import solve_map
+from equipoise.fixed_point import check_methods, solve_map
 from equipoise.gradients import Gradient, Implicit
 from equipoise.solvers import Anderson, Solver
 
 
 class DEQ(nn.Module):
-    r"""Layer whose output is the equilibrium $z^* = f(z^*, x)$ of its cell.
+    r"""Deep equilibrium layer (DEQ): its output is the equilibrium $z^* = f(z^*, x)$ of its cell.
 
-    The layer remembers nothing between calls.
+    The layer keeps no state between calls.
 
     Args:
         cell: module `f(z, *inputs) -> z`.
         solver: finds the equilibrium.
-        gradient: how it is differentiated.
+        gradient: differentiates it.
         init: module or function `(*inputs) -> z0`; None: zeros like the first input. A module that predicts the
             equilibrium makes a Skip DEQ, with `skip_penalty` to train it.
-        explicit_steps: applications of the cell to that start, differentiable, before the solve. One of them, with
+        explicit_steps: differentiable applications of the cell to that start, before the solve. One of them, with
             `skip_penalty`, makes a Skip Reg DEQ.
 
     Raises:
-        TypeError: an argument is of another kind.
+        TypeError: an argument has the wrong type.
         ValueError: `explicit_steps` is negative.
 
     Example:
@@ -71,16 +71,16 @@ class DEQ(nn.Module):
         self._check()
 
     def forward(self, *inputs: Any, z0: Any = None) -> Any:
-        """The equilibrium, differentiable.
+        """Return the equilibrium, differentiable.
 
         Args:
             inputs: tensors (or containers of tensors) with the batch as first dimension.
-            z0: start; None: what `init` gives.
+            z0: start; None: that of `init`.
         """
         return self.solve(*inputs, z0=z0).value
 
     def solve(self, *inputs: Any, z0: Any = None, trace: bool = False) -> Solution[Any]:
-        """The equilibrium and all that the solve told about it; arguments as in `forward`.
+        """Return the equilibrium and its convergence record.
 
         Args:
             inputs: as in `forward`.
@@ -94,7 +94,7 @@ class DEQ(nn.Module):
             return self._solve(z0, inputs, trace)
         except (TypeError, ValueError, RuntimeError) as error:
             if isinstance(self.init, nn.Module):
-                error.add_note(f"the solve began at what init gives, {_described(z0)}: is this a state of the cell?")
+                error.add_note(f"init returned {_described(z0)}; it must return a state of the cell")
             raise
 
     def _solve(self, z0: Any, inputs: tuple[Any, ...], trace: bool) -> Solution[Any]:
@@ -113,7 +113,7 @@ class DEQ(nn.Module):
         )
 
     def start(self, *inputs: Any) -> Any:
-        """Where a solve begins, before explicit steps: what `init` gives, or zeros like the first input.
+        """Return the start of a solve, before explicit steps: that of `init`, or zeros like the first input.
 
         Args:
             inputs: as in `forward`.
@@ -131,7 +131,7 @@ class DEQ(nn.Module):
 
     @contextlib.contextmanager
     def using(self, *, solver: Solver | None = None, gradient: Gradient | None = None) -> Iterator[DEQ]:
-        """Within the block, another solver or gradient."""
+        """Context with another solver or gradient."""
         before = self.solver, self.gradient
         self.solver, self.gradient = solver or self.solver, gradient or self.gradient
         try:
@@ -154,14 +154,11 @@ class DEQ(nn.Module):
             raise TypeError(f"explicit_steps must be an integer, got {self.explicit_steps!r}")
         if self.explicit_steps < 0:
             raise ValueError(f"explicit_steps must be >= 0, got {self.explicit_steps}")
-        if not isinstance(self.solver, Solver):
-            raise TypeError(f"solver must be a solver such as Anderson(), got {self.solver!r}")
-        if not isinstance(self.gradient, Gradient):
-            raise TypeError(f"gradient must be a gradient such as Implicit(), got {self.gradient!r}")
+        check_methods(self.solver, self.gradient)
 
 
 def _described(state: Any) -> str:
-    """Shapes of a state, for a message."""
+    """Return the shapes of a state, for a message."""
     if isinstance(state, Tensor):
         return f"a tensor {tuple(state.shape)}"
     if isinstance(state, (tuple, list)):

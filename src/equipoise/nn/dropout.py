@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from equipoise.core.fields import check
 from equipoise.core.function_map import SeededLayer
 
 
 class VariationalDropout(SeededLayer):
     """Dropout of whole channels with one mask per sample and solve; the identity in evaluation mode.
 
-    The mask is a function of the seed that a solve gives each sample, so every evaluation of the map, forward and
-    backward, sees the same one, whichever samples are still in the batch. Kept channels are scaled by `1 / (1 - p)`.
+    The mask is a function of the sample's seed, one per solve. All evaluations of the map, forward and backward, use
+    the same mask, whichever samples are still in the batch. Kept channels are scaled by `1 / (1 - p)`.
 
     Args:
         p: probability of dropping a channel.
@@ -26,15 +27,14 @@ class VariationalDropout(SeededLayer):
 
     def __init__(self, p: float = 0.5) -> None:
         super().__init__()
-        if not 0 <= p < 1:
-            raise ValueError(f"VariationalDropout(p={p!r}): must lie in [0, 1)")
         self.p = p
+        check(self, 0 <= p < 1, "p", "must lie in [0, 1)")
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, C, ...) -> (B, C, ...)`."""
         if self.p == 0 or (self.seeds is None and not self.training):
             return x
-        # With seeds there is a mask in either mode: backward meets the map that the solve met.
+        # Seeds give a mask in either mode, so that the backward pass uses the map of the solve.
         if self.seeds is None:
             raise RuntimeError(
                 "VariationalDropout in training mode needs the seeds of a solve: give the module itself to "
@@ -50,9 +50,9 @@ class VariationalDropout(SeededLayer):
 
 
 def _uniform(seeds: Tensor, counter: Tensor) -> Tensor:
-    """Uniform numbers in [0, 1) from integers alone: a 32-bit finaliser over seed and counter."""
+    """Return uniform numbers in [0, 1) from integers alone: a 32-bit finalizer over seed and counter."""
     low = 0xFFFFFFFF
-    x = (seeds - counter * 0x61C8864F) & low  # modulo 2^32, times 0x9E3779B1, which compilers do not take for an int32
+    x = (seeds - counter * 0x61C8864F) & low  # + 0x9E3779B1 * counter modulo 2^32, with a factor that fits an int32
     for _ in range(2):
         x = ((x ^ (x >> 16)) * 0x45D9F3B) & low
     x = x ^ (x >> 16)

@@ -1,4 +1,4 @@
-"""Modules that are looked at without being trained: a head whose loss a solver wants to know during a solve."""
+"""A context in which modules are evaluated without effect on them, say the head of an outer loss."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import nn
 
 @contextlib.contextmanager
 def frozen(*modules: nn.Module) -> Iterator[None]:
-    """Within the block these modules are in evaluation mode.
+    """Context in which modules are in evaluation mode.
 
-    They draw no random numbers, update no statistics, and treat each sample for itself. Afterwards, also after an
-    error, each part has the mode that it had before.
+    They draw no random numbers, update no statistics, and treat each sample by itself. On exit, also after an error,
+    each part returns to its own mode.
 
     Args:
         modules: these and all modules inside them.
 
     Raises:
-        ValueError: a BatchNorm without running statistics, which looks at the batch in evaluation mode, too.
+        ValueError: a BatchNorm without running statistics, which uses those of the batch in evaluation mode, too.
 
     Example:
         >>> import torch, equipoise as eq
@@ -34,8 +34,8 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
     for part in modes:
         if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None:
             raise ValueError(
-                f"{part} has no running statistics and cannot be frozen: what a sample gets would depend on its batch "
-                "mates; set track_running_stats=True, or use GroupNorm"
+                f"{part} has no running statistics and cannot be frozen: its result depends on the rest of the batch; "
+                "set track_running_stats=True, or use GroupNorm"
             )
     try:
         for part in modes:

@@ -8,7 +8,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 
 def weight_norm(module: nn.Module, name: str = "weight", dim: int = 0) -> nn.Module:
-    r"""Weight normalisation $W = g\,v / \|v\|$, computed once per solve.
+    r"""Weight normalization $W = g\,v / \|v\|$, computed once per solve.
 
     Args:
         module: layer that owns the weight; changed in place.
@@ -19,19 +19,19 @@ def weight_norm(module: nn.Module, name: str = "weight", dim: int = 0) -> nn.Mod
         The same module.
 
     Raises:
-        ValueError: the weight is parametrized already, say capped.
+        ValueError: the weight is already parametrized, say capped.
     """
     if parametrize.is_parametrized(module, name):
         raise ValueError(
             f"weight_norm({type(module).__name__.removeprefix('Parametrized')}): its {name} is parametrized already, "
-            "and weight normalisation would undo a cap; use one of them"
+            "and weight normalization would undo a cap; use one of them"
         )
     parametrize.register_parametrization(module, name, _WeightNorm(dim))
     return module
 
 
 class _WeightNorm(nn.Module):
-    """The formula itself: the fused kernel of `torch.nn.utils` has wrong second derivatives (seen in torch 2.13)."""
+    """Weight normalization by its formula: the fused kernel of torch 2.13 has wrong second derivatives."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -47,8 +47,8 @@ class _WeightNorm(nn.Module):
 def spectral_norm(module: nn.Module, name: str = "weight", n_power_iterations: int = 1) -> nn.Module:
     r"""Divide a weight, as a matrix, by its largest singular value; computed once per solve.
 
-    Power iterations are made in training mode, at each use of the weight, that is, once per solve. For convolutions
-    this is the norm of the reshaped kernel, not that of the operator.
+    In training mode each use of the weight, that is, each solve, makes power iterations. For convolutions this is the
+    norm of the reshaped kernel, not that of the operator.
 
     Args:
         module: layer that owns the weight; changed in place.

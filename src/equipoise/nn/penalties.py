@@ -30,12 +30,11 @@ def jacobian_penalty(solution: Solution, num_probes: int = 1) -> Tensor:
     """
     if num_probes < 1:
         raise ValueError(f"num_probes={num_probes!r}: must be >= 1")
-    f = _map(solution)
+    f = solved_map(solution)
     with f.solve_context(backward=True), torch.enable_grad():
-        z = f.pack(solution.value).detach().requires_grad_()
-        fz = f.call(z)
+        z, fz = f.call_tracked(f.pack(solution.value))
         total = z.new_zeros(())
-        if not fz.requires_grad:  # the map ignores its state, and so does all that it depends on
+        if not fz.requires_grad:  # the map ignores its state
             return total
         for _ in range(num_probes):
             probe = torch.randn_like(fz)
@@ -46,25 +45,25 @@ def jacobian_penalty(solution: Solution, num_probes: int = 1) -> Tensor:
 
 
 def skip_penalty(solution: Solution, *, per_scale: bool = True, detach_target: bool = False) -> Tensor:
-    r"""Mean distance of an equilibrium from the start of its solve, which a predictor or an explicit step has made.
+    r"""Mean distance of an equilibrium from the start of its solve, made by a predictor or an explicit step.
 
     $$ \sum_i \operatorname{mean} |z^*_i - z_{0,i}|, \qquad z_0 = g_\varphi(x) \text{ (Skip) or } f(0, x)
        \text{ (Skip Reg)} $$
 
-    It draws the start to the equilibrium and the equilibrium to the start: the second makes the map easier to solve,
-    forward and backward. The two cotangents of the equilibrium, of this and of the task, are solved for together.
+    It draws the start to the equilibrium and the equilibrium to the start; the second makes the map easier to solve,
+    forward and backward. One adjoint solve serves the cotangents of penalty and task.
 
     Args:
         solution: of `DEQ.solve` with `init` or `explicit_steps`.
-        per_scale: the sum over the parts of the state of each one's mean, so that a coarse scale counts as much as the
-            finest; else the mean over all numbers of the state.
-        detach_target: train the predictor alone and leave the equilibrium as it is.
+        per_scale: sum the means of the parts of the state, so that a coarse scale counts as much as the finest; else
+            take the mean over all numbers of the state.
+        detach_target: train the predictor alone, without effect on the equilibrium.
 
     Returns:
         Scalar.
 
     Raises:
-        ValueError: the solution does not know its start.
+        ValueError: the solution has no start.
 
     Example:
         >>> import torch, equipoise as eq
@@ -77,8 +76,8 @@ def skip_penalty(solution: Solution, *, per_scale: bool = True, detach_target: b
     Source: Pal, Edelman and Rackauckas (2022), Skip DEQ and Skip Reg DEQ; the norm is that of the released code.
     """
     if solution.start is None:
-        raise ValueError("the solution does not know its start; take it from DEQ.solve, not from a bare solver")
-    f = _map(solution)
+        raise ValueError("the solution has no start; take it from DEQ.solve, not from a bare solver")
+    f = solved_map(solution)
     target = f.pack(solution.value)
     gap = ((target.detach() if detach_target else target) - f.pack(solution.start)).abs()
     if not per_scale:
@@ -104,11 +103,9 @@ def spectral_radius(solution: Solution, num_iterations: int = 100) -> Tensor:
     """
     if num_iterations < 2:
         raise ValueError(f"num_iterations={num_iterations!r}: must be >= 2")
-    f = _map(solution)
+    f = solved_map(solution)
     with f.solve_context(backward=True):
-        with torch.enable_grad():
-            z = f.pack(solution.value).detach().requires_grad_()
-            fz = f.with_inputs([t.detach() for t in f.tensors]).call(z)
+        z, fz = f.detached().call_tracked(f.pack(solution.value))
         v = torch.randn_like(z.detach())
         growth = torch.zeros(z.shape[0], dtype=torch.float64, device=z.device)
         for number in range(num_iterations):
@@ -119,7 +116,12 @@ def spectral_radius(solution: Solution, num_iterations: int = 100) -> Tensor:
     return (growth / (num_iterations - num_iterations // 2)).exp().to(z.dtype)
 
 
-def _map(solution: Solution) -> FunctionMap:
+def solved_map(solution: Solution) -> FunctionMap:
+    """Return the map of a solution.
+
+    Raises:
+        ValueError: there is none.
+    """
     if not isinstance(solution.map, FunctionMap):
         raise ValueError("the solution carries no map; take it from DEQ.solve or fixed_point, not from a bare solver")
     return solution.map

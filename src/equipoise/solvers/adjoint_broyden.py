@@ -9,11 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from equipoise.core.fields import check
 from equipoise.core.linalg import LowRank, row_dots, row_sums
 from equipoise.core.map import Point
-from equipoise.solvers.base import Solver
-
-NEVER = torch.iinfo(torch.int64).max
+from equipoise.solvers.base import NEVER, Solver
 
 
 @dataclasses.dataclass(eq=False)
@@ -108,8 +107,7 @@ class AdjointBroyden(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.outer_every is not None and self.outer_every < 1:
-            raise ValueError(f"AdjointBroyden(outer_every={self.outer_every!r}): must be >= 1, or None")
+        check(self, self.outer_every is None or self.outer_every >= 1, "outer_every", "must be >= 1, or None")
         if self.outer_loss is not None and not callable(self.outer_loss):
             raise TypeError(
                 f"AdjointBroyden(outer_loss={self.outer_loss!r}): must be a function (z, rows) -> (b,), or None"
@@ -119,10 +117,8 @@ class AdjointBroyden(Solver):
                 "AdjointBroyden(outer_loss=...) is evaluated every `outer_every` steps: set outer_every, say to 5"
             )
         least = 1 if self.outer_every is None else 2  # updates of one point
-        if self.memory < least:
-            raise ValueError(f"AdjointBroyden(memory={self.memory!r}): must be >= {least}")
-        if not self.min_denominator >= 0:
-            raise ValueError(f"AdjointBroyden(min_denominator={self.min_denominator!r}): must be >= 0")
+        check(self, self.memory >= least, "memory", f"must be >= {least}")
+        check(self, self.min_denominator >= 0, "min_denominator", "must be >= 0")
 
     def init(self, point: Point) -> _Memory:
         b, size = point.z.shape

@@ -7,12 +7,13 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from equipoise.core.fields import check
 from equipoise.core.linalg import can_branch_on, row_dots, row_sums
 from equipoise.core.map import Point
 from equipoise.solvers.base import Solver
 from equipoise.solvers.picard import check_contraction
 
-FORGOTTEN = 1e200  # squared norm of a column that the next steps must not use
+FORGOTTEN = 1e200  # squared norm of a column that later steps must not use
 
 
 @dataclasses.dataclass(eq=False)
@@ -25,32 +26,33 @@ class _Memory:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Anderson(Solver):
-    r"""Anderson acceleration: the combination of the last points whose residual is least.
+    r"""Anderson acceleration: the combination of the last points with the least residual.
 
     $$ z_{k+1} = \sum_i \alpha_i \bigl(z_i + \beta r_i\bigr), \qquad
        \alpha = \arg\min_{\sum_i \alpha_i = 1} \Bigl\|\sum_i \alpha_i r_i\Bigr\|^2, \qquad r_i = f(z_i) - z_i $$
 
-    In a map with blocks of different scale each block counts relative to its size.
+    In a map with blocks of different scale, each block counts relative to its size.
 
-    Safeguard: a sample whose residual exceeds `growth` times the least in its memory goes back to the Picard step of
-    that best point and forgets the others; unless that step was the last, which the two points together correct.
+    Safeguard: if the residual of a sample exceeds `growth` times the least in its memory, the sample restarts with the
+    Picard step of the best point. It does not if that step was the last one: the two points then correct it together.
 
-    With a proved Lipschitz constant $L < 1$ the safeguard is a proof: a step that reduces the residual by less than
-    Picard's would, $\|r_{k+1}\| > L\,\|r_{\text{best}}\|$, is taken back, so that at most every other evaluation is
-    lost. As with `Picard`, the tolerance then bounds the error instead of the residual.
+    With a proved Lipschitz constant $L < 1$ the safeguard proves convergence: a step that reduces the residual by less
+    than a Picard step, $\|r_{k+1}\| > L\,\|r_{\text{best}}\|$, is undone, so at most every other evaluation is lost. As
+    with `Picard`, the tolerance then bounds the error instead of the residual.
 
     Args:
         memory: number of points combined.
         mixing: $\beta$.
-        ridge: regularisation of the least-squares problem beyond its rounding errors, relative to the squared norm of
-            each residual, so that it means the same at every tolerance.
-        growth: how much a residual may grow before the sample restarts.
-        lipschitz: a proved constant $L < 1$ of the map in the Euclidean norm of the whole state.
+        ridge: regularization of the least-squares problem beyond its rounding errors, relative to the squared norm of
+            each residual, hence independent of the tolerance.
+        growth: factor by which a residual may grow before the sample restarts.
+        lipschitz: proved constant $L < 1$ of the map in the Euclidean norm of the whole state.
 
     Raises:
-        ValueError: a field is out of its range.
+        ValueError: a field is out of range.
 
-    Source: Walker and Ni (2011); the normal equations of the constrained problem, one new row of products a step.
+    Source: Walker and Ni (2011); here the normal equations of the constrained problem, with one new row of products a
+    step.
     """
 
     memory: int = 5
@@ -61,30 +63,26 @@ class Anderson(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.memory < 1:
-            raise ValueError(f"Anderson(memory={self.memory!r}): must be >= 1; 1 is Picard iteration")
-        if not 0 < self.mixing <= 1:
-            raise ValueError(f"Anderson(mixing={self.mixing!r}): must lie in (0, 1]")
-        if not self.ridge >= 0:
-            raise ValueError(f"Anderson(ridge={self.ridge!r}): must be >= 0")
-        if not self.growth > 1:
-            raise ValueError(f"Anderson(growth={self.growth!r}): must be > 1")
+        check(self, self.memory >= 1, "memory", "must be >= 1; 1 is Picard iteration")
+        check(self, 0 < self.mixing <= 1, "mixing", "must lie in (0, 1]")
+        check(self, self.ridge >= 0, "ridge", "must be >= 0")
+        check(self, self.growth > 1, "growth", "must be > 1")
         check_contraction(self, self.lipschitz)
-        if self.lipschitz is not None and self.mixing != 1:
-            raise ValueError(
-                f"Anderson(mixing={self.mixing!r}): must be 1 with lipschitz, which is that of Picard's step"
-            )
+        plain = self.lipschitz is None or self.mixing == 1
+        check(self, plain, "mixing", "must be 1 with lipschitz, which is the constant of a Picard step")
 
     def tolerance(self, size: Tensor) -> Tensor:
         allowed = super().tolerance(size)
         return allowed if self.lipschitz is None else allowed * (1 - self.lipschitz)
 
     def init(self, point: Point) -> _Memory:
-        if self.lipschitz is not None and point.blocks is not None:
-            raise ValueError(
-                f"Anderson(lipschitz={self.lipschitz!r}): its proof is in the Euclidean norm of the whole state, and "
-                "this map has blocks that converge separately; leave it out, or use Picard"
-            )
+        check(
+            self,
+            self.lipschitz is None or point.blocks is None,
+            "lipschitz",
+            "the proof is in the Euclidean norm of the whole state, and this map has blocks that converge separately; "
+            "leave it out, or use Picard",
+        )
         b, size = point.z.shape
         m = max(1, min(self.memory, self.max_steps))
         return _Memory(
@@ -114,20 +112,20 @@ class Anderson(Solver):
         return z if self.mixing == 1 else z.sub_(row_sums(weights * (1 - self.mixing), residuals))
 
     def _weights(self, gram: Tensor, slot: int, eps: float) -> Tensor:
-        """Weights `(b, used)` of the next step; samples whose residual grew too much restart, in `gram` as well."""
+        """Return the weights `(b, used)` of the next step; restarts are entered in `gram`."""
         matrix = gram[:, 0].clone() if gram.shape[1] == 1 else _balanced(gram)
         diagonal = matrix.diagonal(dim1=1, dim2=2)
         squares = diagonal.clone()
         if self.lipschitz is None:
             restart = ~(squares[:, slot] <= self.growth**2 * squares.amin(dim=1))
             if self.memory > 2:
-                # Of two points the newer is the step of the older: to go back there would be to repeat it.
+                # Of two points the newer is the Picard step of the older: a restart would repeat it.
                 restart = restart & ((squares < FORGOTTEN).sum(dim=1) != 2)
         else:
             others = squares.clone()
             others[:, slot] = torch.inf
             restart = ~(squares[:, slot] <= self.lipschitz**2 * others.amin(dim=1))
-        diagonal.mul_(1 + self.ridge + 4 * eps)  # relative to each column, no finer than the rounding of the products
+        diagonal.mul_(1 + self.ridge + 4 * eps)  # relative to each column, at least the rounding of the products
         factor, info = torch.linalg.cholesky_ex(matrix)
         weights = torch.cholesky_solve(torch.ones_like(squares)[..., None], factor)[..., 0]
         weights = weights / weights.sum(dim=1, keepdim=True)
@@ -142,7 +140,7 @@ class Anderson(Solver):
 
 
 def _balanced(gram: Tensor) -> Tensor:
-    """Sum `(b, m, m)` of the blocks' products, each relative to its mean square: no block outweighs another."""
+    """Return the sum `(b, m, m)` of the products of all blocks, each relative to the mean square of its block."""
     squares = gram.diagonal(dim1=2, dim2=3)
     scale = torch.where(squares < FORGOTTEN, squares, 0.0).sum(dim=2)
     return (gram / scale.clamp_min(torch.finfo(gram.dtype).tiny)[..., None, None]).sum(dim=1)

@@ -1,4 +1,4 @@
-"""The solver protocol and the only loop: evaluate a point, judge it, ask the solver where to go next."""
+"""The solver protocol and the only loop: evaluate a point, judge it, let the solver propose the next one."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from equipoise.core.fields import check
 from equipoise.core.linalg import InverseEstimate, LowRank, can_branch_on
 from equipoise.core.map import Map, Point
 from equipoise.core.solution import Solution, Status
 
-DIVERGED_AT = 1e8  # times the first residual
-APART = 10.0  # times the first residual, up to which an iterate of several blocks may be better than the start
-RUNNING = -1  # status of a record that is still open
+NEVER = torch.iinfo(torch.int64).max  # number of an evaluation that no estimate includes
+DIVERGED_AT = 1e8  # residual of a divergent sample, relative to the first
+APART = 10.0  # largest residual of a best iterate with several blocks, relative to the first
+RUNNING = -1  # status of a sample that has not stopped
 STEPS_PER_READ = 8  # on devices, where reading a flag makes the host wait
 
 
 def split_rows(memory: Any, keep: Tensor, gone: Tensor) -> tuple[Any, Any]:
-    """A solver's memory for the rows that stay and for those that leave.
+    """Split a solver's memory into that of the rows that stay and of those that leave.
 
-    Every tensor in it is split along its first dimension; nested dataclasses and tuples are followed. Histories
+    Every tensor in it is split along its first dimension, also in nested dataclasses and tuples. Histories
     `(b, m, ...)` are sorted in place and split into views, so that they are never held twice.
     """
     if isinstance(memory, Tensor):
@@ -48,10 +50,10 @@ def split_rows(memory: Any, keep: Tensor, gone: Tensor) -> tuple[Any, Any]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Solver(abc.ABC):
-    r"""Finds $z = f(z)$, one evaluation at a time; a subclass says where to evaluate next.
+    r"""Solver of $z = f(z)$, one evaluation at a time; a subclass proposes the points.
 
     A sample stops when $\|f(z) - z\| \le \text{atol} + \text{rtol}\,\|f(z)\|$, in every block of the map, and its
-    answer is the best iterate seen. What a sample gets does not depend on its batch mates.
+    answer is the best iterate so far. The answer of a sample does not depend on the other samples of the batch.
 
     Args:
         max_steps: largest number of evaluations per sample; 0 returns the start.
@@ -60,8 +62,8 @@ class Solver(abc.ABC):
         patience: a sample is STALLED after so many evaluations without a better point; None: never.
 
     Raises:
-        TypeError: a field is no number, or no integer where one is counted.
-        ValueError: a field is out of its range.
+        TypeError: a field has the wrong type.
+        ValueError: a field is out of range.
     """
 
     max_steps: int = 30
@@ -69,14 +71,13 @@ class Solver(abc.ABC):
     atol: float = 0.0
     patience: int | None = None
 
-    uses_vjp: ClassVar[bool] = False  # points must be able to pull cotangents back
+    uses_vjp: ClassVar[bool] = False  # points must keep their graphs
     keeps_inverse: ClassVar[bool] = False  # `inverse` returns an estimate
-    supports_projection: ClassVar[bool] = True  # the next point may be moved onto a feasible set
-    counted: ClassVar[tuple[str, ...]] = ()  # fields of the memory, (b,) int64, that `Solution.statistics` tells
-    retries: ClassVar[int] = 0  # non-finite or blown-up points in a row that the solver can back away from
+    supports_projection: ClassVar[bool] = True  # a proposed point may be projected
+    counted: ClassVar[tuple[str, ...]] = ()  # fields of the memory, (b,) int64, for `Solution.statistics`
+    retries: ClassVar[int] = 0  # non-finite or blown-up points in a row from which the solver recovers
 
     def __post_init__(self) -> None:
-        name = type(self).__name__
         for option in dataclasses.fields(self):
             value = getattr(self, option.name)
             kind, _, optional = getattr(option.type, "__name__", str(option.type)).partition(" | ")
@@ -85,34 +86,31 @@ class Solver(abc.ABC):
                 continue
             if isinstance(value, bool) or not isinstance(value, wanted):
                 needs = ("an integer" if kind == "int" else "a number") + (" or None" if optional else "")
-                raise TypeError(f"{name}({option.name}={value!r}): must be {needs}")
-        if self.max_steps < 0:
-            raise ValueError(f"{name}(max_steps={self.max_steps!r}): must be an integer >= 0")
+                raise TypeError(f"{type(self).__name__}({option.name}={value!r}): must be {needs}")
+        check(self, self.max_steps >= 0, "max_steps", "must be an integer >= 0")
         for field in ("rtol", "atol"):
-            value = getattr(self, field)
-            if not value >= 0:
-                raise ValueError(f"{name}({field}={value!r}): must be >= 0; with both at 0 all max_steps are used")
-        if self.patience is not None and self.patience < 1:
-            raise ValueError(f"{name}(patience={self.patience!r}): must be >= 1, or None to wait until max_steps")
+            check(self, getattr(self, field) >= 0, field, "must be >= 0; with both at 0 all max_steps are used")
+        patient = self.patience is None or self.patience >= 1
+        check(self, patient, "patience", "must be >= 1, or None to wait until max_steps")
 
     @abc.abstractmethod
     def init(self, point: Point) -> Any:
-        """Memory of a new solve, made at its first point: a dataclass whose tensors are all `(b, ...)`."""
+        """Return the memory of a new solve at its first point: a dataclass whose tensors are all `(b, ...)`."""
 
     @abc.abstractmethod
     def propose(self, memory: Any, point: Point) -> Tensor:
-        """Absorb a point into the memory and name the next one to evaluate, `(b, D)`."""
+        """Absorb a point into the memory and return the next one to evaluate, `(b, D)`."""
 
     def inverse(self, memory: Any, step: Tensor) -> LowRank | None:
-        """Estimate of `(I - J)^{-1}` as it stood after each sample's evaluation number `step`, `(b,)`."""
+        """Return the estimate of `(I - J)^{-1}` as it stood after evaluation number `step` of each sample, `(b,)`."""
         return None
 
     def tolerance(self, size: Tensor) -> Tensor:
-        """Largest residual norm at which a sample stops, from the norm of its `f(z)`: `(b,) -> (b,)`."""
+        """Return the residual norm at which a sample stops, from the norm of its `f(z)`: `(b,) -> (b,)`."""
         return size * self.rtol + self.atol
 
     def measure(self, r: Tensor, fz: Tensor, blocks: tuple[int, ...] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Residual norm, error in units of the tolerance (the worst block's), and whether it is met, each `(b,)`."""
+        """Return residual norm, error in units of the tolerance (of the worst block), and if it is met, each `(b,)`."""
         if blocks is None:
             size = torch.linalg.vector_norm(r, dim=1)
             allowed = self.tolerance(torch.linalg.vector_norm(fz, dim=1))
@@ -122,12 +120,12 @@ class Solver(abc.ABC):
         )
         allowed = self.tolerance(images)
         size = torch.linalg.vector_norm(sizes, dim=0)
-        # A block may rest at zero, where nothing is allowed; a single one that does so has converged.
+        # At a block of zeros the tolerance may be zero; one that stays there has converged.
         error = self._error(sizes, allowed.clamp_min(torch.finfo(allowed.dtype).tiny)).amax(dim=0)
         return size, error, (sizes <= allowed).all(dim=0)
 
     def _error(self, size: Tensor, allowed: Tensor) -> Tensor:
-        # The least residual need not be the least error: f(z), and so the tolerance, differs from point to point.
+        # The least residual need not be the least error: the tolerance follows f(z) from point to point.
         return size if self.rtol == 0 and self.atol == 0 else size / allowed
 
     @torch.no_grad()
@@ -165,7 +163,7 @@ class Solver(abc.ABC):
                 seen = point if preconditioner is None else _preconditioned(point, preconditioner)
                 memory = self.init(seen) if memory is None else memory
                 z = f.project(self.propose(memory, seen))
-                point = None  # its states are not needed while rows leave and f is evaluated
+                point = None  # frees its states while rows leave and f is evaluated
                 del seen
                 if reads and f.droppable and record.half_done():
                     keep, memory = record.leave(memory)
@@ -175,7 +173,7 @@ class Solver(abc.ABC):
             if absorbs and point is not None:
                 point = point if preconditioner is None else _preconditioned(point, preconditioner)
                 memory = self.init(point) if memory is None else memory
-                self.propose(memory, point)  # absorb the last point; where it would lead to is not needed
+                self.propose(memory, point)  # absorbs the last point
         counts = whole.counts
         return record.solution(memory, whole, counts.evals - evals, counts.vjps - vjps, step)
 
@@ -192,14 +190,14 @@ def _preconditioned(point: Point, estimate: InverseEstimate) -> Point:
 
 
 class _Record:
-    """Statuses, best iterates and counts of the rows still in the batch, and of those that left."""
+    """Statuses, best iterates and counts of the rows in the batch, and results of those that left."""
 
     def __init__(self, solver: Solver, z0: Tensor, trace: bool, on_host: bool) -> None:
         b, device = z0.shape[0], z0.device
         self.solver, self.batch, self.on_host = solver, b, on_host
         self.rows = torch.arange(b, device=device)
         self.running = torch.ones(b, dtype=torch.bool, device=device)
-        self.num_running = b  # kept up to date on the host only
+        self.num_running = b  # current on the host only
         self.status = torch.full((b,), RUNNING, dtype=torch.int8, device=device)
         self.num_steps = torch.zeros(b, dtype=torch.int64, device=device)
         self.best_z = z0
@@ -212,16 +210,16 @@ class _Record:
         self.trace: list[Tensor] | None = [] if trace else None
 
     def observe(self, point: Point, step: int) -> None:
-        """Judge a point: error in units of the tolerance, best iterate, status; flags are read on the host only."""
+        """Update best iterates and statuses by a point; flags are read on the host only."""
         size, error, met = self.solver.measure(point.residual, point.fz, point.blocks)
         if step == 1:
             top = torch.finfo(size.dtype).max
             self.limit = torch.where(size.isfinite(), (size * DIVERGED_AT).clamp_max(top), torch.nan)
-            # Where an iteration blows up, f(z) does, too, and the error relative to it may fall: not better than the
-            # start. The blocks of a joint state may have to move apart before they close in together.
+            # If an iteration blows up, so does f(z), and the error relative to it may fall: such a point is not better
+            # than the start. The blocks of a joint state may move apart before they converge.
             self.bound = size if point.blocks is None else size * APART
         sound = size <= self.limit  # False for NaN, too
-        converged = met & point.running & (size < torch.inf)  # an infinite residual is within a share of infinity
+        converged = met & point.running & (size < torch.inf)  # an infinite residual meets an infinite tolerance
         better = (error < self.best_error) & (size <= self.bound) & point.running | converged
         if step == 1:
             better |= sound
@@ -249,7 +247,7 @@ class _Record:
     def _keep(self, point: Point, step: int, better: Tensor, size: Tensor, error: Tensor) -> None:
         count = int(better.sum()) if self.on_host else -1
         if self.on_host and count == better.shape[0]:
-            # Points are never written again: the best iterates can be the point itself instead of a copy.
+            # Points are never written to again, so the best iterates can be the point itself instead of a copy.
             self.best_z, self.best_size, self.best_error = point.z, size, error
             self.best_step = torch.full_like(self.best_step, step)
         elif count != 0:
@@ -259,7 +257,7 @@ class _Record:
             self.best_step = self.best_step.masked_fill(better, step)
 
     def _fail(self, point: Point, step: int, size: Tensor, sound: Tensor) -> Tensor:
-        """Close the rows that are unsound too often in a row for the solver to back away, named after the last time."""
+        """Stop the rows that are unsound too often in a row; the last point decides their status."""
         self.failures = torch.where(sound, 0, self.failures + 1)
         failed = point.running & (self.failures > (self.solver.retries if step > 1 else 0))
         finite = size.isfinite()
@@ -276,7 +274,7 @@ class _Record:
         return 0 < 2 * self.num_running <= self.rows.shape[0]
 
     def leave(self, memory: Any) -> tuple[Tensor, Any]:
-        """Store the rows that stopped, with their inverse; the numbers of the others within the batch, their memory."""
+        """Store the rows that stopped, with their inverse; return places and memory of the others."""
         gone, keep = (~self.running).nonzero()[:, 0], self.running.nonzero()[:, 0]
         memory, parted = split_rows(memory, keep, gone)
         results = tuple(x[gone] for x in (self.best_z, self.status, self.best_size, self.num_steps))

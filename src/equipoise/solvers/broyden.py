@@ -8,11 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from equipoise.core.fields import check
 from equipoise.core.linalg import LowRank, row_sums
 from equipoise.core.map import Point
-from equipoise.solvers.base import Solver
-
-NEVER = torch.iinfo(torch.int64).max
+from equipoise.solvers.base import NEVER, Solver
 
 
 @dataclasses.dataclass(eq=False)
@@ -55,10 +54,8 @@ class Broyden(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.memory < 1:
-            raise ValueError(f"Broyden(memory={self.memory!r}): must be >= 1")
-        if not self.min_denominator >= 0:
-            raise ValueError(f"Broyden(min_denominator={self.min_denominator!r}): must be >= 0")
+        check(self, self.memory >= 1, "memory", "must be >= 1")
+        check(self, self.min_denominator >= 0, "min_denominator", "must be >= 0")
 
     def init(self, point: Point) -> _Memory:
         b, size = point.z.shape

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from equipoise.core.fields import check
 from equipoise.core.linalg import dots, norms
 from equipoise.core.map import Point
 from equipoise.solvers.base import Solver
@@ -51,7 +52,7 @@ class CG(Solver):
             these evaluations are better points.
 
     Raises:
-        ValueError: a field is out of its range.
+        ValueError: a field is out of range.
 
     Example:
         >>> import torch, equipoise as eq
@@ -69,8 +70,7 @@ class CG(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.refresh < 1:
-            raise ValueError(f"CG(refresh={self.refresh!r}): must be >= 1")
+        check(self, self.refresh >= 1, "refresh", "must be >= 1")
 
     def init(self, point: Point) -> _Memory:
         zero = point.residual.new_zeros(point.residual.shape[0], dtype=torch.float64)

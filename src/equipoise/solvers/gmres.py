@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from equipoise.core.fields import check
 from equipoise.core.linalg import can_branch_on, dots, norms, row_dots, row_sums
 from equipoise.core.map import Point
 from equipoise.solvers.base import Solver
@@ -56,7 +57,7 @@ class GMRES(Solver):
             as many with a preconditioner. `patience` must be larger: only these evaluations are better points.
 
     Raises:
-        ValueError: a field is out of its range.
+        ValueError: a field is out of range.
 
     Example:
         >>> import torch, equipoise as eq
@@ -65,7 +66,8 @@ class GMRES(Solver):
         >>> solution.converged.item(), solution.num_evals
         (True, 4)
 
-    Source: Saad and Schultz (1986), Gram-Schmidt twice if need be; with the preconditioned vectors held: Saad (1993).
+    Source: Saad and Schultz (1986), with a second Gram-Schmidt pass if needed; stored preconditioned vectors: Saad
+    (1993).
     """
 
     memory: int = 20
@@ -74,8 +76,7 @@ class GMRES(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.memory < 1:
-            raise ValueError(f"GMRES(memory={self.memory!r}): must be >= 1")
+        check(self, self.memory >= 1, "memory", "must be >= 1")
 
     def init(self, point: Point) -> _Memory:
         b, size = point.z.shape

@@ -1,4 +1,4 @@
-"""Limited-memory BFGS with a strong-Wolfe search, every trial of which is one evaluation of the loop."""
+"""Limited-memory BFGS with a strong-Wolfe line search; each trial is one evaluation."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from equipoise.core.fields import check
 from equipoise.core.linalg import can_branch_on, dots
 from equipoise.core.map import Point
 from equipoise.core.solution import Solution
-from equipoise.solvers.base import Solver
-from equipoise.solvers.pairs import NEVER, Pairs, SecantInverse
+from equipoise.solvers.base import NEVER, Solver
+from equipoise.solvers.pairs import Pairs, SecantInverse
 
-NOISE = 1e3  # rounding errors, relative to the largest value seen, below which a change is taken from the slopes
+NOISE = 1e3  # units of rounding of the largest value; smaller changes are computed from slopes
 
 
 @dataclasses.dataclass(eq=False)
 class _Memory:
-    base: Tensor  # (b, D) where the search of each row began
+    base: Tensor  # (b, D) start of the line search of each row
     residual: Tensor  # (b, D) minus the gradient there
     direction: Tensor  # (b, D)
     value: Tensor  # (b,) objective at the base; zeros if there is none
-    noise: Tensor  # (b,) values that differ by less are told apart by the slopes; infinite: slopes alone
-    search: Tensor  # (b, 3) slope at the base, length of the trial under way in units of the direction, trials so far
+    noise: Tensor  # (b,) smaller differences of values are computed from slopes; infinite: slopes alone
+    search: Tensor  # (b, 3) slope at the base, step of the current trial along the direction, trials so far
     bracket: Tensor  # (b, 6) left end: step, change of the objective since the base, slope; right end: the same
     pairs: Pairs
-    taken: Tensor  # (b,) steps accepted; minus one before the first point, which ends a step of length zero
-    probing: Tensor  # (b,) whether the point under way is an outer-aware probe
-    reach: Tensor  # (b,) length of the first probe; infinite before
+    taken: Tensor  # (b,) accepted steps; -1 before the first point, which ends a step of length zero
+    probing: Tensor  # (b,) whether the current point is an outer-aware probe
+    reach: Tensor  # (b,) length of the first probe; infinite before it
     absorbed: int = 0  # points absorbed
 
 
@@ -106,25 +107,18 @@ class LBFGS(Solver):
     pairs: tuple[Tensor, Tensor] | None = dataclasses.field(default=None, repr=False, compare=False)
 
     keeps_inverse: ClassVar[bool] = True
-    supports_projection: ClassVar[bool] = False  # a search needs the points that it named
+    supports_projection: ClassVar[bool] = False  # a line search needs the points that it proposed
     retries: ClassVar[int] = 20
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in ("memory", "max_trials"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"LBFGS({field}={getattr(self, field)!r}): must be >= 1")
-        if not 0 < self.armijo < self.wolfe < 1:
-            raise ValueError(
-                f"LBFGS(armijo={self.armijo!r}, wolfe={self.wolfe!r}): must obey 0 < armijo < wolfe < 1, "
-                "else no step need exist that meets both conditions"
-            )
-        if not self.min_curvature >= 0:
-            raise ValueError(
-                f"LBFGS(min_curvature={self.min_curvature!r}): must be >= 0, else the inverse may be indefinite"
-            )
-        if self.outer_every is not None and self.outer_every < 1:
-            raise ValueError(f"LBFGS(outer_every={self.outer_every!r}): must be >= 1, or None for no probes")
+        check(self, self.memory >= 1, "memory", "must be >= 1")
+        check(self, self.max_trials >= 1, "max_trials", "must be >= 1")
+        ordered = 0 < self.armijo < self.wolfe < 1
+        check(self, ordered, "armijo wolfe", "must obey 0 < armijo < wolfe < 1, else no step may meet both conditions")
+        check(self, self.min_curvature >= 0, "min_curvature", "must be >= 0, else the inverse may be indefinite")
+        probes = self.outer_every is None or self.outer_every >= 1
+        check(self, probes, "outer_every", "must be >= 1, or None for no probes")
         if self.outer_loss is not None and self.outer_every is None:
             raise ValueError(
                 "LBFGS(outer_loss=...) without outer_every: set how many steps lie between probes, say outer_every=5"
@@ -168,7 +162,7 @@ class LBFGS(Solver):
 
     @staticmethod
     def pairs_of(solution: Solution[Any]) -> tuple[Tensor, Tensor] | None:
-        """The pairs behind the inverse of an L-BFGS solve, for the field `pairs` of another.
+        """Return the pairs behind the inverse of an L-BFGS solve, for the field `pairs` of another.
 
         Args:
             solution: of an L-BFGS solve.
@@ -195,7 +189,7 @@ class LBFGS(Solver):
         return joined[0], joined[1]
 
     def _carried(self, point: Point) -> Pairs:
-        """The memory of pairs at the first point: those of an earlier solve."""
+        """Return the memory of pairs at the first point, with those of an earlier solve."""
         if self.pairs is None:
             return Pairs.empty(point.z, max(1, min(self.memory, self.max_steps)))
         s, y = self.pairs
@@ -209,12 +203,12 @@ class LBFGS(Solver):
         known = Pairs.empty(point.z, max(1, min(self.memory, self.max_steps + count)))
         for i in range(count):
             s_i, y_i = s[:, i].to(point.z), y[:, i].to(point.z)
-            known.learn(s_i, y_i, number=i + 1 - count, rows=point.running, min_curvature=self.min_curvature)
+            known.add(s_i, y_i, number=i + 1 - count, rows=point.running, min_curvature=self.min_curvature)
         return known
 
     @staticmethod
     def _trial(memory: _Memory, point: Point) -> Tensor:
-        """What the point says of the objective along its row's direction: step, change, slope, `(b, 3)`."""
+        """Return step, change and slope of the objective along the direction of each row, `(b, 3)`."""
         start, step, _ = memory.search.unbind(dim=1)
         slope = -dots(point.residual, memory.direction)
         change = step * (start + slope) / 2
@@ -225,7 +219,7 @@ class LBFGS(Solver):
 
     @staticmethod
     def _narrow(memory: _Memory, trial: Tensor, lower: Tensor) -> None:
-        """Shorten or extend the bracket by a trial that was not accepted, and choose the next."""
+        """Narrow or extend the bracket by a rejected trial, and choose the next trial."""
         # Left ends are lower and fall steeply, right ends are higher or rise steeply: a step that meets both
         # conditions lies between them, whatever the objective.
         left = (lower & (trial[:, 2] < 0))[:, None]
@@ -239,22 +233,22 @@ class LBFGS(Solver):
         part = 1 - (steep + root - middle) / (steep - slope + 2 * root)
         part = part.nan_to_num(nan=0.1).clamp(0.1, 0.9)
         part = torch.where(trials % 3 == 0, 0.5, part)  # the bracket shrinks, however bad the cubic
-        # Without a right end: where the slopes extrapolate to zero.
+        # Without a right end: the zero of the extrapolated slope.
         ahead = -slope / (slope - low[:, 2])
         ahead = torch.where(ahead > 0, ahead, torch.inf).clamp(1, 9) * (start - low[:, 0])
         step = start + torch.where(width.isfinite(), part * width, ahead)
         memory.search = torch.stack([memory.search[:, 0], step, trials], dim=1)
 
     def _advance(self, memory: _Memory, point: Point, accepted: Tensor, begun: Tensor, failed: Tensor) -> None:
-        """Begin a new search: where a trial was accepted from there, after the last trial from the same base."""
+        """Begin a new line search, from the accepted trial or, after the last trial, from the same base."""
         base = torch.where(accepted[:, None], point.z, memory.base)
         residual = torch.where(accepted[:, None], point.residual, memory.residual)
         there, answer = base, residual
-        if self.outer_loss is not None:  # a probe teaches, but does not move
+        if self.outer_loss is not None:  # a probe adds a pair but does not move
             there = torch.where(memory.probing[:, None], point.z, base)
             answer = torch.where(memory.probing[:, None], point.residual, residual)
         step = there - memory.base
-        memory.pairs.learn(
+        memory.pairs.add(
             step, memory.residual - answer, number=memory.absorbed, rows=point.running, min_curvature=self.min_curvature
         )
         memory.base, memory.residual = base, residual
@@ -265,11 +259,11 @@ class LBFGS(Solver):
         inverse = self.inverse(memory, torch.full_like(memory.taken, NEVER - 1))
         direction = inverse.mv(residual)
         square, slope = dots(residual, residual), -dots(residual, direction)
-        # A search that fails on a smooth objective was misled by rounding: from then on the slopes judge alone. If
-        # they fail, too, the gradient is followed until it leads to something lower.
+        # A line search that fails on a smooth objective was misled by rounding: from then on it uses slopes alone. If
+        # these fail, too, the direction is the gradient until a trial is lower.
         plain = (failed & ~accepted & memory.noise.isinf()) | ~(slope < 0)
         memory.noise = memory.noise.masked_fill(failed, torch.inf)
-        # Nothing is known of the scale along a bare gradient: no step longer than one.
+        # The scale along a bare gradient is unknown: no step is longer than one.
         unknown = plain | memory.pairs.none
         part = torch.where(unknown, square.rsqrt().clamp_max(1), 1.0)
         slope = torch.where(plain, -square, slope)
@@ -288,7 +282,7 @@ class LBFGS(Solver):
                 self._probe(memory, point, inverse, dots(step, step).sqrt(), due)
 
     def _probe(self, memory: _Memory, point: Point, inverse: SecantInverse, length: Tensor, due: Tensor) -> None:
-        """Where it is `due`, let a probe come before the search that was begun from this point."""
+        """Insert a probe, in rows in which it is `due`, before the line search from this point."""
         assert self.outer_loss is not None
         assert self.outer_every is not None
         direction = inverse.mv(point.loss_gradient(self.outer_loss))
@@ -296,7 +290,7 @@ class LBFGS(Solver):
         count = ((memory.taken - 1) // self.outer_every + 1).double()
         length = torch.minimum(length, memory.reach / count.square())
         scale = length / dots(direction, direction).sqrt()
-        memory.probing = due & scale.isfinite() & (scale > 0)  # not where the outer gradient is zero or NaN
+        memory.probing = due & scale.isfinite() & (scale > 0)  # not if the outer gradient is zero or NaN
         probing = memory.probing[:, None]
         whole = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64, device=scale.device)
         memory.search = torch.where(probing, whole, memory.search)

@@ -1,4 +1,4 @@
-"""The secant pairs of L-BFGS, and the inverse that they make."""
+"""The secant pairs of L-BFGS, and the inverse estimate from them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ import torch
 from torch import Tensor
 
 from equipoise.core.linalg import LowRank, dots, row_dots
-
-NEVER = torch.iinfo(torch.int64).max
+from equipoise.solvers.base import NEVER
 
 
 @dataclasses.dataclass(frozen=True)
 class SecantInverse(LowRank):
-    """An inverse made of secant pairs: symmetric, and the pairs can be read from it.
+    """Symmetric inverse estimate from secant pairs, which are rows of its basis.
 
     Attributes:
-        learned: `(b, m)` number of the evaluation that taught the pair in rows 2j and 2j + 1 of the basis, or `NEVER`.
+        learned: `(b, m)` number of the evaluation behind the pair in rows 2j and 2j + 1 of the basis, or `NEVER`.
     """
 
     learned: Tensor
@@ -30,7 +29,7 @@ class SecantInverse(LowRank):
         return SecantInverse(self.gamma[index], self.basis[index], self.core[index], self.learned[index])
 
     def pairs(self) -> tuple[Tensor, Tensor]:
-        """`s` and `y`, each `(b, k, D)`, oldest first and scaled to s.y = 1; rows with fewer begin with zeros."""
+        """Return `s` and `y`, each `(b, k, D)`, oldest first, scaled to s.y = 1; rows with fewer begin with zeros."""
         known = self.learned != NEVER
         count = int(known.sum(dim=1).max())
         order = torch.where(known, self.learned, -NEVER).argsort(dim=1, stable=True)[:, known.shape[1] - count :]
@@ -42,18 +41,18 @@ class SecantInverse(LowRank):
 
 @dataclasses.dataclass(eq=False)
 class Pairs:
-    """The newest pairs of each row, in a ring with one slot more than it holds."""
+    """The newest pairs of each row, in a ring buffer with one spare slot."""
 
     vectors: Tensor  # (b, 2m + 2, D): s_0, y_0, s_1, y_1, ... divided by the root of s.y
     factor: Tensor  # (b, m + 1, m + 1) float64, inverse of R_ij = s_i . y_j, i not younger than j
     gram: Tensor  # (b, m + 1, m + 1) float64, y_i . y_j
-    learned: Tensor  # (b, m + 1) number of the evaluation that taught each pair, or NEVER
-    spare: Tensor  # (b,) slot that the next pair goes to
-    calls: int = 0  # of `learn`: slots beyond were never written
+    learned: Tensor  # (b, m + 1) number of the evaluation behind each pair, or NEVER
+    spare: Tensor  # (b,) slot of the next pair
+    calls: int = 0  # of `add`; slots beyond are unused
 
     @classmethod
     def empty(cls, like: Tensor, memory: int) -> Pairs:
-        """For rows of states like `(b, D)`."""
+        """Return a memory without pairs, for states like `(b, D)`."""
         (b, size), slots, device = like.shape, memory + 1, like.device
         return cls(
             vectors=like.new_zeros(b, 2 * slots, size),
@@ -69,16 +68,16 @@ class Pairs:
 
     @property
     def none(self) -> Tensor:
-        """`(b,)` whether the row knows no pair."""
+        """`(b,)` mask of rows without a pair."""
         return (self.learned == NEVER).all(dim=1)
 
-    def learn(self, s: Tensor, y: Tensor, *, number: int, rows: Tensor, min_curvature: float) -> None:
-        """Store a pair where the mask `rows` allows it and the objective is convex enough along it.
+    def add(self, s: Tensor, y: Tensor, *, number: int, rows: Tensor, min_curvature: float) -> None:
+        """Store a pair in rows of the mask in which the objective is convex enough along it.
 
         Args:
             s: `(b, D)` steps.
-            y: `(b, D)` what they changed the residual by, with the sign of `s`.
-            number: of the evaluation that taught them; larger than those before.
+            y: `(b, D)` decrease of the residual over them.
+            number: of the evaluation behind them; larger than those before.
             rows: `(b,)` mask.
             min_curvature: least cosine between `s` and `y`.
         """
@@ -87,7 +86,7 @@ class Pairs:
         keep = rows & (curvature > min_curvature * (dots(s, s) * dots(y, y)).sqrt())
         scale = torch.where(keep, curvature.rsqrt(), 0.0).to(s.dtype)
         pair = torch.stack([s, y], dim=1) * scale[:, None, None]
-        pair = torch.where(keep[:, None, None], pair, 0.0)  # a point that is not finite times zero is NaN
+        pair = torch.where(keep[:, None, None], pair, 0.0)  # zero times a point that is not finite is NaN
         index, slot, used = torch.arange(len(s), device=s.device), self.spare, self.used
         self.vectors.unflatten(1, (-1, 2))[index, slot] = pair
         products = row_dots(pair[:, 1], self.vectors[:, : 2 * used]).to(self.gram.dtype)
@@ -100,14 +99,14 @@ class Pairs:
         self.factor[index, :used, slot] = -column * known
         self.factor[index, slot, slot] = 1.0
         self.learned[index, slot] = torch.where(keep, number, NEVER)
-        # The oldest pair makes room for the next one, though not in rows that stopped: they keep nothing new.
+        # The oldest pair makes room for the next one, but not in rows that stored nothing.
         self.spare = torch.where(keep, (slot + 1) % self.learned.shape[1], slot)
         self.learned[index, self.spare] = NEVER
 
     def inverse(self, step: Tensor, *, scaled: bool) -> SecantInverse:
-        """As it stood after evaluation number `step`, `(b,)`."""
-        # Pairs are evicted from the old end and disregarded from the young one, and the inverse of a triangular matrix
-        # without its first or last rows and columns is its inverse without them.
+        """Return the estimate as it stood after evaluation number `step`, `(b,)`."""
+        # Pairs are missing at the old end (evicted) and at the young one (after `step`). The inverse of a triangular
+        # matrix without its first or last rows and columns is its inverse without them.
         used = self.used
         known = self.learned[:, :used] <= step[:, None]
         factor = self.factor[:, :used, :used] * (known[:, :, None] & known[:, None, :])

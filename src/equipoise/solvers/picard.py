@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from equipoise.core.fields import check
 from equipoise.core.map import Point
 from equipoise.solvers.base import Solver
 
@@ -17,24 +18,24 @@ class Picard(Solver):
 
     $$ z_{k+1} = z_k + \beta\,(f(z_k) - z_k) $$
 
-    If `lipschitz` alone is given, the tolerance bounds the error instead of the residual: a sample stops when
+    With `lipschitz` alone, the tolerance bounds the error instead of the residual: a sample stops when
     $\|f(z) - z\| / (1 - L) \le \text{atol} + \text{rtol}\,\|f(z)\|$, and by Banach's theorem
     $\|z - z^*\| \le \|f(z) - z\| / (1 - L)$.
 
-    Weaker than a contraction, and still enough: if $f$ is $L$-Lipschitz, $L \ge 1$ allowed, and one-sided bounded,
-    $\langle f(z) - f(z'), z - z' \rangle \le \mu \|z - z'\|^2$ with $\mu < 1$, the damped iteration with
+    A weaker condition suffices: let $f$ be $L$-Lipschitz, $L \ge 1$ allowed, and one-sided bounded,
+    $\langle f(z) - f(z'), z - z' \rangle \le \mu \|z - z'\|^2$ with $\mu < 1$. Then the damped iteration with
     $\beta = (1 - \mu) / (1 - 2 \mu + L^2)$ contracts by $\sqrt{1 - (1 - \mu)^2 / (1 - 2 \mu + L^2)}$, and
-    $\|z - z^*\| \le \|f(z) - z\| / (1 - \mu)$. Given both constants, this is the step and this is the bound. Where
+    $\|z - z^*\| \le \|f(z) - z\| / (1 - \mu)$. With both constants, the solver uses this step and this bound. If
     $\mu > L^2$ the formula exceeds one and proves nothing; the step is then one, and the map contracts by $L < 1$.
 
     Args:
-        damping: $\beta$; below 1 it also tames maps that oscillate. With `one_sided` it follows from the constants.
-        lipschitz: a proved Lipschitz constant $L$ of the map in the Euclidean norm of the whole state, below 1 unless
+        damping: $\beta$; below 1 it also damps oscillations. With `one_sided` it follows from the constants.
+        lipschitz: proved Lipschitz constant $L$ of the map in the Euclidean norm of the whole state, below 1 unless
             there is a one-sided bound.
-        one_sided: a proved one-sided bound $\mu < 1$ in the same norm.
+        one_sided: proved one-sided bound $\mu < 1$ in the same norm.
 
     Raises:
-        ValueError: a field is out of its range.
+        ValueError: a field is out of range.
 
     Example:
         >>> import torch, equipoise as eq
@@ -49,22 +50,18 @@ class Picard(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.damping <= 1:
-            raise ValueError(f"Picard(damping={self.damping!r}): must lie in (0, 1]")
-        if self.one_sided is None:
-            check_contraction(self, self.lipschitz)
+        check(self, 0 < self.damping <= 1, "damping", "must lie in (0, 1]")
+        mu, bound = self.one_sided, self.lipschitz
+        if mu is None:
+            check_contraction(self, bound)
             return
-        if self.lipschitz is None or self.lipschitz < 0 or not -self.lipschitz <= self.one_sided < 1:
-            raise ValueError(
-                f"Picard(one_sided={self.one_sided!r}, lipschitz={self.lipschitz!r}): needs a Lipschitz constant L and "
-                "-L <= one_sided < 1"
-            )
-        if self.damping != 1:
-            raise ValueError(f"Picard(damping={self.damping!r}): follows from one_sided and lipschitz; leave it out")
+        proved = bound is not None and bound >= 0 and -bound <= mu < 1
+        check(self, proved, "one_sided lipschitz", "needs a Lipschitz constant L and -L <= one_sided < 1")
+        check(self, self.damping == 1, "damping", "follows from one_sided and lipschitz; leave it out")
 
     @property
     def step(self) -> float:
-        """The damping in use."""
+        """Damping in use."""
         if self.one_sided is None or self.lipschitz is None:
             return self.damping
         mu = min(self.one_sided, self.lipschitz)  # by Cauchy and Schwarz
@@ -85,8 +82,6 @@ class Picard(Solver):
 
 
 def check_contraction(solver: Solver, lipschitz: float | None) -> None:
-    """Refuse a constant that is none of a contraction."""
-    if lipschitz is not None and not 0 <= lipschitz < 1:
-        raise ValueError(
-            f"{type(solver).__name__}(lipschitz={lipschitz!r}): must lie in [0, 1); only a contraction has a bound"
-        )
+    """Check that 0 <= L < 1, if there is a constant."""
+    valid = lipschitz is None or 0 <= lipschitz < 1
+    check(solver, valid, "lipschitz", "must lie in [0, 1); only a contraction has a bound")

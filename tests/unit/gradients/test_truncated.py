@@ -95,7 +95,7 @@ def test_unrolled_is_plain_backpropagation(solved: bool, closure: bool) -> None:
     solver = TIGHT if solved else eq.Picard(max_steps=0)
     f, inputs = (lambda z: cell(z, x), ()) if closure else (cell, (x,))
     solution = eq.fixed_point(f, z0, *inputs, solver=solver, gradient=eq.Unrolled(steps=3))
-    z = eq.fixed_point(cell, z0, x, solver=solver).value.detach() if solved else z0
+    z = eq.fixed_point(f, z0, *inputs, solver=solver).value.detach() if solved else z0
     for _ in range(3):
         before, z = z, cell(z, x)
     assert torch.equal(solution.value, z)

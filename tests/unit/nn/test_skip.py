@@ -173,7 +173,7 @@ def test_scales_count_alike_or_by_their_numbers() -> None:
 def test_misuse_is_named_with_its_remedy() -> None:
     x = torch.randn(B, D)
     bare = eq.Anderson().solve(eq.FunctionMap(TanhCell(D), x, (x,)), x)
-    with pytest.raises(ValueError, match=r"does not know its start; take it from DEQ\.solve"):
+    with pytest.raises(ValueError, match=r"has no start; take it from DEQ\.solve"):
         skip_penalty(bare)
     with pytest.raises(ValueError, match="explicit_steps must be >= 0, got -1"):
         DEQ(TanhCell(D), explicit_steps=-1)
@@ -186,7 +186,7 @@ def test_a_predictor_of_another_shape_is_named(size: int) -> None:
     layer = DEQ(TanhCell(D), init=nn.Linear(D, size))
     with pytest.raises((ValueError, RuntimeError)) as caught:
         layer(torch.randn(B, D))
-    note = f"the solve began at what init gives, a tensor ({B}, {size}): is this a state of the cell?"
+    note = f"init returned a tensor ({B}, {size}); it must return a state of the cell"
     assert caught.value.__notes__ == [note]
 
 
