@@ -239,6 +239,6 @@ def test_constant_with_blocks() -> None:
     z0 = torch.zeros(1, 4)
     with pytest.raises(
         ValueError,
-        match=r"Anderson\(lipschitz=0.5\): its proof .*blocks that converge separately; leave it out, or use Picard",
+        match=r"Anderson\(lipschitz=0.5\): the proof .*blocks that converge separately; leave it out, or use Picard",
     ):
         eq.Anderson(lipschitz=0.5).solve(eq.FunctionMap(lambda z: 0.5 * z + 1, z0, blocks=(2, 2)), z0)
