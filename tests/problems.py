@@ -280,7 +280,7 @@ class Answer:
         return torch.linalg.solve(torch.eye(self.g.shape[1]) - self.jacobian.mT, self.g)
 
     @property
-    def inverse(self) -> eq.linalg.InverseEstimate:
+    def inverse(self) -> eq.InverseEstimate:
         assert self.solution.inverse is not None
         return self.solution.inverse
 

@@ -488,7 +488,7 @@ def test_between_forward_and_backward_only_the_equilibrium_is_held(gradient: eq.
 @by_name
 def test_an_inverse_lives_as_long_as_the_graph_that_needs_it(gradient: eq.gradients.Gradient) -> None:
     def alive() -> int:
-        return sum(type(o) is eq.linalg.InverseEstimate for o in gc.get_objects())
+        return sum(type(o) is eq.InverseEstimate for o in gc.get_objects())
 
     gc.freeze()  # what was there before is not counted
     try:

@@ -110,7 +110,7 @@ def test_the_norm_guard_acts_sample_by_sample_and_reports() -> None:
 
 def test_an_estimate_that_is_not_finite_falls_back() -> None:
     gamma = torch.tensor([1.0, torch.nan, torch.inf])
-    estimate = eq.linalg.InverseEstimate.of(gamma, torch.zeros(3, 0, 4), torch.zeros(3, 0, 0))
+    estimate = eq.InverseEstimate.of(gamma, torch.zeros(3, 0, 4), torch.zeros(3, 0, 0))
     value, counts = torch.zeros(3, 4), torch.zeros(3)
     solution = eq.Solution(value, counts, counts, counts, 0, 0, estimate)
     masks: list[Tensor] = []
