@@ -319,7 +319,7 @@ MISTAKES = {
     "foreign class": ((*DIGITS, "--optimizer", "subprocess.Popen"), "--optimizer: unknown class 'Popen'"),
     "range": ((*DIGITS, "--epochs", "0"), "epochs=0: must be >= 1"),
     "nested range": ((*DIGITS, "--optimizer.lr", "-1"), "lr=-1.0: must be > 0"),
-    "share": ((*DIGITS, "--task.penalty.probability", "2"), r"task.penalty.probability=2.0: must lie in \[0, 1\]"),
+    "share": ((*DIGITS, "--task.penalty.probability", "2"), r"task.penalty.probability=2.0: must be >= 0 and <= 1"),
     "type": ((*DIGITS, "--epochs", "three"), "epochs must be int, got 'three'"),
     "type or null": ((*DIGITS, "--clip_norm", "None"), "clip_norm must be float, got 'None'"),
     "nested type": ((*DIGITS, "--solver.memory", "2.5"), "solver.memory must be int, got 2.5"),

@@ -106,11 +106,11 @@ def test_skip_and_skip_reg_begin_where_they_say() -> None:
 
 
 def test_misuse_is_named_with_its_remedy() -> None:
-    with pytest.raises(ValueError, match="width must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="width=0: must be >= 1"):
         dataclasses.replace(MNIST, width=0)
-    with pytest.raises(ValueError, match=r"cap must be > 0, or None for no cap, got -0\.5"):
+    with pytest.raises(ValueError, match=r"cap=-0\.5: must be > 0, or None for no cap"):
         dataclasses.replace(MNIST, cap=-0.5)
-    with pytest.raises(ValueError, match="explicit_steps must not be negative, got -1"):
+    with pytest.raises(ValueError, match="explicit_steps=-1: must be >= 0"):
         dataclasses.replace(MNIST, explicit_steps=-1)
     with pytest.raises(ValueError, match=r"predictor=true has no use with model\.contraction"):
         dataclasses.replace(DIGITS, predictor=True, contraction=ScaledLayers())

@@ -107,7 +107,7 @@ def test_classes_have_no_order_and_any_number() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"width": 0}, "width must be at least 1"),
+        ({"width": 0}, "width=0: must be >= 1"),
         ({"channels": 5}, "channels=5 must be a multiple of num_groups=2"),
         ({"image_size": 8}, "image_size=8: must be >= 16"),
     ],

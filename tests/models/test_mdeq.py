@@ -230,15 +230,15 @@ def test_published_state_sizes() -> None:
     [
         ({"image_size": 10}, "image_size must be a multiple of 4, got 10"),
         ({"image_size": 28, "num_downsamplings": 1}, "multiple of 8, got 28"),
-        ({"image_size": 0}, "image_size must be at least 1, got 0"),
-        ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
-        ({"num_downsamplings": -1}, "num_downsamplings must not be negative, got -1"),
-        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"image_size": 0}, "image_size=0: must be >= 1"),
+        ({"num_classes": 0}, "num_classes=0: must be >= 1"),
+        ({"num_downsamplings": -1}, "num_downsamplings=-1: must be >= 0"),
+        ({"dropout": 1.0}, r"dropout=1.0: must be >= 0 and < 1"),
         ({"channels": ()}, "channels is empty"),
         ({"channels": (4, 8, 11)}, r"channels must be multiples of num_groups 2, got \(4, 8, 11\)"),
         ({"num_groups": 1}, "num_groups must be even"),
         ({"head_channels": (2, 2)}, "head_channels .* one entry per level"),
-        ({"head_channels": (2, 2, 0)}, "head_channels must all be at least 1"),
+        ({"head_channels": (2, 2, 0)}, r"head_channels=\(2, 2, 0\): must be >= 1"),
     ],
 )
 def test_misconfiguration_names_field_value_and_remedy(changes: dict[str, object], words: str) -> None:

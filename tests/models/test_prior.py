@@ -62,7 +62,7 @@ def test_refusals() -> None:
         PriorConfig(image_size=10)
     with pytest.raises(ValueError, match="at least one level"):
         PriorConfig(image_size=8, channels=())
-    with pytest.raises(ValueError, match=r"gain must be > 0, got 0\.0"):
+    with pytest.raises(ValueError, match=r"gain=0\.0: must be > 0"):
         PriorConfig(image_size=8, gain=0.0)
     with pytest.raises(ValueError, match="multiples of 4, got 10x8"):
         drawn().context(torch.zeros(1, 1, 10, 8), torch.ones(1, 1, 10, 8))

@@ -265,7 +265,7 @@ def test_layers_are_part_of_the_configuration(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=r"model.contraction: unknown class 'SLLLayer'; did you mean 'SLLLayers'"):
         from_plain(TrainConfig, plain, CLASSES)
     plain["model"]["init_args"]["contraction"] = {"class_path": "SLLLayers", "init_args": {"ceiling": 1.0}}
-    with pytest.raises(ValueError, match=r"ceiling=1\.0: must lie in \(0, 1\)"):
+    with pytest.raises(ValueError, match=r"ceiling=1\.0: must be > 0 and < 1"):
         from_plain(TrainConfig, plain, CLASSES)
     assert isinstance(config.model.contraction, SLLLayers)
 

@@ -152,8 +152,8 @@ def test_the_weight_decays_from_epoch_to_epoch() -> None:
     [
         (lambda: SkipPenalty(weight=-1.0), r"skip\.weight=-1\.0: must be >= 0"),
         (lambda: SkipPenalty(weight=float("nan")), r"skip\.weight=nan: must be >= 0"),
-        (lambda: SkipPenalty(decay=0.0), r"skip\.decay=0\.0: must lie in \(0, 1\]; 1 keeps the weight"),
-        (lambda: SkipPenalty(decay=1.1), r"skip\.decay=1\.1: must lie in \(0, 1\]"),
+        (lambda: SkipPenalty(decay=0.0), r"skip\.decay=0\.0: must be > 0 and <= 1; 1 keeps the weight"),
+        (lambda: SkipPenalty(decay=1.1), r"skip\.decay=1\.1: must be > 0 and <= 1"),
         (
             lambda: dataclasses.replace(zoo.continuous_mnist(), task=Classify(skip=SkipPenalty(weight=0.1))),
             r"skip\.weight=0\.1 would draw the equilibrium to zeros.*set model\.predictor=true",

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from equipoise.core.checks import check_ranges
 from equipoise.data.base import Data, TensorSplit, random_split
 
 
@@ -37,10 +38,7 @@ class ImageData(Data):
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean", tuple(self.mean))
         object.__setattr__(self, "std", tuple(self.std))
-        if not 0 <= self.validation_fraction < 1:
-            raise ValueError(f"data.validation_fraction={self.validation_fraction!r}: must lie in [0, 1)")
-        if self.crop_padding < 0:
-            raise ValueError(f"data.crop_padding={self.crop_padding!r}: must be >= 0")
+        check_ranges(self, "data.", validation_fraction=">= 0 and < 1", crop_padding=">= 0")
         if len(self.mean) != self.shape[0] or len(self.std) != self.shape[0] or min(self.std) <= 0:
             raise ValueError(
                 f"data.mean={self.mean} and data.std={self.std} need {self.shape[0]} entries, one per channel, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+from equipoise.core.checks import check_ranges
 from equipoise.data import Data
 from equipoise.gradients import Gradient, Implicit
 from equipoise.solvers import Anderson, Solver
@@ -86,17 +87,15 @@ class TrainConfig:
     """Whether TensorBoard events are written."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "eval_batch_size", "devices", "num_nodes", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be >= 1")
-        for name in ("stop_after", "checkpoint_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value!r}: must be >= 1, or None")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"clip_norm={self.clip_norm!r}: must be > 0, or None for no clipping")
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay={self.ema_decay!r}: must lie in [0, 1), or None for no average")
+        counts = "epochs", "batch_size", "eval_batch_size", "devices", "num_nodes", "log_every"
+        check_ranges(self, **dict.fromkeys(counts, ">= 1"))
+        check_ranges(
+            self,
+            stop_after=">= 1, or None",
+            checkpoint_every=">= 1, or None",
+            clip_norm="> 0, or None for no clipping",
+            ema_decay=">= 0 and < 1, or None for no average",
+        )
         if self.channels_last and not self.data.image_batches:
             raise ValueError(
                 f"channels_last=true needs batches of images, and {type(self.data).__name__} has others; set it false"

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from equipoise.core.checks import check_ranges
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer(abc.ABC):
@@ -21,14 +23,11 @@ class Optimizer(abc.ABC):
     """Weight decay."""
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ValueError(f"optimizer.lr={self.lr!r}: must be > 0")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"optimizer.weight_decay={self.weight_decay!r}: must be >= 0")
+        check_ranges(self, "optimizer.", lr="> 0", weight_decay=">= 0")
 
     @abc.abstractmethod
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """The torch optimizer of some parameters."""
+        """Return the torch optimizer of parameters."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,7 +73,7 @@ class SGD(Optimizer):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LRSchedule:
-    """Learning rate over the run: linear warm-up, then a cosine, both by step."""
+    """Learning-rate schedule: linear warm-up, then a cosine, both by step."""
 
     warmup_steps: int = 0
     """Steps over which the learning rate rises from zero."""
@@ -82,13 +81,10 @@ class LRSchedule:
     """Learning rate at the end of the run."""
 
     def __post_init__(self) -> None:
-        if self.warmup_steps < 0:
-            raise ValueError(f"schedule.warmup_steps={self.warmup_steps!r}: must be >= 0")
-        if not self.final_lr >= 0:
-            raise ValueError(f"schedule.final_lr={self.final_lr!r}: must be >= 0")
+        check_ranges(self, "schedule.", warmup_steps=">= 0", final_lr=">= 0")
 
     def lr(self, step: int, total: int, peak: float) -> float:
-        """Learning rate of step number `step`, counted from zero, of a run of `total` steps."""
+        """Return the learning rate of step number `step`, from zero, of a run of `total` steps."""
         if step < self.warmup_steps:
             return peak * (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / max(1, total - self.warmup_steps)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from equipoise.core.checks import check_ranges
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pretraining:
@@ -15,5 +17,4 @@ class Pretraining:
     """Applications of the map."""
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or self.depth < 1:
-            raise ValueError(f"task.pretraining: steps={self.steps!r} must be >= 0 and depth={self.depth!r} >= 1")
+        check_ranges(self, "task.pretraining.", steps=">= 0", depth=">= 1")

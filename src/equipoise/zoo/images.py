@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from equipoise.core.checks import check_ranges
 from equipoise.data import Data
 from equipoise.train import ModelConfig
 
@@ -22,9 +23,7 @@ class ImageModelConfig(ModelConfig):
     """Channels of the images: 3 for color, 1 for grayscale."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "image_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_ranges(self, "model.", image_size=">= 1", image_channels=">= 1")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from equipoise.constraints import Constraint, L2Ball, LInfBall
+from equipoise.core.checks import check_ranges
 from equipoise.data import Data, ImageData
 from equipoise.gradients import Gradient
 from equipoise.inputs import InputOptimizer, InputSolution, Nested, UpdateScheme
@@ -47,9 +48,7 @@ class Adversarial(ClassifierTask):
     """Finds the equilibrium alone: of clean images, and of those at the end of the attack."""
 
     def __post_init__(self) -> None:
-        for name in ("radius", "step_size"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"task.{name}={getattr(self, name)!r}: must be > 0")
+        check_ranges(self, "task.", radius="> 0", step_size="> 0")
 
     def check(self, model: ModelConfig, data: Data, gradient: Gradient) -> None:
         super().check(model, data, gradient)

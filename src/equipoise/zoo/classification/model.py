@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from equipoise.core.checks import check_ranges
 from equipoise.core.solution import Solution
 from equipoise.nn import DEQ
 from equipoise.zoo.images import ImageModelConfig
@@ -34,10 +35,7 @@ class ClassifierConfig(ImageModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {self.num_classes}")
-        if self.explicit_steps < 0:
-            raise ValueError(f"explicit_steps must not be negative, got {self.explicit_steps}")
+        check_ranges(self, "model.", num_classes=">= 1", explicit_steps=">= 0")
 
     @property
     def guesses(self) -> bool:
@@ -58,10 +56,7 @@ class EquilibriumClassifier(nn.Module):
 
     def __init__(self, config: ClassifierConfig, *, stem: nn.Module, deq: DEQ, head: nn.Module) -> None:
         super().__init__()
-        self.config = config
-        self.stem = stem
-        self.deq = deq
-        self.head = head
+        self.config, self.stem, self.deq, self.head = config, stem, deq, head
 
     def forward(self, images: Tensor) -> Tensor:
         """Classify images.

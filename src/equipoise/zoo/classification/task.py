@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from equipoise.core.checks import check_ranges
 from equipoise.core.solution import Solution
 from equipoise.data import Data, Splits
 from equipoise.gradients import Gradient, Unrolled
@@ -65,8 +66,7 @@ class Classify(ClassifierTask):
     """Share of the target probability that is spread over all classes."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"task.label_smoothing={self.label_smoothing!r}: must lie in [0, 1)")
+        check_ranges(self, "task.", label_smoothing=">= 0 and < 1")
 
     def check(self, model: ModelConfig, data: Data, gradient: Gradient) -> None:
         super().check(model, data, gradient)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from equipoise.core.checks import check_ranges
 from equipoise.gradients import Gradient, Implicit
 from equipoise.nn import DEQ
 from equipoise.solvers import Anderson, Solver
@@ -29,10 +30,7 @@ class DenseConfig(ClassifierConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.width < 1:
-            raise ValueError(f"width must be at least 1, got {self.width}")
-        if self.cap is not None and not self.cap > 0:
-            raise ValueError(f"cap must be > 0, or None for no cap, got {self.cap!r}")
+        check_ranges(self, "model.", width=">= 1", cap="> 0, or None for no cap")
 
     def build(self, *, solver: Solver = Anderson(), gradient: Gradient = Implicit()) -> DenseClassifier:
         return DenseClassifier(self, solver=solver, gradient=gradient)

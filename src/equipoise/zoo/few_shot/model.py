@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from equipoise.core.checks import check_ranges
 from equipoise.core.solution import Solution
 from equipoise.gradients import Gradient, Implicit
 from equipoise.inputs import InputOptimizer, InputSolution, Joint, optimize_inputs
@@ -46,13 +47,10 @@ class FewShotConfig(ImageModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("channels", "num_groups", "width", "context"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_ranges(self, "model.", channels=">= 1", num_groups=">= 1", width=">= 1", context=">= 1")
+        check_ranges(self, "model.", image_size=">= 16, because the encoder halves it four times")
         if self.channels % self.num_groups:
             raise ValueError(f"channels={self.channels} must be a multiple of num_groups={self.num_groups}")
-        if self.image_size < 16:
-            raise ValueError(f"image_size={self.image_size}: must be >= 16, for the encoder halves it four times")
 
     def build(self, *, solver: Solver = Anderson(), gradient: Gradient = Implicit()) -> FewShotLearner:
         return FewShotLearner(self, solver=solver, gradient=gradient)

@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from equipoise.core.checks import check_ranges
 from equipoise.data import ImageData, Split, Splits, TensorSplit, generator
 from equipoise.data.base import TEST_SEED, batch_indices
 from equipoise.data.readers import open_image, to_mode, to_tensor
@@ -131,9 +132,7 @@ class Omniglot(ImageData):
         super().__post_init__()
         for name in ("validation_alphabets", "test_alphabets"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("ways", "shots", "queries", "tasks", "held_out_tasks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name}={getattr(self, name)!r}: must be >= 1")
+        check_ranges(self, "data.", **dict.fromkeys(("ways", "shots", "queries", "tasks", "held_out_tasks"), ">= 1"))
         if self.validation_fraction or self.crop_padding or self.flip:
             raise ValueError(
                 "data: tasks are neither cropped nor mirrored, nor carved by data.validation_fraction; leave these as "

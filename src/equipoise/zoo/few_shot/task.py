@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
+from equipoise.core.checks import check_ranges
 from equipoise.data import Data
 from equipoise.gradients import Gradient
 from equipoise.inputs import Envelope, InputOptimizer, Joint, UpdateScheme
@@ -38,8 +39,7 @@ class FewShot(Task):
     """Finds the equilibrium of the queries."""
 
     def __post_init__(self) -> None:
-        if self.step_size is not None and not self.step_size > 0:
-            raise ValueError(f"task.step_size={self.step_size!r}: must be > 0, or None to measure it")
+        check_ranges(self, "task.", step_size="> 0, or None to measure it")
 
     def check(self, model: ModelConfig, data: Data, gradient: Gradient) -> None:
         for value, kind, field in ((model, FewShotConfig, "model"), (data, Omniglot, "data")):

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from equipoise.core.checks import check_ranges
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Corruption(abc.ABC):
@@ -51,8 +53,7 @@ class Noise(Corruption):
     """Standard deviation, for pixels in [0, 1]."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.std < math.inf:
-            raise ValueError(f"Noise(std={self.std!r}): must be > 0 and finite")
+        check_ranges(self, std="> 0 and < inf")
 
     def apply(self, images: Tensor) -> Tensor:
         return images
@@ -70,8 +71,7 @@ class Hole(Corruption):
     """Side in pixels."""
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"Hole(size={self.size!r}): must be >= 1")
+        check_ranges(self, size=">= 1")
 
     def apply(self, images: Tensor) -> Tensor:
         return images
@@ -101,8 +101,7 @@ class Blur(Corruption):
     """Standard deviation in pixels."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.sigma < math.inf:
-            raise ValueError(f"Blur(sigma={self.sigma!r}): must be > 0 and finite")
+        check_ranges(self, sigma="> 0 and < inf")
 
     def apply(self, images: Tensor) -> Tensor:
         reach = math.ceil(3 * self.sigma)
@@ -122,8 +121,7 @@ class Downsample(Corruption):
     """Side of a square; the sides of the images are multiples of it."""
 
     def __post_init__(self) -> None:
-        if self.factor < 2:
-            raise ValueError(f"Downsample(factor={self.factor!r}): must be >= 2")
+        check_ranges(self, factor=">= 2")
 
     def apply(self, images: Tensor) -> Tensor:
         height, width = images.shape[2:]

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from equipoise.core.checks import check_ranges
 from equipoise.gradients import Gradient, Implicit
 from equipoise.nn import DEQ, spectral_norm
 from equipoise.solvers import Anderson, Solver
@@ -31,11 +32,9 @@ class DecoderConfig(ImageDecoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("latent_size", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.contraction < 1:
-            raise ValueError(f"contraction must lie in (0, 1), got {self.contraction}; below 1 the map contracts")
+        check_ranges(
+            self, "model.", latent_size=">= 1", width=">= 1", contraction="> 0 and < 1; below 1 the map contracts"
+        )
 
     def build(self, *, solver: Solver = Anderson(), gradient: Gradient = Implicit()) -> LatentDecoder:
         return LatentDecoder(self, solver=solver, gradient=gradient)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from equipoise.core.checks import check_ranges
 from equipoise.core.solution import Solution
 from equipoise.data import Data, derive_seed, generator
 from equipoise.gradients import Gradient, Unrolled
@@ -55,8 +56,7 @@ class Reconstruct(Task):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "corruptions", tuple(self.corruptions))
-        if self.step_size is not None and not self.step_size > 0:
-            raise ValueError(f"task.step_size={self.step_size!r}: must be > 0, or None to measure it")
+        check_ranges(self, "task.", step_size="> 0, or None to measure it")
 
     def check(self, model: ModelConfig, data: Data, gradient: Gradient) -> None:
         if not isinstance(model, ImageDecoderConfig):

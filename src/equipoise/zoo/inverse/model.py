@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from equipoise.core.checks import check_ranges
 from equipoise.gradients import Gradient, Implicit
 from equipoise.nn import DEQ, spectral_norm
 from equipoise.solvers import Anderson, Solver
@@ -49,12 +50,7 @@ class PriorConfig(ImageDecoderConfig):
         object.__setattr__(self, "channels", tuple(self.channels))
         if not self.channels or min(self.channels) < 1:
             raise ValueError(f"channels must be the widths of at least one level, got {self.channels}")
-        for name in ("latent_channels", "num_corruptions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("gain", "reach"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+        check_ranges(self, "model.", latent_channels=">= 1", num_corruptions=">= 1", gain="> 0", reach="> 0")
         if self.image_size % self.stride:
             raise ValueError(
                 f"image_size must be a multiple of {self.stride}, got {self.image_size}: each of {len(self.channels)} "

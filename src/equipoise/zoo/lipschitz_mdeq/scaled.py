@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.contraction import CappedConv2d, LevelWeights, MeanOnlyGroupNorm, ScaledReLU
+from equipoise.core.checks import check_ranges
 from equipoise.zoo.mdeq import Contraction, Layers, MDEQCell, MDEQShape, MDEQStem
 
 
@@ -43,13 +44,15 @@ class ScaledLayers(Contraction, Layers):
     """Bound of the operator norm of every convolution."""
 
     def __post_init__(self) -> None:
-        for name in ("slope", "update", "exchange"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1 or (name == "slope" and value == 0):
-                raise ValueError(f"{name}={value!r}: must lie in [0, 1], the slope above 0")
-        for name in ("max_gamma", "cap"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be > 0")
+        check_ranges(
+            self,
+            "model.contraction.",
+            slope="> 0 and <= 1",
+            update=">= 0 and <= 1",
+            exchange=">= 0 and <= 1",
+            max_gamma="> 0",
+            cap="> 0",
+        )
         if self.weights not in ("softmax", "uniform"):
             raise ValueError(f"weights={self.weights!r}: must be softmax or uniform")
 

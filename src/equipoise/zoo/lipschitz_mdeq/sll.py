@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.contraction import CappedConv2d, IsometricUpsample, LevelWeights, MaxMin, SLLBlock, lipschitz_bound
+from equipoise.core.checks import check_ranges
 from equipoise.zoo.mdeq import Contraction, MDEQShape, MDEQStem
 from equipoise.zoo.mdeq.cell import Fusion, constants, zeros
 from equipoise.zoo.mdeq.stem import conv1x1, conv3x3, initialize
@@ -41,14 +42,13 @@ class SLLLayers(Contraction):
     """Share of what a level receives from the others before the weights are learned, in [0, 1]."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.ceiling < 1:
-            raise ValueError(
-                f"ceiling={self.ceiling!r}: must lie in (0, 1); with a budget of 1 or more the map need not contract"
-            )
-        if not 0 < self.start < 1:
-            raise ValueError(f"start={self.start!r}: must lie in (0, 1), a share of the ceiling")
-        if not 0 <= self.exchange <= 1:
-            raise ValueError(f"exchange={self.exchange!r}: must lie in [0, 1]")
+        check_ranges(
+            self,
+            "model.contraction.",
+            ceiling="> 0 and < 1; with a budget of 1 or more the map need not contract",
+            start="> 0 and < 1; it is a share of the ceiling",
+            exchange=">= 0 and <= 1",
+        )
 
     def constant(self, num_levels: int, *, dropout: float = 0.0) -> float:
         return self.ceiling

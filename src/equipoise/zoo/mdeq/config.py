@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from equipoise.core.checks import check_ranges
 from equipoise.zoo.classification import ClassifierConfig
 
 
@@ -77,27 +78,25 @@ class MDEQShape(ClassifierConfig):
         # Lists, as read from YAML, would make equal configurations differ and unhashable.
         object.__setattr__(self, "channels", tuple(self.channels))
         object.__setattr__(self, "head_channels", tuple(self.head_channels))
-        for name in ("expansion", "num_groups", "final_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.num_downsamplings < 0:
-            raise ValueError(f"num_downsamplings must not be negative, got {self.num_downsamplings}; 0 keeps the size")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}; 0 turns it off")
+        check_ranges(
+            self,
+            "model.",
+            **dict.fromkeys(("expansion", "num_groups", "channels", "head_channels", "final_channels"), ">= 1"),
+            num_downsamplings=">= 0; 0 keeps the size",
+            dropout=">= 0 and < 1; 0 turns it off",
+        )
         if not self.channels:
             raise ValueError("channels is empty; give the width of at least one level, for example (24, 24)")
         if len(self.head_channels) != len(self.channels):
             raise ValueError(
                 f"head_channels {self.head_channels} must have one entry per level, as channels {self.channels} has"
             )
-        if min(self.head_channels) < 1:
-            raise ValueError(f"head_channels must all be at least 1, got {self.head_channels}")
         if self.num_levels > 1 and self.num_groups % 2:
             raise ValueError(
                 f"num_groups must be even with more than one level, got {self.num_groups}: the norm after the fusion "
                 "has half as many groups"
             )
-        if any(width < 1 or width % self.num_groups for width in self.channels):
+        if any(width % self.num_groups for width in self.channels):
             raise ValueError(
                 f"channels must be multiples of num_groups {self.num_groups}, got {self.channels}; change one of them"
             )
