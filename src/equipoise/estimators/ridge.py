@@ -85,7 +85,8 @@ class BilevelRidge(MultiOutputMixin, RegressorMixin, BilevelEstimator):
         # The solver gets targets of size one; the minimum is linear in them.
         share = weights / weights.sum()
         center = share @ y if self.fit_intercept else np.zeros(y.shape[1:])
-        spread = float(np.sqrt((share @ np.square(y - center)).mean()))
+        with np.errstate(over="ignore"):
+            spread = float(np.sqrt((share @ np.square(y - center)).mean()))
         spread = spread if spread > 0 else 1.0
         if not np.isfinite(spread):
             raise ValueError("y has values whose squares overflow; rescale them")
