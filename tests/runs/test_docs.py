@@ -1,4 +1,4 @@
-"""Every code block of README and docs runs; so do the examples in docstrings."""
+"""Code blocks of README and docs, and the examples in docstrings."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import equipoise
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+FILE = re.compile(r"# ([\w/]+\.py)\n")  # a block that begins so is a whole file
 LONG = ("continuous", "estimators", "hypergradients", "train-a-recipe")  # pages that fit for seconds
 LANGUAGES = {"python", "console", "text", "yaml", "toml", "json"}
 
@@ -26,6 +27,7 @@ LANGUAGES = {"python", "console", "text", "yaml", "toml", "json"}
 def _user_defaults(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_default_dtype(torch.float32)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -33,8 +35,8 @@ def _user_defaults(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> N
     [pytest.param(page, marks=pytest.mark.slow) if page.stem in LONG else page for page in PAGES],
     ids=lambda page: str(page.relative_to(ROOT)),
 )
-def test_code_blocks_run(page: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Python blocks of a page run in order, in one namespace."""
+def test_code_blocks_run(page: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Python blocks of a page run in order, in one namespace, after its files are written."""
     module = types.ModuleType("__docs__")  # dataclasses look their module up
     monkeypatch.setitem(sys.modules, "__docs__", module)
     text = page.read_text()
@@ -42,7 +44,11 @@ def test_code_blocks_run(page: pathlib.Path, monkeypatch: pytest.MonkeyPatch) ->
         language, rest, code = match.groups()
         assert language in LANGUAGES, f"{page.name}: a code block must name its language, got {language!r}"
         assert not rest.strip(), f"{page.name}: no attributes on code blocks, got {rest!r}"
-        if language == "python":
+        if language == "python" and (name := FILE.match(code)):
+            target = tmp_path / name[1]
+            target.parent.mkdir(exist_ok=True)
+            target.write_text(code)
+        elif language == "python":
             line = text[: match.start()].count("\n") + 1
             exec(compile("\n" * line + code, str(page), "exec"), vars(module))
 
