@@ -35,7 +35,11 @@ def attach(f: FunctionMap, solution: Solution[Tensor], gradient: Estimator) -> S
         gradient: the estimator of the adjoint vector.
     """
     if f.declared:
-        return dataclasses.replace(solution, value=_attach_declared(f, solution, gradient))
+        if not any(t.requires_grad for t in (*f.tensors, *f.params)):
+            return solution
+        record = _Record(f, gradient, solution).trimmed()
+        value = _Equilibrium.apply(solution.value.detach(), record, *f.tensors, *f.params)
+        return dataclasses.replace(solution, value=value)
     with f.solve_context():
         z, fz = f.call_tracked(solution.value)
     if not _depends_beyond(fz, z):
@@ -54,18 +58,11 @@ class _Record:
     leaf: Tensor | None = None
 
     def trimmed(self) -> _Record:
-        # Autograd saves the value, and the rest of a solution is not needed: no state-sized tensor is held twice.
+        """Return a copy without the tensors that autograd saves itself, or that the backward pass does not need."""
         inverse = self.solution.inverse if self.gradient.uses_inverse else None
         empty = self.solution.residual.new_empty(0)
         solution = dataclasses.replace(self.solution, value=empty, inverse=inverse, trace=None, map=None)
         return dataclasses.replace(self, solution=solution, map=self.map.with_inputs([]))
-
-
-def _attach_declared(f: FunctionMap, solution: Solution[Tensor], gradient: Estimator) -> Tensor:
-    value = solution.value
-    if not any(t.requires_grad for t in (*f.tensors, *f.params)):
-        return value
-    return _Equilibrium.apply(value.detach(), _Record(f, gradient, solution).trimmed(), *f.tensors, *f.params)
 
 
 class _Equilibrium(torch.autograd.Function):
@@ -141,7 +138,7 @@ def _tracked_gradients(
     # The Jacobian of this map is J^T, and its inverse estimate the transposed one.
     inverse = record.solution.inverse
     transposed = dataclasses.replace(record.solution, value=w, inverse=None if inverse is None else inverse.mT)
-    w = _attach_declared(adjoint_map, transposed, record.gradient)
+    w = attach(adjoint_map, transposed, record.gradient).value
     targets = [t for t, want in zip((*inputs_in, *f.params), wanted, strict=True) if want]
     return gate.closed_grad(fz, targets, w)
 
