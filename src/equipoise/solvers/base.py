@@ -160,7 +160,7 @@ class Solver(abc.ABC):
                 record.observe(point, step)
                 if step == self.max_steps or (reads and record.all_done()):
                     break
-                seen = point if preconditioner is None else _preconditioned(point, preconditioner)
+                seen = _preconditioned(point, preconditioner)
                 memory = self.init(seen) if memory is None else memory
                 z = f.project(self.propose(memory, seen))
                 point = None  # frees its states while rows leave and f is evaluated
@@ -171,15 +171,17 @@ class Solver(abc.ABC):
                     preconditioner = None if preconditioner is None else preconditioner.select(keep)
             absorbs = self.counted or (self.keeps_inverse and preconditioner is None)
             if absorbs and point is not None:
-                point = point if preconditioner is None else _preconditioned(point, preconditioner)
+                point = _preconditioned(point, preconditioner)
                 memory = self.init(point) if memory is None else memory
                 self.propose(memory, point)  # absorbs the last point
         counts = whole.counts
         return record.solution(memory, whole, counts.evals - evals, counts.vjps - vjps, step)
 
 
-def _preconditioned(point: Point, estimate: InverseEstimate) -> Point:
-    """Return the point of the map `z + P (f(z) - z)`, `P` the estimate."""
+def _preconditioned(point: Point, estimate: InverseEstimate | None) -> Point:
+    """Return the point of the map `z + P (f(z) - z)`, `P` the estimate; without one, the point itself."""
+    if estimate is None:
+        return point
     r = estimate.mv(point.residual)
 
     def pullback(v: Tensor) -> Tensor:
