@@ -53,7 +53,7 @@ from equipoise.constraints import L2Ball
 from equipoise.data import derive_seed
 from equipoise.files import write_atomic
 from equipoise.gradients import Gradient, Implicit
-from equipoise.train import TrainConfig
+from equipoise.train import StepInfo, TrainConfig
 from equipoise.train.device import to_device
 from equipoise.zoo import ATTACK, Adversarial, EquilibriumClassifier, attack
 
@@ -116,8 +116,7 @@ class Trained:
         assert isinstance(config.task, Adversarial)
         counts = self.counts
         if self.name == "joint":
-            objective: Any = config.objective(self.model).train()
-            solution = objective.attack(x, labels, config.solver)
+            solution = config.task.attack(config.objective(self.model).train(), x, labels, StepInfo(0, 0, 0))
             counts.evals, counts.vjps = counts.evals + solution.num_evals, counts.vjps + solution.num_vjps
             return F.cross_entropy(self.model.head(solution.value[0]), labels)
         solver: eq.solvers.Solver = eq.Picard(max_steps=18, rtol=1e-2)

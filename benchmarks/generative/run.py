@@ -118,12 +118,7 @@ def explained(model: LatentDecoder, images: Tensor, config: TrainConfig) -> tupl
         solution = explain(
             *(model, part, torch.ones_like(part)),
             size=(part.shape[2], part.shape[3]),
-            optimizer=dataclasses.replace(
-                EXPLAIN,
-                solver=config.eval_solver or config.solver,
-                scheme=task.scheme,
-                step_size=task.step_size,
-            ),
+            optimizer=task.input_optimizer(config.eval_solver or config.solver),
         )
         parts.append((solution.value[2].detach(), model.decode(solution.value[0]).detach()))
     return torch.cat([x for x, _ in parts]), torch.cat([shown for _, shown in parts])

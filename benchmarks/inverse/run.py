@@ -43,7 +43,7 @@ from equipoise import zoo
 from equipoise.data import FashionMNIST, ImageData, Photographs, Splits, TensorSplit, generator
 from equipoise.inputs import FirstOrder
 from equipoise.train import TrainConfig, fit
-from equipoise.zoo import EXPLAIN, Hole, LatentPenalty, ObservationCost, Reconstruct, explain
+from equipoise.zoo import Hole, LatentPenalty, ObservationCost, Reconstruct, explain
 from equipoise.zoo.files import load
 
 TASKS = ("noise-0.1", "noise-0.2", "hole-9")
@@ -152,12 +152,7 @@ def joint(model: Any, config: TrainConfig, seen: Tensor, mask: Tensor, task: int
             m,
             size=(y.shape[2], y.shape[3]),
             kinds=torch.full((len(y),), task),
-            optimizer=dataclasses.replace(
-                EXPLAIN,
-                solver=config.eval_solver or config.solver,
-                scheme=task_of(config).scheme,
-                step_size=task_of(config).step_size,
-            ),
+            optimizer=task_of(config).input_optimizer(config.eval_solver or config.solver),
         )
         answers.append(finished(model.decode(solution.value[0]), y, m))
     return torch.cat(answers)

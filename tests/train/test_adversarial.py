@@ -40,9 +40,7 @@ def test_in_training_the_loss_is_that_of_the_joint_iterate() -> None:
         x,
         labels,
         constraint=task.constraint(x),
-        optimizer=dataclasses.replace(
-            ATTACK, solver=RECIPE.solver, step_size=task.step_size, scheme=task.scheme, verify_solver=None
-        ),
+        optimizer=task.input_optimizer(RECIPE.solver),
     ).value
     torch.testing.assert_close(loss, F.cross_entropy(model.head(z), labels))
     assert (changed - x).flatten(1).norm(dim=1).max() <= 1 + 1e-6

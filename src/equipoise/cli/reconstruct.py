@@ -25,7 +25,6 @@ from equipoise.files import RunError
 from equipoise.train import TrainConfig
 from equipoise.zoo import (
     CLASSES,
-    EXPLAIN,
     Blur,
     Corruption,
     Downsample,
@@ -228,9 +227,7 @@ def _solve(
         size=problem.size,
         kinds=torch.tensor([_kind(task, corruption)]) if weighted else None,
         corruption=corruption if linear else None,
-        optimizer=dataclasses.replace(
-            EXPLAIN, solver=config.solver, scheme=task.scheme, step_size=None if linear else task.step_size
-        ),
+        optimizer=(dataclasses.replace(task, step_size=None) if linear else task).input_optimizer(config.solver),
     )
     x = solution.value[2]
     with torch.no_grad(), model.deq.using(solver=task.equilibrium_solver):

@@ -12,15 +12,16 @@ from equipoise.constraints import Constraint, L2Ball, LInfBall
 from equipoise.core.checks import check_ranges
 from equipoise.data import Data, ImageData
 from equipoise.gradients import Gradient
-from equipoise.inputs import InputOptimizer, InputSolution, Nested, UpdateScheme
+from equipoise.inputs import InputSolution
 from equipoise.solvers import Anderson, Solver
 from equipoise.train import BatchResult, ModelConfig, Objective, StepInfo
 from equipoise.zoo.adversarial.attack import attack
 from equipoise.zoo.classification import ClassifierConfig, ClassifierTask
+from equipoise.zoo.input_task import InputTask
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Adversarial(ClassifierTask):
+class Adversarial(ClassifierTask, InputTask):
     r"""Classify images that an adversary has changed for the worst, within a ball around each.
 
     $$ L = \max_{\|\delta\| \le \varepsilon,\; 0 \le x + \delta \le 1} \mathrm{CE}(\mathrm{head}(z^*(x + \delta)), y) $$
@@ -40,15 +41,14 @@ class Adversarial(ClassifierTask):
     """Radius of the ball, pixels being in [0, 1]."""
     norm: Literal["l2", "linf"] = "l2"
     """Norm of the ball: Euclidean, or the largest change of a pixel."""
-    step_size: float = 1.0
-    """Step of the image along the gradient of the log odds against its label."""
-    scheme: UpdateScheme = Nested(steps=2)
-    """How often state and adjoint move between two steps of the image."""
+    step_size: float | None = 1.0
+    """Step of the image along the gradient of the log odds against its label; None: measured for each image."""
     equilibrium_solver: Solver = Anderson(max_steps=60, rtol=1e-4)
     """Finds the equilibrium alone: of clean images, and of those at the end of the attack."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, "task.", radius="> 0", step_size="> 0")
+        super().__post_init__()
+        check_ranges(self, "task.", radius="> 0")
 
     def check(self, model: ModelConfig, data: Data, gradient: Gradient) -> None:
         super().check(model, data, gradient)
@@ -67,7 +67,7 @@ class Adversarial(ClassifierTask):
 
     def loss(self, objective: Objective, images: Tensor, labels: Tensor, info: StepInfo | None) -> BatchResult:
         model, correct = objective.model, {}
-        solution = self.attack(objective, images, labels, objective.solver_at(info))
+        solution = self.attack(objective, images, labels, info)
         if info is None:
             with model.deq.using(solver=self.equilibrium_solver):
                 correct["accuracy"] = (model(images).argmax(1) == labels).sum()
@@ -77,21 +77,10 @@ class Adversarial(ClassifierTask):
         correct["robust_accuracy"] = (logits.argmax(1) == labels).sum()
         return BatchResult(F.cross_entropy(logits, labels), solution, correct)
 
-    def attack(self, objective: Objective, images: Tensor, labels: Tensor, solver: Solver) -> InputSolution:
+    def attack(self, objective: Objective, images: Tensor, labels: Tensor, info: StepInfo | None) -> InputSolution:
         """Attack images, without a solve afterwards."""
-        return attack(
-            objective.model,
-            images,
-            labels,
-            constraint=self.constraint(images),
-            optimizer=InputOptimizer(
-                solver=solver,
-                scheme=self.scheme,
-                step_size=self.step_size,
-                gradient=objective.gradient,
-                verify_solver=None,
-            ),
-        )
+        optimizer = self.input_optimizer(objective.solver_at(info), objective.gradient)
+        return attack(objective.model, images, labels, constraint=self.constraint(images), optimizer=optimizer)
 
     def constraint(self, images: Tensor) -> Constraint:
         """Set of the images that the adversary may make."""

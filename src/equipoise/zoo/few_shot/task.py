@@ -8,19 +8,19 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from equipoise.core.checks import check_ranges
 from equipoise.data import Data
 from equipoise.gradients import Gradient
-from equipoise.inputs import Envelope, InputOptimizer, Joint, UpdateScheme
+from equipoise.inputs import Envelope, Joint, UpdateScheme
 from equipoise.solvers import Anderson, Solver
-from equipoise.train import BatchResult, ModelConfig, Objective, StepInfo, Task
+from equipoise.train import BatchResult, ModelConfig, Objective, StepInfo
 from equipoise.zoo.few_shot.model import FewShotConfig
 from equipoise.zoo.few_shot.omniglot import Omniglot
 from equipoise.zoo.images import check_shapes
+from equipoise.zoo.input_task import InputTask
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FewShot(Task):
+class FewShot(InputTask):
     r"""Learn a task of `data.ways` classes from `data.shots` images of each; context and head are optimized inputs.
 
     The loss is the cross-entropy of the queries, at the context and head that the support images determine:
@@ -37,9 +37,6 @@ class FewShot(Task):
     """How often the state moves between two steps of context and head."""
     equilibrium_solver: Solver = Anderson(max_steps=30, rtol=1e-4)
     """Finds the equilibrium of the queries."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self, "task.", step_size="> 0, or None to measure it")
 
     def check(self, model: ModelConfig, data: Data, gradient: Gradient) -> None:
         for value, kind, field in ((model, FewShotConfig, "model"), (data, Omniglot, "data")):
@@ -73,13 +70,7 @@ class FewShot(Task):
             images[:, :support],
             labels[:, :support],
             ways=data.ways,
-            optimizer=InputOptimizer(
-                solver=objective.solver_at(info),
-                scheme=self.scheme,
-                step_size=self.step_size,
-                gradient=objective.gradient,
-                verify_solver=None,
-            ),
+            optimizer=self.input_optimizer(objective.solver_at(info), objective.gradient),
         )
         logits, _ = model.classify(images[:, support:], found.value[2])
         wanted = labels[:, support:]

@@ -9,16 +9,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from equipoise.core.checks import check_ranges
 from equipoise.core.solution import Solution
 from equipoise.data import Data, derive_seed, generator
 from equipoise.gradients import Gradient, Unrolled
-from equipoise.inputs import Envelope, InputOptimizer, InputSolution, Nested, UpdateScheme, optimize_inputs
-from equipoise.solvers import Anderson, Picard, Solver
-from equipoise.train import BatchResult, ModelConfig, Objective, Pretraining, StepInfo, Task
+from equipoise.inputs import Envelope, InputOptimizer, InputSolution, optimize_inputs
+from equipoise.solvers import Picard
+from equipoise.train import BatchResult, ModelConfig, Objective, Pretraining, StepInfo
 from equipoise.zoo.generative.corruptions import Corruption, Hole, Noise
 from equipoise.zoo.generative.decoder import ImageDecoder, ImageDecoderConfig
 from equipoise.zoo.images import check_shapes
+from equipoise.zoo.input_task import InputTask
 
 EXPLAIN = InputOptimizer(gradient=Envelope(), verify_solver=None)
 """Default method of `explain`; vary it with `dataclasses.replace`."""
@@ -26,7 +26,7 @@ FLOOR = 1e-4  # mean squared error, of pixels in [0, 1], below which the logarit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Reconstruct(Task):
+class Reconstruct(InputTask):
     r"""Reconstruct images, or corrupted images, from optimized latents of a decoder.
 
     Without corruptions this trains a generative model: latents and weights minimize the same squared error. With
@@ -45,18 +45,12 @@ class Reconstruct(Task):
 
     corruptions: tuple[Corruption, ...] = ()
     """Corruptions of the images, applied round-robin to the images of a batch."""
-    equilibrium_solver: Solver = Anderson(max_steps=40, rtol=1e-4)
-    """Finds the equilibrium alone, at given latents."""
-    step_size: float | None = None
-    """Step of the latents; None: measured at each solve."""
-    scheme: UpdateScheme = Nested(steps=2)
-    """How often state and adjoint move between two steps of the latents."""
     pretraining: Pretraining = Pretraining()
     """First steps, with latents of zero and the map applied a fixed number of times."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "corruptions", tuple(self.corruptions))
-        check_ranges(self, "task.", step_size="> 0, or None to measure it")
+        super().__post_init__()
 
     def check(self, model: ModelConfig, data: Data, gradient: Gradient) -> None:
         if not isinstance(model, ImageDecoderConfig):
@@ -99,13 +93,7 @@ class Reconstruct(Task):
                 size=(images.shape[2], images.shape[3]),
                 kinds=torch.arange(len(images), device=images.device) % len(self.corruptions) if weighted else None,
                 corruption=self.corruptions[0] if len(self.corruptions) == 1 else None,
-                optimizer=dataclasses.replace(
-                    EXPLAIN,
-                    solver=objective.solver_at(info),
-                    scheme=self.scheme,
-                    step_size=self.step_size,
-                    gradient=objective.gradient,
-                ),
+                optimizer=self.input_optimizer(objective.solver_at(info), objective.gradient),
             )
             z, _, x = solution.value
             if info is None:
@@ -217,11 +205,7 @@ def explain(
         kinds: `(B,)` numbers of the model's data weights, which come with a penalty of its latents; None: neither.
         corruption: of the observation; None: none.
         regularizer: penalty of latents, `(B, ...) -> (B,)`, where the model has none of its own; None: none.
-        solver: of state, adjoint and latents together.
-        gradient: of the solution.
-        step_size: of the latents; None: measured.
-        schedule: of a round.
-        equilibrium: finds the equilibrium at the solution once more, for `cost`; None: no such solve.
+        optimizer: method of the optimization.
     """
     x0 = model.latents(len(observed), *size)
     return optimize_inputs(
