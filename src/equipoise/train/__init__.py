@@ -5,10 +5,11 @@ from equipoise.train import checkpoint
 from equipoise.train.checkpoint import save
 from equipoise.train.config import TrainConfig
 from equipoise.train.evaluation import evaluate
-from equipoise.train.loop import NonFiniteLoss, Observer, Result, fit
+from equipoise.train.loop import NonFiniteLoss, fit
 from equipoise.train.model import ModelConfig
 from equipoise.train.optim import SGD, Adam, AdamW, LRSchedule, Optimizer
 from equipoise.train.pretraining import Pretraining
+from equipoise.train.progress import Observer, Result
 from equipoise.train.task import BatchResult, Objective, StepInfo, Task
 
 __all__ = [

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+from torch import Tensor
 from torch.nn.utils.parametrize import ParametrizationList
 
 
 class Average:
     """Exponential moving average of a model's weights and statistics, faster in the first steps.
 
-    What parametrisations remember, such as the vectors of power iterations, is copied: a mean of it means nothing.
+    Buffers of parametrizations, such as the vectors of power iterations, are copied: their mean is meaningless. This is
+    why torch's `AveragedModel`, which averages all buffers or none, does not serve.
 
     Args:
         model: whose state is averaged.
@@ -28,7 +32,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, model: torch.nn.Module, step: int) -> None:
-        """Move towards the model's present state."""
+        """Move towards the present state of the model."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, value in model.state_dict().items():
             if value.is_floating_point() and name not in self.copied:
@@ -38,8 +42,13 @@ class Average:
 
     @torch.no_grad()
     def swap(self, model: torch.nn.Module) -> None:
-        """Exchange the model's state and the average."""
+        """Exchange the state of the model and the average."""
         for name, value in model.state_dict().items():
             kept = value.clone()
             value.copy_(self.values[name])
             self.values[name].copy_(kept)
+
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Set the average to that of a checkpoint."""
+        for name, value in self.values.items():
+            value.copy_(values[name])

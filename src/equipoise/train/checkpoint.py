@@ -1,4 +1,4 @@
-"""Files of training: models with their configuration, resumable states. Nothing here runs code."""
+"""Files of training: models with their configuration, resumable checkpoints. Nothing that is read can run code."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KEEP = 2  # resumable checkpoints in a run folder
 def save(model: Any, path: str | os.PathLike[str], *, about: Mapping[str, Any] | None = None) -> None:
     """Save a model with its configuration, solver, gradient and certificate in one safetensors file, atomically.
 
-    The certificates of the map, in evaluation and in training, are among the facts, or the reason why there are none.
+    The file also holds the certificates of the map, in evaluation and in training, or the reason why there are none.
 
     Args:
         model: a module whose `config` is a `ModelConfig` that builds it.
@@ -32,7 +32,7 @@ def save(model: Any, path: str | os.PathLike[str], *, about: Mapping[str, Any] |
         about: further facts as plain JSON data, such as class names.
 
     Raises:
-        ValueError: the model is of another kind, or its solver or gradient holds what a file cannot.
+        ValueError: the model is of another kind, or its solver or gradient holds a value that a file cannot.
         CertificateError: the solver was given a Lipschitz constant that the weights do not prove.
         OSError: the file cannot be written; an older one of the same name stays.
 
@@ -61,7 +61,7 @@ def save(model: Any, path: str | os.PathLike[str], *, about: Mapping[str, Any] |
 
 
 def _rebuilds(model: Any) -> bool:
-    """Whether a model's configuration builds models of its class."""
+    """Return whether a model's configuration builds models of its class."""
     config = getattr(model, "config", None)
     if not isinstance(config, ModelConfig):
         return False
@@ -70,22 +70,31 @@ def _rebuilds(model: Any) -> bool:
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The facts saved with a model: class, configuration, solver, gradient, certificate, what was passed as `about`."""
+    """Read the facts saved with a model: class, configuration, solver, gradient, certificate, `about`."""
     return read_facts(Path(path))
 
 
 def written_by(facts: Mapping[str, Any]) -> str:
-    """End of a message about a file of another version; empty if this version wrote it."""
+    """End a message about a file with the version that wrote it; empty if it is this version."""
     version = facts.get("version", "0.1.0")
     return "" if version == equipoise.__version__ else f". Equipoise {version} wrote it; that version reads it"
 
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """All that a run needs to go on: tensors by name (weights, average, moments) and plain facts (place, sums)."""
+    """Resumable state of a run.
+
+    Args:
+        tensors: weights, moving average and moments of the optimizer, by name.
+        facts: progress and plain values of the optimizer.
+    """
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
+
+    def part(self, kind: str) -> dict[str, Tensor]:
+        """Return the tensors of one kind, `model`, `average` or `optimizer`."""
+        return {name.removeprefix(f"{kind}."): t for name, t in self.tensors.items() if name.startswith(f"{kind}.")}
 
 
 def write_state(folder: Path, step: int, state: State) -> Path:
@@ -101,7 +110,7 @@ def write_state(folder: Path, step: int, state: State) -> Path:
 
 
 def read_newest_state(folder: Path) -> tuple[State | None, list[str]]:
-    """The newest checkpoint that is whole, and what was wrong with newer ones."""
+    """Read the newest undamaged checkpoint; return it, and the problems of newer ones."""
     problems: list[str] = []
     for path in states(folder):
         try:
@@ -115,14 +124,13 @@ def read_newest_state(folder: Path) -> tuple[State | None, list[str]]:
 
 
 def model_of_state(state: State, config: TrainConfig) -> Any:
-    """The model of a run in a resumable checkpoint (its moving average if there is one), in evaluation mode.
+    """Return the model in a resumable checkpoint (its moving average if there is one), in evaluation mode.
 
     Raises:
         CheckpointError: the checkpoint is of another configuration.
     """
     model = config.build()
-    kind = "average." if any(name.startswith("average.") for name in state.tensors) else "model."
-    tensors = {name.removeprefix(kind): value for name, value in state.tensors.items() if name.startswith(kind)}
+    tensors = state.part("average") or state.part("model")
     try:
         model.to(next(t.dtype for t in tensors.values() if t.is_floating_point())).load_state_dict(tensors)
     except (RuntimeError, StopIteration) as error:
@@ -131,28 +139,23 @@ def model_of_state(state: State, config: TrainConfig) -> Any:
 
 
 def states(folder: Path) -> list[Path]:
-    """The resumable checkpoints in a folder, newest first."""
+    """List the resumable checkpoints in a folder, newest first."""
     return sorted(folder.glob("step-*.safetensors"), reverse=True)
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as named tensors and plain facts."""
+    """Split the state of an optimizer into named tensors and plain facts."""
     content = optimizer.state_dict()
-    tensors, plain = {}, {}
-    for number, entries in content["state"].items():
-        for name, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{number}.{name}"] = value
-            else:
-                plain[f"{number}.{name}"] = value
+    state = {f"{number}.{name}": v for number, entries in content["state"].items() for name, v in entries.items()}
+    tensors = {f"optimizer.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
+    plain = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
     return tensors, {"state": plain, "groups": content["param_groups"]}
 
 
-def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Restore what `pack_optimizer` gave."""
-    state: dict[int, dict[str, Any]] = {}
-    named = {name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")}
-    for key, value in {**named, **facts["state"]}.items():
+def unpack_optimizer(optimizer: torch.optim.Optimizer, saved: State) -> None:
+    """Restore the state of an optimizer from a checkpoint."""
+    facts, state = saved.facts["optimizer"], dict[int, dict[str, Any]]()
+    for key, value in {**saved.part("optimizer"), **facts["state"]}.items():
         number, _, name = key.partition(".")
         state.setdefault(int(number), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": facts["groups"]})

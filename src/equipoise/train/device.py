@@ -1,4 +1,4 @@
-"""Devices: Lightning Fabric, batches on their way to it, isolated random state."""
+"""Devices: Lightning Fabric, transfer of batches, isolated random state, time in backward."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from equipoise.train.config import TrainConfig
 def to_device(
     config: TrainConfig, images: Tensor, labels: Tensor, device: torch.device, crops: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A batch as the model takes it, augmented if there is a source of randomness."""
+    """Move a batch to a device and prepare it for the model, augmented if there is a random source."""
     if device.type == "cuda":
         images, labels = images.pin_memory(), labels.pin_memory()
     prepared = config.data.prepare(images.to(device, non_blocking=True), crops)
@@ -31,7 +31,7 @@ def to_device(
 
 
 def make_fabric(config: TrainConfig) -> Any:
-    """Lightning Fabric on the devices that a configuration, or torchrun, names.
+    """Return Lightning Fabric on the devices of a configuration, or of torchrun.
 
     Raises:
         RunError: the extra `train` is not installed, or the devices do not exist.
@@ -54,12 +54,12 @@ def make_fabric(config: TrainConfig) -> Any:
 
 
 def bf16_is_native() -> bool:
-    """Whether the CPU has instructions with which bfloat16 pays; on x86-64 that takes AVX-512 at the least."""
+    """Return whether the CPU computes in bfloat16 without emulation; on x86-64 this takes AVX-512 at least."""
     return platform.machine() not in ("x86_64", "AMD64") or "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
 def device_name(device: torch.device) -> str:
-    """What a result was computed on."""
+    """Return the name of a device, for results."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
@@ -67,7 +67,7 @@ def device_name(device: torch.device) -> str:
 
 @contextlib.contextmanager
 def isolated_rng(config: TrainConfig, device: torch.device) -> Iterator[None]:
-    """The caller's random state and switches decide nothing, and are as before when the run is over."""
+    """Isolate a run from random state and global flags, and restore both after it."""
     before, dtype = torch.are_deterministic_algorithms_enabled(), torch.get_default_dtype()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
@@ -82,7 +82,7 @@ def isolated_rng(config: TrainConfig, device: torch.device) -> Iterator[None]:
 
 
 class BackwardClock:
-    """Adds up the time between entry and exit; on CUDA by events, which do not make the host wait until read."""
+    """Sum of the times between entry and exit; on CUDA by events, for which the host waits in `read` alone."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
@@ -103,7 +103,7 @@ class BackwardClock:
             self.seconds += time.perf_counter() - self.start
 
     def read(self) -> float:
-        """Seconds since the last reading."""
+        """Return the sum since the last reading, in seconds."""
         if self.pairs:
             self.pairs[-1][1].synchronize()
             self.seconds += sum(start.elapsed_time(end) for start, end in self.pairs) / 1000

@@ -19,13 +19,13 @@ from equipoise.train.task import Objective
 
 
 def evaluate(model: Any, split: Split, config: TrainConfig, *, solver: Solver | None = None) -> dict[str, Any]:
-    """Loss, scores and solver statistics of a model on a split, and what is proved about its map.
+    """Return loss, scores and solver statistics of a model on a split, and the certificate of its map.
 
     Args:
         model: of a run.
         split: images, from `config.data.load()`.
         config: of its run: batch size, precision and device are read from it.
-        solver: in place of the configured one.
+        solver: replaces the configured one.
 
     Returns:
         `loss`, the scores of the task (`accuracy`), `mean_steps`, `converged`, `residual` and `count`; and of the
@@ -48,7 +48,7 @@ def evaluate(model: Any, split: Split, config: TrainConfig, *, solver: Solver | 
 
 
 def certified(model: Any, split: Split, config: TrainConfig, device: torch.device) -> dict[str, Any]:
-    """What is proved about a model in evaluation mode; of a classifier, with the tightness at a split's first images.
+    """Return the certificate of a model in evaluation mode, with its tightness at the first samples of a split.
 
     Raises:
         CertificateError: the solver was given a Lipschitz constant that the weights do not prove.
@@ -61,16 +61,16 @@ def certified(model: Any, split: Split, config: TrainConfig, device: torch.devic
         solve=None if samples is None else lambda model: config.task.solve(model, samples),
     )
     if config.precision == "bf16-mixed" and proof.reason is None:
-        # Rounding of a part in 256 is beyond what the proof is about: solves stall above the tolerance.
+        # The proof leaves out rounding, here by a part in 256: solves stall above the tolerance.
         proof = dataclasses.replace(proof, evaluation=None, reason="bf16-mixed rounds more than a proof allows")
     return proof.facts()
 
 
 @torch.no_grad()
 def evaluate_sums(
-    fabric: Any, objective: Objective, split: Split, config: TrainConfig, told: Callable[[int], None] | None = None
+    fabric: Any, objective: Objective, split: Split, config: TrainConfig, report: Callable[[int], object] | None = None
 ) -> Tensor:
-    """Sums of an objective over a split, over all processes; `told` hears how many images are done."""
+    """Return the sums of an objective over a split and all processes; `report` is called with the number of images."""
     objective.eval()
     done = 0
     total = torch.zeros(len(objective.names), dtype=torch.float64, device=fabric.device)
@@ -81,18 +81,17 @@ def evaluate_sums(
             images, labels = to_device(config, images, labels, fabric.device)
             with fabric.autocast():
                 total += objective(images, labels)[1]
-        if told is not None:
-            told(min(done, len(split)))
+        if report is not None:
+            report(min(done, len(split)))
     return fabric.all_reduce(total, reduce_op="sum") if fabric.world_size > 1 else total
 
 
 def means(names: tuple[str, ...], sums: Tensor) -> dict[str, Any]:
-    """The sums of an objective as means over the images; `steps` is called `mean_steps`."""
+    """Turn the sums of an objective into means over the images; `steps` becomes `mean_steps`."""
     values = dict(zip(names, sums.tolist(), strict=True))
-    count = values.pop("count")
-    found = {name: value / max(1.0, count) for name, value in values.items()}
-    mean_steps = found.pop("steps")
-    return {"count": int(count), **found, "mean_steps": mean_steps}
+    count, steps = values.pop("count"), values.pop("steps")
+    found = {name: value / max(1.0, count) for name, value in {**values, "mean_steps": steps}.items()}
+    return {"count": int(count), **found}
 
 
 def summary(
@@ -108,18 +107,18 @@ def summary(
     device: torch.device,
     world_size: int,
 ) -> dict[str, Any]:
-    """What `result.json` holds: what was found on the test images, and how the run came there.
+    """Return the content of `result.json`: results on the test images, and facts about the run.
 
     Args:
         config: of the run.
-        tested: means over the test images, as `means` gives them.
-        proved: about the map, as `certified` gives it.
+        tested: means over the test images, from `means`.
+        proved: certificate of the map, from `certified`.
         steps: optimizer steps made.
         steps_per_epoch: optimizer steps that pass over the training images once.
         seconds: of training and test.
         backward_share: share of the training time that went into gradients.
         parameters: number of trained numbers.
-        device: that the result was computed on.
+        device: of the run.
         world_size: number of processes.
     """
     return {

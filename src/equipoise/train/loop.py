@@ -1,4 +1,4 @@
-"""Training and evaluation: one loop on Lightning Fabric."""
+"""Training loop on Lightning Fabric."""
 
 from __future__ import annotations
 
@@ -20,80 +20,17 @@ from equipoise.train.average import Average
 from equipoise.train.config import TrainConfig
 from equipoise.train.device import BackwardClock, bf16_is_native, isolated_rng, make_fabric, to_device
 from equipoise.train.evaluation import certified, evaluate_sums, means, summary
+from equipoise.train.progress import Meter, Observer, Progress, Result
 from equipoise.train.proof import check_claims
 from equipoise.train.run_folder import RunFolder, new_folder
 from equipoise.train.serialize import to_plain
-from equipoise.train.task import SCORES, StepInfo
+from equipoise.train.task import StepInfo
 
 NEVER = 2**62  # step of the first loss that is not finite, as long as there is none
 
 
 class NonFiniteLoss(ArithmeticError):
     """The loss became NaN or infinite; the message names the batch and the last good checkpoint."""
-
-
-class Observer:
-    """Is told how a run goes; this one does not listen."""
-
-    def started(self, folder: Path, total_steps: int, done_steps: int, parameters: int) -> None:
-        """Training begins or goes on."""
-
-    def stepped(self, line: dict[str, Any]) -> None:
-        """The loss was read; the line has what `metrics.jsonl` has."""
-
-    def evaluating(self, split: str, done: int, total: int) -> None:
-        """So many of the images of a split are done."""
-
-    def logged(self, line: dict[str, Any]) -> None:
-        """An epoch's training, or an evaluation, is over."""
-
-    def noted(self, text: str) -> None:
-        """Something that the user should know."""
-
-    def finished(self, result: Result) -> None:
-        """The run is over and saved."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What a run gave.
-
-    Args:
-        model: the trained model (its moving average if there is one), in evaluation mode.
-        history: one dict per epoch and split, as in `metrics.jsonl`.
-        test: what `result.json` holds.
-        run_dir: folder of the run.
-    """
-
-    model: Any
-    history: list[dict[str, Any]]
-    test: dict[str, Any]
-    run_dir: Path
-
-    @property
-    def scores(self) -> tuple[str, ...]:
-        """Names of the scores of the test, the one that counts first; `test` has them with `test_` before the name."""
-        return tuple(name for name in SCORES if f"test_{name}" in self.test)
-
-    @property
-    def test_accuracy(self) -> float:
-        """Share of the test images that are classified correctly."""
-        return float(self.test["test_accuracy"])
-
-
-@dataclasses.dataclass
-class Progress:
-    """Where a run is: everything that the loop changes and that is not a tensor of weights or moments."""
-
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    seconds: float = 0.0
-    backward_seconds: float = 0.0
-    epoch_start: tuple[float, float] = (0.0, 0.0)
-    epoch_sums: list[float] = dataclasses.field(default_factory=list)
-    window_start: tuple[float, float] = (0.0, 0.0)
-    window_sums: list[float] = dataclasses.field(default_factory=list)
 
 
 def fit(
@@ -104,17 +41,16 @@ def fit(
     overwrite: bool = False,
     observer: Observer = Observer(),
 ) -> Result:
-    """Train a model as a configuration says, and evaluate it on the test images at the end.
+    """Train the model of a configuration, and evaluate it on the test images at the end.
 
-    Everything random is a function of the seed and of the step, so a run that is resumed goes on bit for bit as if it
-    had not been interrupted.
+    Everything random is a function of seed and step, so a resumed run equals an uninterrupted one bit for bit.
 
     Args:
         config: of the run.
         run_dir: folder of the run; None: `runs/<name>-<number>`.
-        resume: go on from the newest whole checkpoint in the folder, or start if there is none.
+        resume: continue from the newest undamaged checkpoint in the folder, or start if there is none.
         overwrite: replace a run that the folder holds.
-        observer: is told how the run goes.
+        observer: callbacks.
 
     Returns:
         Model, history, result and folder.
@@ -156,7 +92,7 @@ def fit(
 
 
 class _Trainer:
-    """The parts of a run and the loop over them."""
+    """Parts of a run, and the loop."""
 
     def __init__(self, fabric: Any, config: TrainConfig, splits: Splits, folder: RunFolder, observer: Observer) -> None:
         self.fabric, self.config, self.splits, self.folder, self.observer = fabric, config, splits, folder, observer
@@ -173,7 +109,7 @@ class _Trainer:
         optimizer = config.optimizer.build(self.model.parameters())
         self.module, self.optimizer = fabric.setup(self.objective, optimizer)
         self.average = None if config.ema_decay is None else Average(self.model, config.ema_decay)
-        self.progress = Progress(epoch_sums=self._zeros, window_sums=self._zeros)
+        self.progress = Progress(Meter(self._zeros), Meter(self._zeros))
         self.clock = BackwardClock(fabric.device)
         # Reading a number makes the host wait for a device, and all processes for each other.
         self.read_every = 1 if fabric.device.type == "cpu" and fabric.world_size == 1 else config.log_every
@@ -183,7 +119,7 @@ class _Trainer:
         return [0.0] * len(self.names)
 
     def run(self, resume: bool) -> Result:
-        """Train to the end, from wherever the folder says, and evaluate."""
+        """Train to the end, from the checkpoint in the folder if there is one, and evaluate."""
         if resume:
             self._restore()
         history = [line for line in self.folder.rewind(self.progress.step) if line["kind"] == "epoch"]
@@ -191,17 +127,14 @@ class _Trainer:
         self.observer.started(self.folder.path, self.total, self.progress.step, parameters)
         while self.progress.step < self.total:
             history += self._epoch()
-        if self.average is not None:  # for good: these weights are tested, saved and returned
+        if self.average is not None:  # permanently: these weights are tested, saved and returned
             self.average.swap(self.model)
         start = time.perf_counter()
         line = self._evaluate("test", self.splits.test)
         self._log(line)
-        if self.folder.writes:  # before anything is asked of it: a proof that fails must not cost the weights
-            about = {
-                "data": to_plain(self.config.data),
-                "classes": list(self.splits.classes),
-                "recipe": self.config.name,
-            }
+        if self.folder.writes:  # before the proof, whose failure must not lose the weights
+            classes, data = list(self.splits.classes), to_plain(self.config.data)
+            about = {"data": data, "classes": classes, "recipe": self.config.name}
             checkpoint.save(self.model, self.folder.path / "model.safetensors", about=about)
         proved = certified(self.model, self.splits.test, self.config, self.fabric.device)
         progress = self.progress
@@ -224,12 +157,12 @@ class _Trainer:
         return result
 
     def _epoch(self) -> list[dict[str, Any]]:
-        """One pass over the training images, or what is left of it; returns the lines for the history."""
+        """Train to the end of the epoch; return the lines for the history."""
         config, progress, device = self.config, self.progress, self.fabric.device
         self.module.train()
         window, whole = (
-            torch.tensor(sums, dtype=torch.float64, device=device)
-            for sums in (progress.window_sums, progress.epoch_sums)
+            torch.tensor(meter.sums, dtype=torch.float64, device=device)
+            for meter in (progress.window_meter, progress.epoch_meter)
         )
         bad = torch.full((), NEVER, device=device)
         batches = self.splits.train.batches(
@@ -253,33 +186,31 @@ class _Trainer:
                 progress.backward_seconds += self.clock.read()
                 now = time.perf_counter()
                 progress.seconds, before = progress.seconds + now - before, now
-                line = self._line("step", "train", self.names, self._over_all(window), progress.window_start)
+                line = self._line("step", "train", self.names, self._over_all(window), progress.window_meter)
                 self.observer.stepped(line)
                 if logging:
                     self.folder.log(line)
-                    window = torch.zeros_like(window)
-                    progress.window_start = (progress.seconds, progress.backward_seconds)
+                    window, progress.window_meter = torch.zeros_like(window), progress.meter(self._zeros)
                 if saving:
-                    progress.window_sums, progress.epoch_sums = window.tolist(), whole.tolist()
+                    progress.window_meter.sums, progress.epoch_meter.sums = window.tolist(), whole.tolist()
                     self._save()
                     before = time.perf_counter()
             if last:
                 break
-        self.module.eval()  # on the way capped norms are compared with their bounds: those of the trained weights
-        lines = [self._line("epoch", "train", self.names, self._over_all(whole), progress.epoch_start)]
+        self.module.eval()  # this also proves the bounds of capped norms, for the trained weights
+        lines = [self._line("epoch", "train", self.names, self._over_all(whole), progress.epoch_meter)]
         if self.splits.validation is not None:
             with self._averaged():
                 lines.append(self._evaluate("validation", self.splits.validation))
         for line in lines:
             self._log(line)
         progress.epoch, progress.batch = progress.epoch + 1, 0
-        progress.epoch_sums, progress.window_sums = self._zeros, window.tolist()
-        progress.epoch_start = (progress.seconds, progress.backward_seconds)
+        progress.window_meter.sums, progress.epoch_meter = window.tolist(), progress.meter(self._zeros)
         self._save()
         return lines
 
     def _step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One optimizer step; returns the sums of its batch, on the device."""
+        """Make an optimizer step; return the sums of its batch, on the device."""
         config, progress, fabric = self.config, self.progress, self.fabric
         torch.manual_seed(derive_seed(config.seed, progress.step, fabric.global_rank, 3))
         crops = generator(config.seed, progress.step, fabric.global_rank, 4)
@@ -303,19 +234,16 @@ class _Trainer:
         if self.fabric.world_size > 1:  # batch statistics differ; those of the first process are saved
             for buffer in self.model.buffers():
                 torch.distributed.broadcast(buffer, 0)
-        told = functools.partial(self.observer.evaluating, name, total=len(split))
-        sums = evaluate_sums(self.fabric, self.objective, split, self.config, told)
+        report = functools.partial(self.observer.evaluating, name, total=len(split))
+        sums = evaluate_sums(self.fabric, self.objective, split, self.config, report)
         if not sums.isfinite().all():
             self._stop(f"the loss of the {name} images after {self.progress.step} steps")
-        start_of_line = self.progress.seconds, self.progress.backward_seconds
-        line = self._line("epoch", name, self.objective.names, sums, start_of_line)
+        line = self._line("epoch", name, self.objective.names, sums, self.progress.meter([]))
         del line["backward_seconds"], line["lr"], line["penalty"]
         return {**line, "seconds": time.perf_counter() - start}
 
-    def _line(
-        self, kind: str, split: str, names: tuple[str, ...], sums: Tensor, start: tuple[float, float]
-    ) -> dict[str, Any]:
-        """A line of the log: means over the images of all processes, and the time since `start`."""
+    def _line(self, kind: str, split: str, names: tuple[str, ...], sums: Tensor, start: Meter) -> dict[str, Any]:
+        """Return a line of the log: means over the images of all processes, and the time since the start."""
         progress = self.progress
         return {
             "kind": kind,
@@ -324,12 +252,12 @@ class _Trainer:
             "epoch": progress.epoch,
             **means(names, sums),
             "lr": self.config.schedule.lr(max(0, progress.step - 1), self.total, self.config.optimizer.lr),
-            "seconds": progress.seconds - start[0],
-            "backward_seconds": progress.backward_seconds - start[1],
+            "seconds": progress.seconds - start.seconds,
+            "backward_seconds": progress.backward_seconds - start.backward_seconds,
         }
 
     def _over_all(self, sums: Tensor) -> Tensor:
-        """Sums over all processes; a copy, as Fabric reduces in progress and each process goes on with its own."""
+        """Return sums over all processes: of a copy, as Fabric reduces in place and each process keeps its own sums."""
         return self.fabric.all_reduce(sums.clone(), reduce_op="sum") if self.fabric.world_size > 1 else sums
 
     def _log(self, line: dict[str, Any]) -> None:
@@ -338,11 +266,9 @@ class _Trainer:
 
     def _stop_if_bad(self, bad: Tensor) -> None:
         first = -self.fabric.all_reduce(-bad, reduce_op="max") if self.fabric.world_size > 1 else bad
-        step = int(first)
-        if step == NEVER:
-            return
-        epoch, batch = divmod(step, self.steps_per_epoch)
-        self._stop(f"the loss of batch {batch} of epoch {epoch} (step {step})")
+        if (step := int(first)) != NEVER:
+            epoch, batch = divmod(step, self.steps_per_epoch)
+            self._stop(f"the loss of batch {batch} of epoch {epoch} (step {step})")
 
     def _stop(self, what: str) -> NoReturn:
         saved = checkpoint.states(self.folder.checkpoints)
@@ -356,9 +282,9 @@ class _Trainer:
         if not all(bool(value.isfinite().all()) for value in self.model.state_dict().values()):
             self._stop(f"one of the weights after {self.progress.step} steps")
         progress = dataclasses.asdict(self.progress)
-        for name in ("epoch_sums", "window_sums"):
-            sums = torch.tensor(progress[name], dtype=torch.float64, device=self.fabric.device)
-            progress[name] = self._over_all(sums).tolist()
+        for meter in (progress["epoch_meter"], progress["window_meter"]):
+            sums = torch.tensor(meter["sums"], dtype=torch.float64, device=self.fabric.device)
+            meter["sums"] = self._over_all(sums).tolist()
         if self.folder.writes:
             tensors, facts = checkpoint.pack_optimizer(self.optimizer.optimizer)
             tensors |= {f"model.{name}": value for name, value in self.model.state_dict().items()}
@@ -376,38 +302,24 @@ class _Trainer:
             kind = "whole checkpoint" if problems else "checkpoint"
             self.observer.noted(f"no {kind} in {self.folder.path} yet: starting from the beginning")
             return
-        part = {
-            kind: {name.removeprefix(f"{kind}."): t for name, t in state.tensors.items() if name.startswith(f"{kind}.")}
-            for kind in ("model", "average")
-        }
-        self.model.load_state_dict(part["model"])
-        checkpoint.unpack_optimizer(self.optimizer.optimizer, state.tensors, state.facts["optimizer"])
+        self.model.load_state_dict(state.part("model"))
+        checkpoint.unpack_optimizer(self.optimizer.optimizer, state)
         if self.average is not None:
-            for name, value in self.average.values.items():
-                value.copy_(part["average"][name])
-        progress = state.facts["progress"]
-        self.progress = Progress(
-            **{
-                **progress,
-                "epoch_start": tuple(progress["epoch_start"]),
-                "window_start": tuple(progress["window_start"]),
-            }
-        )
-        if self.fabric.global_rank != 0:  # sums over all processes were saved; one of them goes on with them
-            self.progress.epoch_sums, self.progress.window_sums = self._zeros, self._zeros
+            self.average.load(state.part("average"))
+        self.progress = Progress.from_plain(state.facts["progress"])
+        if self.fabric.global_rank != 0:  # the checkpoint has sums over all processes; the first one continues them
+            self.progress.epoch_meter.sums, self.progress.window_meter.sums = self._zeros, self._zeros
         self.observer.noted(f"resumed at step {self.progress.step} of {self.total}")
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:
-        """Within the block, the moving average takes the place of the weights."""
-        if self.average is None:
-            yield
-            return
-        self.average.swap(self.model)
+        """Replace the weights by their moving average within the block."""
+        swap = functools.partial(self.average.swap, self.model) if self.average is not None else lambda: None
+        swap()
         try:
             yield
         finally:
-            self.average.swap(self.model)
+            swap()
 
 
 def _check(config: TrainConfig, splits: Splits, world_size: int) -> None:

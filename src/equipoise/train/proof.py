@@ -1,4 +1,4 @@
-"""What is proved about a classifier, for its file, its result, and the people who look at them."""
+"""Certificates of a model, for its file, its result and its reports."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ FACTS = ("certified_lipschitz", "predicted_evaluations", "measured_lipschitz", "
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Proof:
-    """Certificates of a classifier's map, or why there are none.
+    """Certificates of a model's map, or the reason why there are none.
 
     Args:
         evaluation: certificate of the map in evaluation; None: a layer has no known constant.
-        training: the same weights with dropout. Those of training mode are steered, and follow within some percent.
+        training: the same weights with dropout; in training mode caps are followed within some percent.
         reason: why the map is not proved to contract in evaluation; None: it is.
         solver: that finds the equilibrium in evaluation.
-        guessed: whether it begins at a guess; the evaluations that a certificate predicts are those from zeros.
+        guessed: whether a solve begins at a guess; a certificate predicts the evaluations from zeros.
     """
 
     evaluation: Certificate | None
@@ -38,7 +38,7 @@ class Proof:
     guessed: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, for a model's file."""
+        """Return plain data, for the file of the model."""
         return {
             "evaluation": None if self.evaluation is None else self.evaluation.as_dict(),
             "training": None if self.training is None else self.training.as_dict(),
@@ -46,7 +46,7 @@ class Proof:
         }
 
     def facts(self) -> dict[str, Any]:
-        """What `result.json` holds of it: numbers, and None where nothing is proved or measured."""
+        """Return the entries of `result.json`; None where nothing is proved or measured."""
         found = self.evaluation
         if found is None:
             return dict.fromkeys(FACTS[:-1]) | {"not_certified": self.reason}
@@ -55,10 +55,10 @@ class Proof:
         return dict(zip(FACTS, (*numbers, self.reason), strict=True))
 
     def supports(self, claimed: Mapping[str, Any]) -> None:
-        """Whether a model's file claims no more than its weights prove.
+        """Check that the file of a model claims no more than its weights prove.
 
         Args:
-            claimed: what `as_dict` gave when the file was written.
+            claimed: certificates in the file, from `as_dict`.
 
         Raises:
             CertificateError: it claims more.
@@ -100,7 +100,7 @@ def prove(
                 with torch.no_grad():
                     solution = solve(model)
             evaluation = certify(model, solution=solution)
-        # Of the cell alone: what the solvers were told is for the mode in which they are used.
+        # Of the cell alone: the constants of the solvers are for the mode in which they are used.
         training = certify(model.deq.cell, training=True)
     except UnprovedConstant:
         raise
@@ -116,11 +116,11 @@ def prove(
 
 
 def summarize(facts: Mapping[str, Any], max_steps: int | None = None) -> str:
-    """What `Proof.facts` says, in a line.
+    """Summarize `Proof.facts` in a line.
 
     Args:
-        facts: numbers of a proof.
-        max_steps: of the solver, if it may end before what is predicted.
+        facts: of a proof.
+        max_steps: of the solver, if it may stop before the predicted number.
     """
     if facts["not_certified"] is not None:
         reason = facts["not_certified"].partition("; ")[0]  # the advice may begin within a parenthesis
@@ -137,10 +137,10 @@ def summarize(facts: Mapping[str, Any], max_steps: int | None = None) -> str:
 
 
 def check_claims(config: TrainConfig) -> None:
-    """Refuse a run whose solvers are given a constant that its layers may exceed.
+    """Check that the layers cannot exceed the Lipschitz constants of the solvers.
 
     Raises:
-        CertificateError: with the flag and the constant of the layers.
+        CertificateError: they can; the message has the flag and the constant of the layers.
     """
     solvers = {
         "solver": (config.solver, True),
@@ -155,7 +155,7 @@ def check_claims(config: TrainConfig) -> None:
         if allowed is None:
             raise CertificateError(
                 f"{name}.lipschitz={claimed:g}: nothing proves it, as the layers of the model may have any constant; "
-                "leave it out, or choose model.contraction of an MDEQConfig"
+                "leave it out, or choose layers that contract, such as model.contraction"
             )
         if allowed > claimed * (1 + 1e-6):
             remedy = f"set it to {allowed:.6g} or more, or " if allowed < 0.999999 else ""

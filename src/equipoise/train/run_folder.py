@@ -1,8 +1,10 @@
-"""The folder of a run: its configuration, log, checkpoints and result."""
+"""Folder of a run: configuration, log, checkpoints and result."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -15,10 +17,10 @@ from equipoise.train import checkpoint
 from equipoise.train.config import TrainConfig
 from equipoise.train.serialize import to_plain
 
-# What may differ when a run is continued: where and how it is executed and logged.
+# Fields that may differ when a run is resumed: where and how it is executed and logged.
 FREE = {"version", "name", "accelerator", "devices", "num_nodes", "strategy", "eval_batch_size"}
 FREE |= {"log_every", "checkpoint_every", "tensorboard"}
-PLACES = {"data.root", "data.source"}  # data may have moved; that it is the same is the caller's word
+PLACES = {"data.root", "data.source"}  # data may have moved; the caller vouches that it is the same
 
 
 def write_config(config: TrainConfig, path: Path) -> None:
@@ -54,15 +56,12 @@ def read_plain(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_lines(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`; one that a crash cut off is left out."""
+    """Read the lines of a run's `metrics.jsonl`, without one that a crash cut off."""
     path = Path(folder) / "metrics.jsonl"
     lines = []
-    if path.exists():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                continue
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(text))
     return lines
 
 
@@ -74,7 +73,7 @@ class RunFolder:
         path: of the folder.
         config: of the run.
         writes: whether this process writes; one of several does.
-        note: told what the user should know.
+        note: called with messages for the user.
     """
 
     path: Path
@@ -89,7 +88,7 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def claim(self, *, resume: bool, overwrite: bool) -> None:
-        """Make the folder this run's own.
+        """Take the folder for this run.
 
         Raises:
             RunError: it holds a run and neither `resume` nor `overwrite` is set, or the configurations differ.
@@ -120,7 +119,7 @@ class RunFolder:
         write_config(self.config, found)
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
-        """Drop lines of the log that were written after a step, and the final evaluation; return those that stay."""
+        """Drop lines of the log after a step, and the final evaluation; return the others."""
         kept = [line for line in read_lines(self.path) if line["step"] <= step and line["split"] != "test"]
         if self.writes:
             for left_over in self.path.glob(".*.tmp"):  # of processes that were killed
@@ -160,11 +159,9 @@ class RunFolder:
 
 
 def new_folder(name: str) -> Path:
-    """The first free folder `runs/<name>-<number>`."""
-    number = 1
-    while (path := Path("runs") / f"{name}-{number}").exists():
-        number += 1
-    return path
+    """Return the first free folder `runs/<name>-<number>`."""
+    paths = (Path("runs") / f"{name}-{number}" for number in itertools.count(1))
+    return next(path for path in paths if not path.exists())
 
 
 def _event_writer(path: Path, step: int) -> Any:

@@ -19,36 +19,33 @@ import equipoise
 
 
 def to_plain(value: Any) -> Any:
-    """A configuration as dicts, lists, strings, numbers and None.
+    """Convert a configuration to dicts, lists, strings, numbers and None.
 
     A plain dataclass becomes the dict of its fields; a member of an abstract family (a solver, a gradient, a data
-    source, an optimizer) becomes `{"class_path": ..., "init_args": {...}}`. A function, where the
-    field is one for functions, becomes None: `observe` only watches, `outer` belongs to one batch.
+    source, an optimizer) becomes `{"class_path": ..., "init_args": {...}}`. A function in a field for functions becomes
+    None: `observe` only watches, `outer_loss` belongs to one batch.
 
     Raises:
         ValueError: the value has no plain form, such as a tensor or a function in another field.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        contents = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         hints = typing.get_type_hints(type(value))
+        contents = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         fields = {
             name: None if callable(content) and needs_python(hints[name]) else to_plain(content)
             for name, content in contents.items()
         }
-        if isinstance(value, abc.ABC):
-            return {"class_path": public_path(type(value)), "init_args": fields}
-        return fields
+        abstract = isinstance(value, abc.ABC)
+        return {"class_path": public_path(type(value)), "init_args": fields} if abstract else fields
     if isinstance(value, (list, tuple)):
         return [to_plain(item) for item in value]
-    if isinstance(value, Tensor):
-        raise ValueError("a configuration that holds a tensor cannot be saved; pass None or a named gradient instead")
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise ValueError(f"a {type(value).__name__} cannot be part of a saved configuration: {value!r}")
 
 
 def from_plain(hint: Any, value: Any, classes: Iterable[type] = (), where: str = "configuration") -> Any:
-    """Build what `to_plain` gave, checked against a type.
+    """Build a value from the result of `to_plain`, checked against a type.
 
     No module is imported, and no class built, because a file names it: a member of an abstract family is one of
     `classes`. The path before its name is that of this package, as of another version, or the module of the class.
@@ -65,23 +62,28 @@ def from_plain(hint: Any, value: Any, classes: Iterable[type] = (), where: str =
     """
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
-        return _from_union(hint, value, classes, where)
+        options = typing.get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        # Tensors and functions have no plain form.
+        readable = [option for option in options if option not in (type(None), Tensor) and not needs_python(option)]
+        if len(readable) != 1:
+            raise ValueError(f"{where} cannot be given in a file; set it in Python")
+        return from_plain(readable[0], value, classes, where)
     if origin is typing.Literal:
         if value not in typing.get_args(hint):
             raise ValueError(f"{where} is {value!r}; choose one of {', '.join(map(repr, typing.get_args(hint)))}")
         return value
     if origin is tuple:
-        item, *more = typing.get_args(hint)
+        items = typing.get_args(hint)
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"{where} must be a list, got {value!r}")
-        if more and more != [Ellipsis]:
-            if len(value) != 1 + len(more):
-                raise ValueError(f"{where} must have {1 + len(more)} entries, got {value!r}")
-            return tuple(
-                from_plain(h, v, classes, f"{where}[{i}]")
-                for i, (h, v) in enumerate(zip([item, *more], value, strict=True))
-            )
-        return tuple(from_plain(item, v, classes, f"{where}[{i}]") for i, v in enumerate(value))
+        if items[-1] is Ellipsis:
+            items = items[:1] * len(value)
+        if len(value) != len(items):
+            raise ValueError(f"{where} must have {len(items)} entries, got {value!r}")
+        pairs = enumerate(zip(items, value, strict=True))
+        return tuple(from_plain(item, entry, classes, f"{where}[{i}]") for i, (item, entry) in pairs)
     if inspect.isclass(hint) and dataclasses.is_dataclass(hint):
         return _from_dict(hint, value, classes, where)
     if hint is float and isinstance(value, str):  # YAML reads 1e-3 as a string
@@ -100,41 +102,24 @@ def members(family: type, classes: Iterable[type]) -> dict[str, type]:
 
 
 def public_path(cls: type) -> str:
-    """Where users find a class: `equipoise.Anderson`, not the module that defines it."""
+    """Return the public path of a class: `equipoise.Anderson`, not the module that defines it."""
     package = cls.__module__.split(".")
     if package[0] != "equipoise":
         return f"{cls.__module__}.{cls.__name__}"
-    whole = getattr(equipoise, cls.__name__, None) is cls
-    return f"equipoise.{'' if whole else f'{package[1]}.'}{cls.__name__}"
+    if getattr(equipoise, cls.__name__, None) is cls:
+        return f"equipoise.{cls.__name__}"
+    return f"equipoise.{package[1]}.{cls.__name__}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """End of a message about an unknown name: the most similar known one, or all of them."""
+    """End a message about an unknown name: with the most similar known one, or all of them."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
 
 
-def _from_union(hint: Any, value: Any, classes: Iterable[type], where: str) -> Any:
-    options = typing.get_args(hint)
-    if value is None and type(None) in options:
-        return None
-    # Tensors and functions have no plain form; what remains is at most one type that can be read.
-    readable = [option for option in options if option not in (type(None), Tensor) and not needs_python(option)]
-    if not readable:
-        raise ValueError(f"{where} cannot be given in a file; set it in Python")
-    if len(readable) == 1:
-        return from_plain(readable[0], value, classes, where)
-    for option in readable:
-        try:
-            return from_plain(option, value, classes, where)
-        except ValueError:
-            continue
-    raise ValueError(f"{where} must be {hint}, got {value!r}")
-
-
 def needs_python(hint: Any) -> bool:
-    """Whether a field of this type is a function or a tuple of tensors, which have no plain form."""
+    """Return whether a field of this type holds a function or tensors, which have no plain form."""
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     return any(
         typing.get_origin(option) is collections.abc.Callable or Tensor in typing.get_args(option)
