@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"# ([\w/]+\.py)\n")  # a block that begins so is a whole file
-LONG = ("continuous", "estimators", "hypergradients", "train-a-recipe")  # pages that fit for seconds
+LONG = ("continuous", "estimators", "extending", "first-layer", "hypergradients", "lipschitz-mdeq", "train-a-recipe")
 LANGUAGES = {"python", "console", "text", "yaml", "toml", "json"}
 
 

@@ -27,7 +27,7 @@ class MDEQPredictor(nn.Module):
         >>> from equipoise.zoo import MDEQConfig, MDEQPredictor
         >>> predictor = MDEQPredictor(MDEQConfig.cifar10_tiny())
         >>> sum(p.numel() for p in predictor.parameters())
-        36576
+        36672
         >>> [tuple(level.shape) for level in predictor(torch.randn(2, 24, 32, 32))]
         [(2, 24, 32, 32), (2, 24, 16, 16)]
 
