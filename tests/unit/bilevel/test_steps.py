@@ -139,7 +139,8 @@ def replay(f: Callable[[np.ndarray], tuple[float, np.ndarray]], x: np.ndarray, n
     "f",
     [
         lambda x: 1 + (x - 3).square().sum(),
-        lambda x: 1 + (torch.arange(1.0, 1 + len(x)) * (x - 14).square()).sum(),  # ends at the bound
+        lambda x: 1 + (torch.arange(1.0, 1 + len(x)) * (x - 14).square()).sum(),  # ends at the upper bound
+        lambda x: 1 + (x + 14).square().sum(),  # ends at the lower bound
         lambda x: 1 + x.pow(4).sum() + 30 * (3 * x).cos().sum().exp(),  # some points are rejected
         lambda x: 5 + 1e-5 * x.sum(),  # the gradient is nearly zero
     ],
@@ -246,8 +247,15 @@ def test_region_secant() -> None:
     torch.testing.assert_close(memory.hessian @ proposal.x, y)
     torch.testing.assert_close(memory.hessian, memory.hessian.T)
     before = memory.hessian
-    rule.propose(memory, trial(proposal.x.tolist(), 6.0, [2.0, 2.0]))  # no step was made
+    rule.propose(memory, trial(proposal.x.tolist(), 6.0, [1.0, 1.0]))  # no step was made
     assert memory.hessian is before
+    # Negative curvature: y is mixed with the model's own change until it has a fifth of the model's curvature.
+    s, y = torch.tensor([1.0, 0.5]), torch.tensor([-3.0, 1.0])
+    rule.propose(memory, trial((proposal.x + s).tolist(), 5.0, (y + 1).tolist()))
+    image = before @ s
+    part = 0.8 * (s @ image) / (s @ image - s @ y)
+    torch.testing.assert_close(memory.hessian @ s, part * y + (1 - part) * image)
+    assert float(s @ memory.hessian @ s) == pytest.approx(0.2 * float(s @ image))
 
 
 def test_region_noise() -> None:

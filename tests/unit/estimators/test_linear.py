@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
-import scipy.optimize
 import scipy.sparse
 import torch
 from sklearn.linear_model import LogisticRegression, Ridge
@@ -61,7 +62,7 @@ def state(size: int, batch: int = 2) -> Tensor:
 @pytest.mark.parametrize("outputs", [1, K])
 @pytest.mark.parametrize("moved", [False, True])
 @pytest.mark.parametrize("intercept", [False, True])
-def test_scores_are_those_of_the_standardized_matrix(kind: str, outputs: int, moved: bool, intercept: bool) -> None:
+def test_scores(kind: str, outputs: int, moved: bool, intercept: bool) -> None:
     operator = design(kind, outputs=outputs, moved=moved, intercept=intercept)
     z = state(operator.size)
     x = torch.tensor(features())
@@ -81,7 +82,7 @@ def test_scores_are_those_of_the_standardized_matrix(kind: str, outputs: int, mo
     torch.testing.assert_close(other.scores(z * factor), expected)
 
 
-def test_read_only_and_reversed_arrays() -> None:
+def test_strides() -> None:
     x = features()
     frozen = x.copy()
     frozen.flags.writeable = False
@@ -92,7 +93,7 @@ def test_read_only_and_reversed_arrays() -> None:
 
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 @pytest.mark.parametrize("number", range(5))
-def test_derivatives_of_first_and_second_order(kind: str, number: int) -> None:
+def test_derivatives(kind: str, number: int) -> None:
     weights = torch.rand(2, N, generator=torch.Generator().manual_seed(1))
     loss = losses(kind, weights)[number]
     z = state(loss.design.size).requires_grad_()
@@ -101,7 +102,7 @@ def test_derivatives_of_first_and_second_order(kind: str, number: int) -> None:
 
 
 @pytest.mark.parametrize("number", range(5))
-def test_third_derivatives_of_a_sparse_design_are_those_of_the_dense_one(number: int) -> None:
+def test_third_derivatives(number: int) -> None:
     def third(loss) -> Tensor:
         z = state(loss.design.size, batch=1).requires_grad_()
         v = torch.linspace(-1, 1, z.numel()).reshape(z.shape)
@@ -115,28 +116,27 @@ def test_third_derivatives_of_a_sparse_design_are_those_of_the_dense_one(number:
 
 
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
-def test_losses_are_those_of_scikit_learn(kind: str) -> None:
+def test_losses(kind: str) -> None:
     weights = torch.rand(N, generator=torch.Generator().manual_seed(2))
-    counts = weights.numpy()
+    average = functools.partial(np.average, weights=weights.numpy())
+    entropy = functools.partial(log_loss, sample_weight=weights.numpy())
     logistic, sigmoid, squared, _, multinomial = losses(kind, weights)
-    z = state(logistic.design.size)
-    for loss in (logistic, sigmoid, squared):
-        scores = loss.design.scores(z)[:, 0].numpy()
-        for row, value in zip(scores, loss(z).tolist(), strict=True):
-            chance = 1 / (1 + np.exp(-row))
-            expected = {
-                LogisticLoss: lambda p: log_loss(logistic.target, p, sample_weight=counts),
-                SigmoidLoss: lambda p: np.average((sigmoid.target.numpy() - p) ** 2 / 2, weights=counts),
-                SquaredLoss: lambda p, s=row: np.average((squared.target[0].numpy() - s) ** 2 / 2, weights=counts),
-            }[type(loss)](chance)
-            assert value == pytest.approx(expected)
-    z = state(multinomial.design.size)
-    for row, value in zip(multinomial.design.scores(z), multinomial(z).tolist(), strict=True):
-        chances = row.softmax(0).T.numpy()
-        assert value == pytest.approx(log_loss(multinomial.target, chances, sample_weight=counts, labels=range(K)))
+    z, many = state(logistic.design.size), state(multinomial.design.size)
+    for row in range(2):
+        scores = logistic.design.scores(z)[row, 0].numpy()
+        chances = multinomial.design.scores(many)[row].softmax(0).T.numpy()
+        sigmoids = 1 / (1 + np.exp(-scores))
+        expected = [
+            entropy(logistic.target, sigmoids),
+            average((sigmoid.target.numpy() - sigmoids) ** 2 / 2),
+            average((squared.target[0].numpy() - scores) ** 2 / 2),
+            entropy(multinomial.target, chances, labels=range(K)),
+        ]
+        found = [loss(z)[row].item() for loss in (logistic, sigmoid, squared)]
+        assert [*found, multinomial(many)[row].item()] == pytest.approx(expected)
 
 
-def test_sum_and_mean_differ_by_the_sum_of_the_weights() -> None:
+def test_sum_and_mean() -> None:
     weights = torch.rand(N)
     for number in range(5):
         total, mean = (dataclasses.replace(losses("dense", weights)[number], weights=weights, mean=m) for m in (0, 1))
@@ -147,7 +147,7 @@ def test_sum_and_mean_differ_by_the_sum_of_the_weights() -> None:
 
 
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
-def test_rows_of_weights_are_folds(kind: str) -> None:
+def test_folds(kind: str) -> None:
     x = features() if kind == "dense" else scipy.sparse.csr_array(features())
     masks = torch.tensor([[1, 1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1, 1]])
     for number, whole in enumerate(losses(kind)):
@@ -157,32 +157,31 @@ def test_rows_of_weights_are_folds(kind: str) -> None:
             target = whole.target[..., mask]
             part = dataclasses.replace(whole, design=whole.design.on(x[mask.numpy()]), target=target, mean=True)
             torch.testing.assert_close(folds(z)[fold], part(z)[fold], msg=f"loss {number}, fold {fold}")
-        with pytest.raises(ValueError, match="batch of 2"):
-            folds(z[:1])
 
 
-def test_margins_of_a_million() -> None:
+def test_large_margins() -> None:
     x = torch.tensor([[1e6], [-1e6], [1.0]])
     logistic = LogisticLoss(design=Design(x), target=torch.tensor([1, 1, -1]))
-    z = torch.tensor([[1.0], [-1.0]]).requires_grad_()
-    value = logistic(z)
-    torch.testing.assert_close(value, torch.tensor([1e6 + np.log1p(np.e), 1e6 + np.log1p(np.exp(-1))]))
-    gradient = torch.autograd.grad(value.sum(), z, create_graph=True)[0]
-    torch.testing.assert_close(gradient.detach(), torch.tensor([[1e6 + 1 / (1 + np.exp(-1))], [-1e6 + 1 / (1 + np.e)]]))
-    assert torch.autograd.grad(gradient.sum(), z)[0].isfinite().all()
+    multinomial = MultinomialLoss(design=Design(x, outputs=2), target=torch.tensor([0, 0, 1]))
+    for loss, z, values in (
+        (logistic, [[1.0], [-1.0]], [1e6 + np.log1p(np.e), 1e6 + np.log1p(np.exp(-1))]),
+        (multinomial, [[1.0, -1.0]], [2e6 + np.log1p(np.exp(-2)) + 2]),
+    ):
+        leaf = torch.tensor(z).requires_grad_()
+        value = loss(leaf)
+        torch.testing.assert_close(value, torch.tensor(values))
+        gradient = torch.autograd.grad(value.sum(), leaf, create_graph=True)[0]
+        if loss is logistic:
+            slopes = torch.tensor([[1e6 + 1 / (1 + np.exp(-1))], [-1e6 + 1 / (1 + np.e)]])
+            torch.testing.assert_close(gradient.detach(), slopes)
+        assert torch.autograd.grad(gradient.square().sum(), leaf)[0].isfinite().all()
     # Small losses keep their digits.
     right = LogisticLoss(design=Design(x[2:]), target=torch.tensor([1]))
     assert right(torch.tensor([[30.0]])).item() == pytest.approx(np.exp(-30), rel=1e-12)
-    multinomial = MultinomialLoss(design=Design(x, outputs=2), target=torch.tensor([0, 0, 1]))
-    z = torch.tensor([[1.0, -1.0]]).requires_grad_()
-    value = multinomial(z)
-    assert value.item() == pytest.approx(2e6 + np.log1p(np.exp(-2)) + 2)
-    gradient = torch.autograd.grad(value.sum(), z, create_graph=True)[0]
-    assert torch.autograd.grad(gradient.square().sum(), z)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
-def test_penalties_by_hand(kind: str) -> None:
+def test_penalties(kind: str) -> None:
     operator = design(kind, outputs=K)
     z = state(operator.size)
     w = operator.coefficients(z)[0]
@@ -203,64 +202,39 @@ def test_penalties_by_hand(kind: str) -> None:
         assert torch.autograd.gradgradcheck(penalty, leaves)
 
 
-def minimum(objective, size: int) -> Tensor:
-    z0 = torch.zeros(1, size)
-    solver = eq.LBFGS(max_steps=500, memory=30, rtol=0, atol=1e-9)
-    return solve_map(DescentMap(objective, z0, params=()), z0, solver=solver, gradient=eq.Implicit()).value
-
-
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
-def test_minima_are_scikit_learns(kind: str) -> None:
-    """The penalty applies to the coefficients on the columns as they are, and the intercept goes free."""
-    alpha = 0.3
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize("model", [LogisticLoss, MultinomialLoss, SquaredLoss])
+def test_minima(model: Any, kind: str) -> None:
+    """The penalty applies to the coefficients of the original columns, and not to the intercept."""
+    alpha, rng = 0.3, np.random.default_rng(0)
     x = features(1, rows=40) + (kind == "dense")
-    data = scipy.sparse.csr_array(x) if kind == "sparse" else x
     y = (x @ rng.standard_normal(D) + rng.standard_normal(40) > 0).astype(int)
-    make = functools.partial(
-        Design, data, intercept=True, offset=torch.linspace(0, 1, D), scale=torch.linspace(1, 2, D)
-    )
-
-    def fitted(loss) -> list[np.ndarray]:
-        penalty = GroupPenalty(design=loss.design)
-        log_alpha = torch.tensor([np.log(alpha)])
-        z = minimum(lambda z: loss(z) + penalty(z, log_alpha), loss.design.size)
-        return [part[0].numpy() for part in loss.design.coefficients(z)]
-
-    reference = LogisticRegression(C=1 / alpha, tol=1e-10, max_iter=1000)
-    weights, intercept = fitted(LogisticLoss(design=make(), target=torch.tensor(2 * y - 1)))
+    reference: Any = LogisticRegression(C=1 / alpha, tol=1e-10, max_iter=1000)
+    if model is MultinomialLoss:
+        y = y + (x[:, 0] > 0.5)
+    elif model is SquaredLoss:
+        y, reference = x @ rng.standard_normal(D) + 3, Ridge(alpha=alpha)
     reference.fit(x, y)
-    np.testing.assert_allclose(weights, reference.coef_, atol=1e-6)
-    np.testing.assert_allclose(intercept, reference.intercept_, atol=1e-6)
-
-    classes = y + (x[:, 0] > 0.5)
-    weights, intercept = fitted(MultinomialLoss(design=make(outputs=K), target=torch.tensor(classes)))
-    reference.fit(x, classes)
-    np.testing.assert_allclose(weights, reference.coef_, atol=1e-6)
-    np.testing.assert_allclose(intercept, reference.intercept_ - reference.intercept_.mean(), atol=1e-6)
-
-    target = x @ rng.standard_normal(D) + 3
-    weights, intercept = fitted(SquaredLoss(design=make(), target=torch.tensor(target)))
-    ridge = Ridge(alpha=alpha).fit(x, target)
-    np.testing.assert_allclose(weights[0], ridge.coef_, atol=1e-7)
-    np.testing.assert_allclose(intercept[0], ridge.intercept_, atol=1e-7)
-
-
-def test_nonlinear_least_squares_against_scipy() -> None:
-    x, alpha = features(1, rows=40), 0.3
-    y = (np.random.default_rng(0).random(40) < 0.5).astype(float)
-    loss = SigmoidLoss(design=Design(x), target=torch.tensor(y))
-    penalty = GroupPenalty(design=loss.design)
-    z = minimum(lambda z: loss(z) + penalty(z, torch.tensor([np.log(alpha)])), D)
-
-    def residuals(w: np.ndarray) -> np.ndarray:
-        return np.concatenate([y - 1 / (1 + np.exp(-x @ w)), np.sqrt(alpha) * w])
-
-    tight = dict.fromkeys(("ftol", "xtol", "gtol"), 1e-14)
-    np.testing.assert_allclose(z[0], scipy.optimize.least_squares(residuals, np.zeros(D), **tight).x, atol=1e-6)
+    operator = Design(
+        scipy.sparse.csr_array(x) if kind == "sparse" else x,
+        outputs=K if model is MultinomialLoss else 1,
+        intercept=True,
+        offset=torch.linspace(0, 1, D),
+        scale=torch.linspace(1, 2, D),
+    )
+    loss = model(design=operator, target=torch.tensor(2 * y - 1 if model is LogisticLoss else y))
+    penalty, log_alpha = GroupPenalty(design=operator), torch.tensor([np.log(alpha)])
+    z0 = torch.zeros(1, operator.size)
+    f = DescentMap(lambda z: loss(z) + penalty(z, log_alpha), z0, params=())
+    solver = eq.LBFGS(max_steps=500, memory=30, rtol=0, atol=1e-9)
+    z = solve_map(f, z0, solver=solver, gradient=eq.Implicit()).value
+    weights, intercept = (part[0].numpy() for part in operator.coefficients(z))
+    np.testing.assert_allclose(weights, np.atleast_2d(reference.coef_), atol=1e-6)
+    shift = reference.intercept_.mean() if model is MultinomialLoss else 0
+    np.testing.assert_allclose(intercept, np.atleast_1d(reference.intercept_ - shift), atol=1e-6)
 
 
-def test_single_precision_stays_single() -> None:
+def test_single_precision() -> None:
     for data in (features().astype(np.float32), scipy.sparse.csr_array(features().astype(np.float32))):
         operator = Design(data)
         loss = LogisticLoss(design=operator, target=torch.ones(N))
@@ -272,40 +246,42 @@ def test_single_precision_stays_single() -> None:
             operator.scores(z.double())
 
 
-def test_errors_name_the_argument() -> None:
-    operator = Design(features())
-    with pytest.raises(TypeError, match="features"):
-        Design([[1.0]])
-    with pytest.raises(ValueError, match="features"):
-        Design(np.ones(3))
-    with pytest.raises(ValueError, match="outputs"):
-        Design(features(), outputs=0)
-    with pytest.raises(TypeError, match="dtype"):
-        Design(features(), dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="scale"):
-        Design(features(), scale=torch.zeros(D))
-    with pytest.raises(ValueError, match="offset"):
-        Design(features(), offset=torch.zeros(D + 1))
-    with pytest.raises(ValueError, match="state"):
-        operator.scores(torch.zeros(1, D + 1))
-    with pytest.raises(ValueError, match="2 \\* y - 1"):
-        LogisticLoss(design=operator, target=torch.zeros(N))
-    with pytest.raises(ValueError, match="one entry per row"):
-        LogisticLoss(design=operator, target=torch.ones(N + 1))
-    with pytest.raises(ValueError, match="not all zero"):
-        SquaredLoss(design=operator, target=torch.ones(N), weights=torch.zeros(N))
-    with pytest.raises(ValueError, match="weights must be"):
-        SquaredLoss(design=operator, target=torch.ones(N), weights=torch.ones(N + 1))
-    with pytest.raises(TypeError, match="int64"):
-        MultinomialLoss(design=operator, target=torch.zeros(N))
-    with pytest.raises(ValueError, match="0 \\.\\. 0"):
-        MultinomialLoss(design=operator, target=torch.ones(N, dtype=torch.int64))
-    with pytest.raises(ValueError, match="one score"):
-        SigmoidLoss(design=Design(features(), outputs=2), target=torch.zeros(N))
-    with pytest.raises(ValueError, match="target must be"):
-        SquaredLoss(design=Design(features(), outputs=2), target=torch.zeros(N))
-    with pytest.raises(ValueError, match="groups"):
-        GroupPenalty(design=operator, groups=torch.zeros(D + 1))
-    for wrong in (torch.zeros(3), torch.zeros(2, 3)):  # would broadcast, and be added up
-        with pytest.raises(ValueError, match=r"log_alpha must be \(1,\) or \(B, 1\)"):
-            GroupPenalty(design=operator)(torch.zeros(2, operator.size, dtype=operator.dtype), wrong)
+def square(target: Tensor, **options: Any) -> SquaredLoss:
+    return SquaredLoss(design=Design(features()), target=target, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda x: Design([[1.0]]), TypeError, "features must be a NumPy array"),
+        (lambda x: Design(np.ones(3)), ValueError, "features must be a matrix"),
+        (lambda x: x.on(np.ones((2, D + 1))), ValueError, rf"features must be a matrix \(n, {D}\)"),
+        (lambda x: Design(features(), outputs=0), ValueError, "outputs"),
+        (lambda x: Design(features(), dtype=torch.bfloat16), TypeError, "dtype"),
+        (lambda x: Design(features(), scale=torch.zeros(D)), ValueError, "scale"),
+        (lambda x: Design(features(), offset=torch.zeros(D + 1)), ValueError, "offset"),
+        (lambda x: x.scores(torch.zeros(1, D + 1)), ValueError, "state"),
+        (lambda x: LogisticLoss(design=x, target=torch.zeros(N)), ValueError, r"2 \* y - 1"),
+        (lambda x: LogisticLoss(design=x, target=torch.ones(N + 1)), ValueError, "one entry per row"),
+        (lambda x: square(torch.ones(N), weights=torch.zeros(N)), ValueError, "not all zero"),
+        (lambda x: square(torch.ones(N), weights=-torch.ones(N)), ValueError, ">= 0"),
+        (lambda x: square(torch.ones(N), weights=torch.ones(N + 1)), ValueError, "weights must be"),
+        (lambda x: square(torch.ones(N), weights=torch.ones(2, N))(torch.zeros(1, D)), ValueError, "batch of 2"),
+        (lambda x: MultinomialLoss(design=x, target=torch.zeros(N)), TypeError, "int64"),
+        (lambda x: MultinomialLoss(design=x, target=torch.ones(N, dtype=torch.int64)), ValueError, r"0 \.\. 0"),
+        (lambda x: SigmoidLoss(design=Design(features(), outputs=2), target=torch.zeros(N)), ValueError, "one score"),
+        (lambda x: SquaredLoss(design=Design(features(), outputs=2), target=torch.zeros(N)), ValueError, "target must"),
+        (lambda x: GroupPenalty(design=x, groups=torch.zeros(D + 1)), ValueError, "groups"),
+        (lambda x: GroupPenalty(design=x, groups=-torch.ones(D)), ValueError, "groups"),
+        # These would broadcast, and be added up.
+        (
+            lambda x: GroupPenalty(design=x)(torch.zeros(2, D), torch.zeros(3)),
+            ValueError,
+            r"must be \(1,\) or \(B, 1\)",
+        ),
+        (lambda x: GroupPenalty(design=x)(torch.zeros(2, D), torch.zeros(2, 3)), ValueError, "log_alpha must be"),
+    ],
+)
+def test_errors(make: Callable[[Design], object], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        make(Design(features()))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from equipoise.estimators import BilevelLogisticRegression, BilevelNonlinearLeastSquares, BilevelRidge, load, save
 from equipoise.estimators.tables import Encoding
@@ -36,7 +35,7 @@ def fitted(kind: str) -> tuple[Any, np.ndarray]:
 
 
 @pytest.mark.parametrize("kind", ["two", "three", "ridge", "ridges", "nonlinear"])
-def test_a_loaded_estimator_predicts_as_the_saved_one(kind: str, tmp_path: pathlib.Path) -> None:
+def test_round_trip(kind: str, tmp_path: pathlib.Path) -> None:
     model, X = fitted(kind)
     save(model, tmp_path / "model.safetensors")
     again = load(tmp_path / "model.safetensors")
@@ -57,7 +56,7 @@ def test_a_loaded_estimator_predicts_as_the_saved_one(kind: str, tmp_path: pathl
         again.predict(X[:, :3])
 
 
-def test_parameters_that_are_plain_values_come_along(tmp_path: pathlib.Path) -> None:
+def test_parameters(tmp_path: pathlib.Path) -> None:
     X, y = data(2)
     model = BilevelLogisticRegression(
         groups=np.array([0, 0, 1, 1]), alpha_bounds=(1e-3, 1.0), alpha_start=np.array([0.1, 0.2]), max_iter=2,
@@ -69,7 +68,7 @@ def test_parameters_that_are_plain_values_come_along(tmp_path: pathlib.Path) -> 
     assert found == {**default, **told}
 
 
-def test_encoding_and_facts_come_along(tmp_path: pathlib.Path) -> None:
+def test_encoding_and_facts(tmp_path: pathlib.Path) -> None:
     model, _ = fitted("two")
     encoding = Encoding(label="y", numeric=("a", "b"), categories={"c": ("x", "z")})
     save(model, tmp_path / "model.safetensors", encoding=encoding, about={"source": "test"})
@@ -77,7 +76,7 @@ def test_encoding_and_facts_come_along(tmp_path: pathlib.Path) -> None:
     assert read_facts(tmp_path / "model.safetensors")["about"] == {"source": "test"}
 
 
-def test_what_cannot_be_saved_is_refused(tmp_path: pathlib.Path) -> None:
+def test_save_errors(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="not fitted"):
         save(BilevelRidge(), tmp_path / "model.safetensors")
     with pytest.raises(TypeError, match="cannot save a dict; known: BilevelLogisticRegression"):
@@ -89,35 +88,32 @@ def test_what_cannot_be_saved_is_refused(tmp_path: pathlib.Path) -> None:
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
-def test_damaged_files_are_refused(tmp_path: pathlib.Path) -> None:
-    model, _ = fitted("two")
+CHANGES = [
+    {"class": "Popen"},
+    {"class": None},
+    {"encoding": {"label": "y"}},
+    {"num_features": 5},
+    {"scalar": 3},
+    {"status": "DONE"},
+    {"parameters": {"alpha": 1}},
+    {"classes": 7, "num_features": "many"},
+    {"kind": "model"},
+]
+
+
+def test_damaged_files(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "model.safetensors"
-    save(model, path)
+    save(fitted("two")[0], path)
     whole = path.read_bytes()
+    tensors, facts = read_tensors(path)
     for content in (whole[:-8], whole[:40], b"", whole[:-1] + bytes([whole[-1] ^ 1])):
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match=r"truncated|damaged"):
             load(path)
-    path.write_bytes(whole)
-    tensors, facts = read_tensors(path)
-    for change in (
-        {"class": "Popen"},
-        {"class": None},
-        {"encoding": {"label": "y"}},
-        {"num_features": 5},
-        {"scalar": 3},
-        {"status": "DONE"},
-        {"parameters": {"alpha": 1}},
-        {"classes": 7, "num_features": "many"},
-    ):
+    for change in CHANGES:
         write_tensors(path, tensors, {**facts, **change})
-        with pytest.raises(CheckpointError, match="does not describe an estimator"):
+        with pytest.raises(CheckpointError, match=r"does not describe an estimator|holds no estimator, but 'model'"):
             load(path)
-    write_tensors(path, tensors, {**facts, "kind": "model"})
-    with pytest.raises(CheckpointError, match="holds no estimator, but 'model'"):
-        load(path)
     save_file({"coef_": np.ones(3)}, path)
     with pytest.raises(CheckpointError, match="not written by equipoise"):
         load(path)
-    assert json.dumps(facts)  # plain data
-    assert load_file(path)["coef_"].shape == (3,)
