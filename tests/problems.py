@@ -255,10 +255,13 @@ class Toy:
     linear: bool = False
 
     def f(self, z: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        u = torch.bmm(w, z[..., None])[..., 0] + b
+        u = product(w, z) + b
         return u if self.linear else torch.tanh(u)
 
-    def solve(self, solver: eq.Solver, gradient: eq.gradients.Gradient = VANILLA) -> Answer:
+    def loss(self, z: Tensor, rows: Tensor) -> Tensor:
+        return (z - self.t[rows]).square().sum(1) / 2
+
+    def solve(self, solver: eq.Solver, gradient: eq.Gradient = VANILLA) -> Answer:
         b = self.b.clone().requires_grad_()
         solution = eq.fixed_point(self.f, torch.zeros_like(b), self.w, b, solver=solver, gradient=gradient, params=())
         z = solution.value.detach()
@@ -290,7 +293,7 @@ class Answer:
 
     @property
     def adjoint_residual(self) -> Tensor:
-        return (torch.bmm(self.jacobian.mT, self.w[..., None])[..., 0] + self.g - self.w).norm(dim=1)
+        return (product(self.jacobian.mT, self.w) + self.g - self.w).norm(dim=1)
 
 
 @functools.cache

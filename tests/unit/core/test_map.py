@@ -1,4 +1,4 @@
-"""The map: what it counts and selects, its products with the Jacobian, and the map of an objective."""
+"""The map: counts and selections, products with the Jacobian, the map of an objective, what it does to modules."""
 
 from __future__ import annotations
 
@@ -13,23 +13,19 @@ from torch import Tensor, nn
 import equipoise as eq
 from equipoise.core.function_map import DescentMap, FunctionMap, SeededLayer
 from equipoise.fixed_point import solve_map
+from equipoise.gradients.adjoint import AdjointMap
 
 BATCH, SIZE = 4, 6
 
 
-def rows(f: FunctionMap) -> tuple[Tensor, Tensor]:
-    """Numbers and mask of the rows of a map that none has left."""
-    return torch.arange(f.batch), torch.ones(f.batch, dtype=torch.bool)
+def evaluate(f: FunctionMap, z: Tensor, graph: bool = False) -> eq.Point:
+    """At all rows, none of which has stopped."""
+    return f.evaluate(z, torch.arange(f.batch), torch.ones(f.batch, dtype=torch.bool), graph=graph)
 
 
 def tanh_map() -> tuple[TanhCell, Tensor, Tensor, FunctionMap]:
     cell, z, x = TanhCell(SIZE), torch.randn(BATCH, SIZE), torch.randn(BATCH, SIZE)
     return cell, z, x, FunctionMap(cell, z, (x,))
-
-
-def jacobians(cell: TanhCell, z: Tensor, x: Tensor) -> Tensor:
-    """Closed form, `(B, D, D)`: diag(1 - tanh^2) W."""
-    return (1 - cell(z, x) ** 2).detach()[:, :, None] * cell.w.detach()
 
 
 def coupled(z: Tensor, x: Tensor) -> Tensor:
@@ -40,152 +36,159 @@ def coupled(z: Tensor, x: Tensor) -> Tensor:
 # --- evaluation ------------------------------------------------------------------------------------------------------
 
 
-def test_evaluations_and_products_are_counted_by_a_map_and_its_selections_together() -> None:
+def test_counts() -> None:
+    """A map, its selections and the same map on other inputs count together; products evaluate nothing again."""
     cell, z, x, f = tanh_map()
-    calls = 0
-
-    def count(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
-
-    cell.register_forward_hook(count)
-    part = f.select(torch.tensor([0, 2]))
-    f.call(z)
-    f.evaluate(z, *rows(f))
-    part.evaluate(z[[0, 2]], *rows(part))
-    f.with_inputs([x + 1]).call(z)
-    point = part.evaluate(z[[0, 2]], *rows(part), graph=True)
-    assert f.counts.evals == part.counts.evals == calls == 5
-    assert f.counts.vjps == 0
-    for number in range(1, 4):
-        point.vjp(point.residual)
+    calls: list[int] = []
+    cell.register_forward_hook(lambda _, arguments, __: calls.append(len(arguments[0])))
+    part, other = f.select(torch.tensor([0, 2])), f.with_inputs([x + 1])
+    torch.testing.assert_close(other.call(z), cell(z, x + 1))
+    calls.pop()
+    torch.testing.assert_close(f.call(z), cell(z, x))
+    calls.pop()
+    evaluate(f, z)
+    evaluate(part, z[[0, 2]])
+    point = evaluate(part, z[[0, 2]], graph=True)
+    assert other.counts is part.counts is f.counts
+    assert f.counts.evals == len(calls) == 5
+    for number in range(3):
         assert f.counts.vjps == number
-    assert calls == 5  # products evaluate nothing again
+        point.vjp(point.residual)
+    assert len(calls) == 5
 
 
-def test_a_selection_is_the_map_on_its_rows_in_their_order() -> None:
+def test_selection() -> None:
+    """The map on its rows in their order, with inputs in containers and with its seeds."""
     cell, z, x, f = tanh_map()
-    index = torch.tensor([3, 1, 1])
-    assert f.select(index).batch == 3
+    index, again = torch.tensor([3, 1, 1]), torch.tensor([2, 0])
+    assert (f.batch, f.select(index).batch) == (BATCH, 3)
     torch.testing.assert_close(f.select(index).call(z[index]), cell(z, x)[index])
-    again = torch.tensor([2, 0])
     torch.testing.assert_close(f.select(index).select(again).call(z[index][again]), cell(z, x)[index][again])
-    assert f.batch == BATCH
-
-
-def test_inputs_may_be_containers_whose_rows_are_selected_together() -> None:
-    z, a, b, c = (torch.randn(3, 2) for _ in range(4))
+    a, b, c = torch.randn(3, BATCH, SIZE)
     f = FunctionMap(lambda z, pair, named: z * pair[0] + pair[1] - named["c"], z, ((a, b), {"c": c}), params=())
     torch.testing.assert_close(f.call(z), z * a + b - c)
-    torch.testing.assert_close(f.select(torch.tensor([2])).call(z[2:]), (z * a + b - c)[2:])
+    torch.testing.assert_close(f.select(torch.tensor([2])).call(z[2:3]), (z * a + b - c)[2:3])
+    f = FunctionMap(Noisy(), z)
+    assert (f.call(z) - z)[:, 0].unique().numel() == BATCH
+    assert torch.equal(f.select(index).call(z[index]), f.call(z)[index])
 
 
-def test_a_point_holds_the_state_its_image_and_the_residual_untracked() -> None:
+@pytest.mark.parametrize("graph", [False, True])
+def test_point(graph: bool) -> None:
+    """It holds state, image and residual untracked."""
     cell, z, x, f = tanh_map()
-    for graph in (False, True):
-        point = f.evaluate(z, *rows(f), graph=graph)
-        torch.testing.assert_close(point.fz, cell(z, x).detach())
-        torch.testing.assert_close(point.residual, cell(z, x).detach() - z)
-        assert torch.equal(point.z, z)
-        assert graph is False or not any(t.requires_grad for t in (point.z, point.fz, point.residual))
+    with torch.no_grad():  # as inside a solve
+        point = evaluate(f, z, graph)
+    torch.testing.assert_close(point.fz, cell(z, x).detach())
+    torch.testing.assert_close(point.residual, cell(z, x).detach() - z)
+    assert torch.equal(point.z, z)
+    assert point.map is f
+    assert not any(t.requires_grad for t in (point.z, point.fz, point.residual))
 
 
-def test_products_with_the_transposed_jacobian_are_those_of_dense_algebra() -> None:
+# --- products --------------------------------------------------------------------------------------------------------
+
+
+def assert_products(f: FunctionMap, z: Tensor) -> None:
+    """Those of `vjp` are those of the dense Jacobian, row by row; the graph is kept."""
+    v = torch.randn_like(z)
+    dense = torch.stack([
+        torch.autograd.functional.jacobian(lambda row, i=i: f.select(torch.tensor([i])).call(row[None])[0], z[i])
+        for i in range(len(z))
+    ])  # fmt: skip
+    point, expected = evaluate(f, z, graph=True), torch.einsum("bde,bd->be", dense, v)
+    torch.testing.assert_close(point.vjp(v), expected)
+    torch.testing.assert_close(point.vjp(2 * v), 2 * expected)
+
+
+def test_products() -> None:
     cell, z, x, f = tanh_map()
     v = torch.randn(BATCH, SIZE)
-    point = f.evaluate(z, *rows(f), graph=True)
-    expected = torch.einsum("bde,bd->be", jacobians(cell, z, x), v)
-    torch.testing.assert_close(point.vjp(v), expected)
-    torch.testing.assert_close(point.vjp(2 * v), 2 * expected)  # the graph is kept
+    expected = v * (1 - cell(z, x) ** 2).detach() @ cell.w.detach()
+    torch.testing.assert_close(evaluate(f, z, graph=True).vjp(v), expected)
+    assert_products(f, z)
     assert all(p.grad is None for p in cell.parameters())
+    with pytest.raises(RuntimeError, match=r"must set uses_vjp = True"):
+        evaluate(f, z).vjp(z)
 
 
-def test_products_of_a_structured_state_are_those_of_its_flat_jacobian() -> None:
+def test_products_of_a_structured_state() -> None:
     z = {"a": torch.randn(3, 2), "b": torch.randn(3, 2, 2)}
 
     def f(z: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"a": torch.einsum("bij,bj->bi", z["b"], z["a"]), "b": z["a"][:, :, None] * z["b"].sin()}
 
-    m = FunctionMap(f, z)
-    flat, v = m.pack(z), torch.randn(3, 6)
-    dense = torch.func.vmap(torch.func.jacrev(lambda row: m.call(row[None])[0]))(flat)
-    torch.testing.assert_close(m.evaluate(flat, *rows(m), graph=True).vjp(v), torch.einsum("bde,bd->be", dense, v))
+    made = FunctionMap(f, z, params=())
+    assert_products(made, made.pack(z))
 
 
-def test_a_point_without_graph_says_what_its_solver_must_declare() -> None:
-    _, z, _, f = tanh_map()
-    with pytest.raises(RuntimeError, match="must set uses_vjp = True"):
-        f.evaluate(z, *rows(f)).vjp(z)
-
-
-def test_a_map_that_ignores_its_state_has_zero_products() -> None:
+def test_products_of_a_map_that_ignores_its_state() -> None:
     x = torch.randn(3, 2)
     f = FunctionMap(lambda z, x: x.sin(), torch.zeros(3, 2), (x,), params=())
-    assert torch.equal(f.evaluate(x, *rows(f), graph=True).vjp(x), torch.zeros(3, 2))
+    assert torch.equal(evaluate(f, x, graph=True).vjp(x), torch.zeros(3, 2))
 
 
-def test_the_gradient_of_an_outer_loss_is_taken_at_the_point_row_by_row() -> None:
-    _, z, _, f = tanh_map()
-    target = torch.randn(9, SIZE)
-    numbers = torch.tensor([7, 0, 8, 3])
-    point = f.evaluate(z, numbers, rows(f)[1])
+def test_projection() -> None:
+    """It follows the map in value and product."""
+    problem = affine(BATCH, SIZE)
+    (x,), z = problem.inputs, torch.randn(BATCH, SIZE)
+    f = FunctionMap(problem.f, problem.z0, (x,), params=(), projection=lambda z, x: z.clamp(-0.5, 0.5))
+    torch.testing.assert_close(f.project(z), z.clamp(-0.5, 0.5))
+    torch.testing.assert_close(f.call(z), problem.f(z, x).clamp(-0.5, 0.5))
+    assert_products(f, z)
+
+
+# --- other functions of the state ------------------------------------------------------------------------------------
+
+
+def test_loss_gradient() -> None:
+    """Of an outer loss at the point, row by row, in the structure of the state; parameters get nothing."""
+    z0, rows = (torch.randn(2, 3), torch.randn(2, 2)), torch.tensor([4, 1])
+    f, weight = FunctionMap(lambda z: z, z0), nn.Parameter(torch.randn(5))
+    point = f.evaluate(f.pack(z0), rows, torch.ones(2, dtype=torch.bool))
+
+    def loss(z: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
+        return weight[rows - 1] * (z[0].pow(3).sum(1) + 2 * z[1].square().sum(1))
+
     with torch.no_grad():  # as inside a solve
-        gradient = point.loss_gradient(lambda z, rows: ((z - target[rows]) ** 4).sum(1))
-    torch.testing.assert_close(gradient, 4 * (z - target[numbers]) ** 3)
+        found = point.loss_gradient(loss)
+    scale = weight.detach()[rows - 1][:, None]
+    torch.testing.assert_close(found, scale * torch.cat([3 * z0[0] ** 2, 4 * z0[1]], dim=1))
+    assert not found.requires_grad
+    assert weight.grad is None
+    assert torch.equal(point.loss_gradient(lambda z, rows: torch.ones(2)), torch.zeros(2, 5))
+    for wrong, got in ((lambda z, rows: z[0].sum(), r"\(\)"), (lambda z, rows: 1.0, "float")):
+        with pytest.raises(ValueError, match=rf"one number per row, \(2,\), got {got}"):
+            point.loss_gradient(wrong)
+    adjoint = AdjointMap(f, point.z, point.fz, point.z)
+    with pytest.raises(RuntimeError, match="AdjointMap has flat states only, and no outer loss"):
+        adjoint.loss_gradient(loss, point.z, rows)
 
 
-def test_other_questions_meet_the_masks_of_the_map_and_are_not_counted() -> None:
-    cell = torch.nn.Sequential(eq.nn.VariationalDropout(0.5))
-    z = torch.ones(BATCH, 40)
+def test_call_user() -> None:
+    """Other functions meet the masks of the map and are not counted."""
+    cell, z = nn.Sequential(eq.nn.VariationalDropout(0.5)), torch.ones(BATCH, 40)
     f = FunctionMap(cell, z)
-    asked = f.call_user(lambda z: cell(z).sum(1), z)
+    found = f.call_user(lambda z: cell(z).sum(1), z)
     assert f.counts.evals == 0
-    torch.testing.assert_close(asked, f.call(z).sum(1))
+    torch.testing.assert_close(found, f.call(z).sum(1))
     assert cell[0].seeds is None
 
 
-def test_a_map_is_followed_by_its_projection_in_value_and_product() -> None:
-    problem = affine(BATCH, SIZE)
-    (x,) = problem.inputs
-    f = FunctionMap(problem.f, problem.z0, (x,), params=(), projection=lambda z, x: z.clamp(-0.5, 0.5))
-    z = torch.randn(BATCH, SIZE)
-    free = problem.f(z, x)
-    torch.testing.assert_close(f.project(z), z.clamp(-0.5, 0.5))
-    torch.testing.assert_close(f.call(z), free.clamp(-0.5, 0.5))
-    a = problem.f(torch.eye(SIZE), torch.zeros(SIZE)).T
-    v = torch.randn(BATCH, SIZE)
-    torch.testing.assert_close(f.evaluate(z, *rows(f), graph=True).vjp(v), (v * (free.abs() < 0.5)) @ a)
+def test_blocks() -> None:
+    """They converge separately: the first part is a million times larger and hides the other without them."""
 
-
-def test_blocks_converge_separately() -> None:
-    # The first part is a million times larger and converges at once; without blocks it hides the other.
     def f(z: Tensor, x: Tensor) -> Tensor:
         return torch.cat([x[:, :1], 0.9 * z[:, 1:] + x[:, 1:]], dim=1)
 
-    x = torch.tensor([[1e6, 0.1, 0.2]])
-    z0, solver = torch.zeros(1, 3), eq.Picard(max_steps=500, rtol=1e-4)
-    solve = functools.partial(solve_map, z0=z0, solver=solver, gradient=eq.Implicit())
-    together = solve(FunctionMap(f, z0, (x,), params=()))
-    apart = solve(FunctionMap(f, z0, (x,), params=(), blocks=(1, 2)))
-    assert bool(together.converged)
-    assert bool(apart.converged)
-    exact = torch.tensor([[1.0, 2.0]])
-    assert float((together.value[:, 1:] - exact).norm()) > 0.5
-    residual = (f(apart.value, x) - apart.value)[:, 1:].norm()
-    assert residual <= 1e-4 * f(apart.value, x)[:, 1:].norm()
+    x, z0 = torch.tensor([[1e6, 0.1, 0.2]]), torch.zeros(1, 3)
+    solve = functools.partial(solve_map, z0=z0, solver=eq.Picard(max_steps=500, rtol=1e-4), gradient=eq.Implicit())
+    together, apart = (solve(FunctionMap(f, z0, (x,), params=(), blocks=b)).raise_for_status() for b in (None, (1, 2)))
+    assert float((together.value[:, 1:] - torch.tensor([[1.0, 2.0]])).norm()) > 0.5
+    image = f(apart.value, x)[:, 1:]
+    assert (image - apart.value[:, 1:]).norm() <= 1e-4 * image.norm()
     assert int(apart.num_steps) > int(together.num_steps)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"blocks": (2, 3)}, ValueError, r"blocks \(2, 3\) must add up to the size of the state, 6"),
-        ({"f": 3}, TypeError, "f must be a module or a function .* got int"),
-    ],
-)
-def test_wrong_arguments_are_named(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        FunctionMap(**({"f": TanhCell(SIZE), "z0": torch.zeros(BATCH, SIZE)} | arguments))
+    assert FunctionMap(f, z0, (x,), blocks=(3,)).blocks is None
 
 
 # --- what a map does to the caller's modules -------------------------------------------------------------------------
@@ -197,7 +200,8 @@ class Noisy(SeededLayer):
         return z + self.seeds[:, None] / 2.0**40
 
 
-def test_seeds_are_present_during_an_evaluation_only_also_when_it_fails() -> None:
+def test_seeds() -> None:
+    """They are present during an evaluation only, also when it fails."""
     layer = Noisy()
     f = FunctionMap(layer, torch.zeros(3, 2))
     f.call(torch.zeros(3, 2))
@@ -205,13 +209,6 @@ def test_seeds_are_present_during_an_evaluation_only_also_when_it_fails() -> Non
     with pytest.raises(RuntimeError, match="size"):
         f.call(torch.zeros(5, 2))
     assert layer.seeds is None
-
-
-def test_a_selection_takes_its_seeds_along() -> None:
-    f = FunctionMap(Noisy(), torch.zeros(5, 2))
-    z, index = torch.zeros(5, 2), torch.tensor([4, 2])
-    assert f.call(z)[:, 0].unique().numel() == 5
-    assert torch.equal(f.select(index).call(z[index]), f.call(z)[index])
 
 
 REFUSED = {
@@ -224,56 +221,59 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_layers_that_make_no_map_are_refused_by_name(message: str) -> None:
+def test_layers_refused(message: str) -> None:
     cell = nn.Sequential(nn.Linear(SIZE, SIZE), nn.Sequential(REFUSED[message]()))
     remedy = "use GroupNorm inside the cell, or call .eval" if "Norm" in message else "VariationalDropout"
     with pytest.raises(ValueError, match=f"the cell's 1.0 is {message}.*{remedy}"):
         eq.fixed_point(cell, torch.zeros(BATCH, SIZE))
 
 
-def test_the_same_layers_are_welcome_in_evaluation_mode() -> None:
+def test_layers_in_evaluation_mode() -> None:
     cell = nn.Sequential(nn.Linear(SIZE, SIZE), nn.BatchNorm1d(SIZE), nn.Dropout(0.3), nn.Tanh()).eval()
     solution = eq.fixed_point(cell, torch.zeros(BATCH, SIZE), solver=eq.Anderson(max_steps=100, rtol=1e-10))
     torch.testing.assert_close(cell(solution.raise_for_status().value), solution.value, rtol=1e-8, atol=1e-8)
     FunctionMap(nn.Sequential(nn.Dropout(0.0)), torch.zeros(BATCH, SIZE))  # drops nothing, even in training mode
 
 
-# --- minimisation ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"blocks": (2, 3)}, ValueError, r"blocks \(2, 3\) must add up to the size of the state, 6"),
+        ({"f": 3}, TypeError, "f must be a module or a function .* got int"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        FunctionMap(**({"f": TanhCell(SIZE), "z0": torch.zeros(BATCH, SIZE)} | arguments))
 
 
-def test_the_descent_map_steps_along_the_gradient_and_tells_the_value() -> None:
-    z, x = torch.randn(BATCH, SIZE), torch.randn(BATCH, SIZE)
+# --- minimization ----------------------------------------------------------------------------------------------------
+
+
+def test_descent_map() -> None:
+    """A step along the gradient, and the value; together they are one evaluation. Its J is I less the Hessian."""
+    z, x = torch.randn(2, BATCH, SIZE)
     f = DescentMap(coupled, z, (x,), params=())
     gradient = torch.func.grad(lambda z: coupled(z, x).sum())(z)
-    point = f.evaluate(z, *rows(f))
+    point = evaluate(f, z)
     torch.testing.assert_close(point.value, coupled(z, x))
     torch.testing.assert_close(point.residual, -gradient)
-    torch.testing.assert_close(point.fz, z - gradient)
-    torch.testing.assert_close(f.call(z), z - gradient)
-    assert f.counts.evals == 2  # value and gradient together are one evaluation
-
-
-def test_the_jacobian_of_a_descent_map_is_the_identity_less_the_hessian() -> None:
-    z, x, v = (torch.randn(BATCH, SIZE) for _ in range(3))
-    f = DescentMap(coupled, z, (x,), params=())
+    for image in (point.fz, f.call(z)):
+        torch.testing.assert_close(image, z - gradient)
+    assert f.counts.evals == 2
+    assert_products(f, z)
     hessian = torch.func.vmap(torch.func.hessian(lambda z, x: coupled(z[None], x[None])[0]))(z, x)
-    product = f.evaluate(z, *rows(f), graph=True).vjp(v)
-    torch.testing.assert_close(product, v - torch.einsum("bde,be->bd", hessian, v))
-
-
-def test_the_descent_map_of_a_structured_state_is_that_of_the_flat_one() -> None:
-    z, x = torch.randn(BATCH, SIZE), torch.randn(BATCH, SIZE)
+    product = evaluate(f, z, graph=True).vjp(x)
+    torch.testing.assert_close(product, x - torch.einsum("bde,be->bd", hessian, x))
     parts = (z[:, :2], z[:, 2:].reshape(BATCH, 2, 2))
-    f = DescentMap(lambda z, x: coupled(torch.cat([z[0], z[1].flatten(1)], 1), x), parts, (x,), params=())
-    plain = DescentMap(coupled, z, (x,), params=())
-    torch.testing.assert_close(f.call(f.pack(parts)), plain.call(z))
+    shaped = DescentMap(lambda z, x: coupled(torch.cat([z[0], z[1].flatten(1)], 1), x), parts, (x,), params=())
+    torch.testing.assert_close(shaped.call(shaped.pack(parts)), f.call(z))
 
 
-def test_outside_the_domain_of_the_objective_only_the_row_itself_is_not_finite() -> None:
+def test_outside_the_domain() -> None:
+    """Only the row itself is not finite: the formula's slope at -1 is, 1 - 1/z = 2, but h has none there."""
     z = torch.tensor([[1.0], [-1.0], [2.0]])
-    f = DescentMap(lambda z: (z - z.log())[:, 0], z)
-    point = f.evaluate(z, *rows(f))
-    # The formula's slope at -1 is finite, 1 - 1/z = 2, but h has none there.
+    point = evaluate(DescentMap(lambda z: (z - z.log())[:, 0], z), z)
     assert point.fz.isnan().flatten().tolist() == [False, True, False]
     torch.testing.assert_close(point.residual[[0, 2], 0], torch.tensor([0.0, -0.5]))
 
@@ -287,15 +287,6 @@ def test_outside_the_domain_of_the_objective_only_the_row_itself_is_not_finite()
         (lambda z: z.sum(1, keepdim=True), r"\(3, 1\)"),
     ],
 )
-def test_an_objective_gives_one_number_per_sample(objective: Any, got: str) -> None:
-    f = DescentMap(objective, torch.zeros(3, 2))
+def test_bad_objective(objective: Any, got: str) -> None:
     with pytest.raises(ValueError, match=rf"one number per sample, \(3,\), got {got}"):
-        f.call(torch.zeros(3, 2))
-
-
-def test_a_map_on_other_inputs_leaves_the_first_alone() -> None:
-    cell, z, x, f = tanh_map()
-    other = f.with_inputs([x + 1])
-    torch.testing.assert_close(other.call(z), cell(z, x + 1))
-    torch.testing.assert_close(f.call(z), cell(z, x))
-    assert other.counts is f.counts
+        DescentMap(objective, torch.zeros(3, 2)).call(torch.zeros(3, 2))
