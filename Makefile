@@ -50,7 +50,7 @@ mutants: $(STAMP)  ## mutation testing of the mathematical packages, resumable, 
 	$(BIN)/python tests/mutants.py
 
 docs: $(STAMP)  ## build the documentation site, strictly
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:  ## remove what the targets made, but not runs/
 	rm -rf .venv build dist site mutants .mypy_cache .pytest_cache .ruff_cache

@@ -53,6 +53,14 @@ def test_code_blocks_run(page: pathlib.Path, tmp_path: pathlib.Path, monkeypatch
             exec(compile("\n" * line + code, str(page), "exec"), vars(module))
 
 
+def test_links_of_the_readme() -> None:
+    """They start at the root of the repository, so that they work wherever the file is shown."""
+    links = re.findall(r"\]\(([^)#]*)", PAGES[0].read_text())
+    assert links
+    for link in links:
+        assert link.startswith("https://") or (link.startswith("/") and (ROOT / link[1:]).exists()), link
+
+
 def modules() -> list[str]:
     edges = ("equipoise.cli", "equipoise.__main__")
     found = [m.name for m in pkgutil.walk_packages(equipoise.__path__, "equipoise.")]

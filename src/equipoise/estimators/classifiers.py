@@ -200,8 +200,8 @@ class BilevelNonlinearLeastSquares(_Classifier):
         targets: $y_i$ of the two classes. The published experiments take (-1, 1); no sigmoid reaches -1.
 
     Attributes:
-        alpha_, coef_, intercept_, classes_, validation_loss_, validation_score_, n_iter_, outer_history_,
-        outer_status_: as in `BilevelLogisticRegression`.
+        alpha_, coef_, intercept_, classes_: as in `BilevelLogisticRegression`.
+        validation_loss_, validation_score_, n_iter_, outer_history_, outer_status_: likewise.
 
     Example:
         >>> from sklearn.datasets import load_breast_cancer
