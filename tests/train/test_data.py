@@ -478,7 +478,7 @@ def test_a_stream_too_short_for_a_batch_is_an_error_and_not_an_endless_loop(tmp_
 
 def test_a_stream_that_does_not_tell_its_length_needs_it(tmp_path: pathlib.Path) -> None:
     data, _, _ = imagenet(tmp_path)
-    with pytest.raises(DataError, match=r"does not tell how many training images it has; give --data.num_train"):
+    with pytest.raises(DataError, match=r"does not state its number of training images; give --data.num_train"):
         dataclasses.replace(data, streaming=True).load()
 
 

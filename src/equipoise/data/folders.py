@@ -16,21 +16,36 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".we
 
 
 def image_files(names: list[str]) -> list[Path]:
-    """The files that are named, and those in the folders that are named, as far as their suffix tells an image."""
+    """List files, and the files with the suffix of an image in folders.
+
+    Raises:
+        DataError: a folder has none.
+    """
     found: list[Path] = []
     for path in map(Path, names):
-        if not path.is_dir():
-            found.append(path)
-            continue
-        inside = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-        if not inside:
+        inside = sorted(path.iterdir()) if path.is_dir() else [path]
+        images = [file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
+        if path.is_dir() and not images:
             raise DataError(f"{path} holds no image files ({', '.join(IMAGE_SUFFIXES)})")
-        found += inside
+        found += images if path.is_dir() else inside
     return list(dict.fromkeys(found))
 
 
 def read_image(path: Path, data: ImageData, invert: bool, *, side: int | None = None) -> tuple[Tensor, str]:
-    """An image as the model's data has it, or of another side, and what had to be converted."""
+    """Read an image in the size and mode of a data source.
+
+    Args:
+        path: of the file.
+        data: has the size and the number of channels.
+        invert: whether dark and light are swapped.
+        side: replaces the size of the data.
+
+    Returns:
+        uint8 `(C, side, side)`, and a note on the conversion.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
     image = _opened(path)
     channels, size, _ = data.shape
     before = f"{image.width}x{image.height} {image.mode}"
@@ -54,7 +69,20 @@ def read_image(path: Path, data: ImageData, invert: bool, *, side: int | None = 
 
 
 def read_cropped(path: Path, channels: int, invert: bool, *, multiple: int) -> tuple[Tensor, str]:
-    """An image in its own size, cut to a multiple of some pixels, and what had to be converted."""
+    """Read an image in its own size, cut to multiples of a number of pixels.
+
+    Args:
+        path: of the file.
+        channels: 3 for color, 1 for grayscale.
+        invert: whether dark and light are swapped.
+        multiple: divides both sides.
+
+    Returns:
+        uint8 `(channels, H, W)`, and a note on the conversion.
+
+    Raises:
+        DataError: the file cannot be read, or is too small.
+    """
     image = _opened(path)
     pixels = to_tensor(to_mode(image, channels))
     height, width = (side - side % multiple for side in pixels.shape[1:])
@@ -73,6 +101,6 @@ def _opened(path: Path) -> Any:
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     with warnings.catch_warnings():
-        # Pillow warns of large images and refuses huge ones; the first are as good as others here.
+        # Pillow warns of large images, which are fine here, and refuses huge ones.
         warnings.filterwarnings("ignore", ".*could be decompression bomb")
         return open_image(content, str(path))

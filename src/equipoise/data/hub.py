@@ -1,4 +1,4 @@
-"""Images through Hugging Face `datasets`: the hub, local parquet files, image folders, streams."""
+"""Images read by Hugging Face `datasets`: the hub, local parquet files, image folders, streams."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from equipoise.data.base import Split, Splits, TensorSplit, batch_indices, derive_seed, generator, random_split
 from equipoise.data.images import ImageData
@@ -27,7 +27,7 @@ from equipoise.data.readers import (
 from equipoise.files import DataError, data_root
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SHUFFLE_BUFFER = 10_000  # images among which a stream chooses the next one
+SHUFFLE_BUFFER = 10_000  # images from which a stream draws the next one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class HubImages(ImageData):
     streaming: bool = False
     """Whether images are read while training, without a local copy; in an order that is random within a buffer."""
     num_train: int | None = None
-    """Training images, for a stream that does not tell their number."""
+    """Number of training images, for a stream that does not state it."""
     num_workers: int = 4
     """Processes that decode images, if they are not in memory."""
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -74,28 +74,29 @@ class HubImages(ImageData):
     def shape(self) -> tuple[int, int, int]:
         return (self.image_channels, self.image_size, self.image_size)
 
+    @property
+    def place(self) -> str:
+        """Folder or name, for messages."""
+        return self.root or self.source
+
     def load(self) -> Splits:
-        train, test = (_open(self, name) for name in (self.train_split, self.test_split))
-        image, label, classes = _columns(train, self)
-        train, test = (_raw(rows, image) for rows in (train, test))
+        train, classes = _open(self, self.train_split)
+        test, _ = _open(self, self.test_split)
         if self.in_memory:
-            images, labels = _decode_all(train, image, label, self, self.train_split, len(classes))
-            training, validation = self._carve(images, labels)
-            tested = _decode_all(test, image, label, self, self.test_split, len(classes))
-            return Splits(training, validation, TensorSplit(*tested), classes)
+            training, validation = self._carve(*_decode_all(train, self, self.train_split, len(classes)))
+            tested = TensorSplit(*_decode_all(test, self, self.test_split, len(classes)))
+            return Splits(training, validation, tested, classes)
         if self.streaming:
             count = self.num_train or _announced(train, self.train_split)
-            return Splits(
-                StreamSplit(train, image, label, self, count, augment=True),
-                None,
-                StreamSplit(test, image, label, self, _announced(test, self.test_split, needed=False), augment=False),
-                classes,
-            )
+            if not count:
+                raise DataError("the stream does not state its number of training images; give --data.num_train")
+            tested = StreamSplit(test, self, _announced(test, self.test_split), augment=False)
+            return Splits(StreamSplit(train, self, count, augment=True), None, tested, classes)
         kept, held_out = random_split(len(train), round(self.validation_fraction * len(train)))
         return Splits(
-            RowSplit(train, image, label, self, kept, augment=True),
-            RowSplit(train, image, label, self, held_out, augment=False) if len(held_out) else None,
-            RowSplit(test, image, label, self, torch.arange(len(test)), augment=False),
+            RowSplit(train, self, kept, augment=True),
+            RowSplit(train, self, held_out, augment=False) if len(held_out) else None,
+            RowSplit(test, self, torch.arange(len(test)), augment=False),
             classes,
         )
 
@@ -103,12 +104,17 @@ class HubImages(ImageData):
 class RowSplit(Split):
     """Images that worker processes decode batch by batch from a data set with random access."""
 
-    def __init__(self, rows: Any, image: str, label: str, config: HubImages, index: Tensor, *, augment: bool) -> None:
-        self.rows, self.image, self.label, self.config = rows, image, label, config
-        self.index, self.augment = index, augment
+    def __init__(self, rows: Any, data: HubImages, index: Tensor, *, augment: bool) -> None:
+        self.rows, self.data, self.index, self.augment = rows, data, index, augment
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def __getitem__(self, key: tuple[int, int | None]) -> tuple[Tensor, int]:
+        """Decode the image of a row, augmented by a seed if there is one."""
+        index, seed = key
+        source = None if seed is None else torch.Generator().manual_seed(seed)
+        return _decode(self.rows[index], self.data, f"image {index}", source)
 
     def batches(
         self,
@@ -125,16 +131,14 @@ class RowSplit(Split):
             for numbers in batch_indices(len(self), size, shuffle, start, rank, world_size)
             if len(numbers)  # the last batch of an evaluation may be too small for every process
         ]
-        loader = DataLoader(_Rows(self), batch_sampler=sampler, num_workers=self.config.num_workers)
-        yield from loader
+        yield from DataLoader(self, batch_sampler=sampler, num_workers=self.data.num_workers)  # type: ignore[arg-type]
 
 
 class StreamSplit(Split):
-    """Images read one after the other, in an order that is random within a buffer."""
+    """Images of a stream, in an order that is random within a buffer."""
 
-    def __init__(self, stream: Any, image: str, label: str, config: HubImages, count: int, *, augment: bool) -> None:
-        self.stream, self.image, self.label, self.config = stream, image, label, config
-        self.count, self.augment = count, augment
+    def __init__(self, stream: Any, data: HubImages, count: int, *, augment: bool) -> None:
+        self.stream, self.data, self.count, self.augment = stream, data, count, augment
 
     def __len__(self) -> int:
         return self.count
@@ -154,15 +158,14 @@ class StreamSplit(Split):
             return
         passes = (self._pass(own, shuffle, number, rank, world_size) for number in itertools.count())
         batches = itertools.chain.from_iterable(map(self._not_empty, passes))
-        # A resumed epoch reads again what it skips: a stream has no other way to the same place.
+        # A resumed epoch reads and skips the batches before: a stream has no random access.
         yield from itertools.islice(batches, start, self.count // size)
 
     def _not_empty(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
         first = next(batches, None)
         if first is None:  # each worker fills batches from its own files
             raise DataError(
-                f"{self.config.root or self.config.source}: one pass over the stream fills no batch; lower batch_size "
-                "or data.num_workers"
+                f"{self.data.place}: one pass over the stream fills no batch; lower batch_size or data.num_workers"
             )
         yield first
         yield from batches
@@ -177,92 +180,75 @@ class StreamSplit(Split):
             stream = stream.shuffle(seed=derive_seed(*shuffle, number) % 2**32, buffer_size=SHUFFLE_BUFFER)
         stream = split_dataset_by_node(stream, rank=rank, world_size=world_size)
         seed = derive_seed(*shuffle, number, rank, 2) if shuffle is not None and self.augment else None
-        workers = min(self.config.num_workers, stream.num_shards)
-        loader = DataLoader(
-            _Stream(self, stream, seed), batch_size=own, num_workers=workers, drop_last=shuffle is not None
-        )
-        yield from loader
+        rows, workers = _Decoded(stream, self.data, seed), min(self.data.num_workers, stream.num_shards)
+        yield from DataLoader(rows, batch_size=own, num_workers=workers, drop_last=shuffle is not None)
 
 
-class _Rows(Dataset):
-    def __init__(self, split: RowSplit) -> None:
-        self.split = split
+class _Decoded(IterableDataset):
+    """Decoded images of a stream, augmented by a seed if there is one."""
 
-    def __getitem__(self, key: tuple[int, int | None]) -> tuple[Tensor, int]:
-        index, seed = key
-        split = self.split
-        source = None if seed is None else torch.Generator().manual_seed(seed)
-        return _decode(split.rows[index], split.image, split.label, split.config, f"image {index}", source)
-
-
-class _Stream(IterableDataset):
-    def __init__(self, split: StreamSplit, stream: Any, seed: int | None) -> None:
-        self.split, self.stream, self.seed = split, stream, seed
+    def __init__(self, stream: Any, data: HubImages, seed: int | None) -> None:
+        self.stream, self.data, self.seed = stream, data, seed
 
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
         worker = torch.utils.data.get_worker_info()
-        split = self.split
         for number, row in enumerate(self.stream):
             source = None if self.seed is None else generator(self.seed, worker.id if worker else 0, number)
-            yield _decode(row, split.image, split.label, split.config, f"image {number} of the stream", source)
+            yield _decode(row, self.data, f"image {number} of the stream", source)
 
 
 def _decode(
-    row: dict[str, Any], image: str, label: str, config: HubImages, name: str, source: torch.Generator | None
+    row: dict[str, Any], data: HubImages, name: str, source: torch.Generator | None = None
 ) -> tuple[Tensor, int]:
-    """The image and label of a row; a random part of it if there is a source of randomness and the data wants it."""
-    if row[label] is None or int(row[label]) < 0:
-        raise DataError(f"{config.root or config.source}, {name} has no label; such a split cannot be used")
-    content = row[image]
-    raw = content["bytes"]
-    if raw is None:
-        raw = Path(content["path"]).read_bytes()
-    picture = to_mode(open_image(raw, f"{config.root or config.source}, {name}"), config.image_channels)
-    if source is not None and config.random_resized_crop:
-        picture = random_resized_crop(picture, config.image_size, source)
-    elif config.resize is not None:
-        picture = resize_and_crop(picture, config.resize, config.image_size)
-    elif picture.size != (config.image_size, config.image_size):
+    """Decode image and label of a row; with a random source a random part of the image, if the data is cropped so."""
+    name = f"{data.place}, {name}"
+    if row["label"] is None or int(row["label"]) < 0:
+        raise DataError(f"{name} has no label; such a split cannot be used")
+    content = row["image"]
+    raw = content["bytes"] if content["bytes"] is not None else Path(content["path"]).read_bytes()
+    picture = to_mode(open_image(raw, name), data.image_channels)
+    if source is not None and data.random_resized_crop:
+        picture = random_resized_crop(picture, data.image_size, source)
+    elif data.resize is not None:
+        picture = resize_and_crop(picture, data.resize, data.image_size)
+    elif picture.size != (data.image_size, data.image_size):
         raise DataError(
-            f"{config.root or config.source}, {name} has {picture.width}x{picture.height} pixels, not "
-            f"{config.image_size}x{config.image_size}; give --data.resize to have images resized and cut"
+            f"{name} has {picture.width}x{picture.height} pixels, not {data.image_size}x{data.image_size}; give "
+            "--data.resize to have images resized and cut"
         )
-    return to_tensor(picture), int(row[label])
+    return to_tensor(picture), int(row["label"])
 
 
-def _decode_all(
-    rows: Any, image: str, label: str, config: HubImages, split: str, num_classes: int
-) -> tuple[Tensor, Tensor]:
-    images = torch.empty(len(rows), *config.shape, dtype=torch.uint8)
+def _decode_all(rows: Any, data: HubImages, split: str, num_classes: int) -> tuple[Tensor, Tensor]:
+    images = torch.empty(len(rows), *data.shape, dtype=torch.uint8)
     labels = torch.empty(len(rows), dtype=torch.int64)
 
     def decode(first: int) -> None:
         part = rows[first : first + 500]
-        for i in range(len(part[label])):
-            row = {image: part[image][i], label: part[label][i]}
-            images[first + i], labels[first + i] = _decode(
-                row, image, label, config, f"{split} image {first + i}", None
-            )
+        for number, (image, label) in enumerate(zip(part["image"], part["label"], strict=True), first):
+            row = {"image": image, "label": label}
+            images[number], labels[number] = _decode(row, data, f"{split} image {number}")
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(decode, range(0, len(rows), 500)))
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
         raise DataError(
-            f"{config.root or config.source}: labels of split {split!r} range from {int(labels.min())} to "
-            f"{int(labels.max())}, but there are {num_classes} classes; a split without labels cannot be used"
+            f"{data.place}: labels of split {split!r} range from {int(labels.min())} to {int(labels.max())}, but there "
+            f"are {num_classes} classes; a split without labels cannot be used"
         )
     return images, labels
 
 
-def _open(config: HubImages, split: str) -> Any:
+def _open(data: HubImages, split: str) -> tuple[Any, tuple[str, ...]]:
+    """Open a split; return its rows, with the columns `image` and `label`, and the names of the classes."""
     try:
         import datasets
     except ImportError as error:
         raise DataError("this data is read by Hugging Face datasets: pip install 'equipoise[data]'") from error
-    path, looked_for = _locate(config)
+    path, looked_for = _locate(data)
     try:
         with _quiet(datasets):
-            return datasets.load_dataset(path, split=split, streaming=config.streaming)
+            rows = datasets.load_dataset(path, split=split, streaming=data.streaming)
     except ValueError as error:
         if "split" in str(error):
             raise DataError(
@@ -276,51 +262,36 @@ def _open(config: HubImages, split: str) -> Any:
             "name on the hub works; without one, point --data.root at a folder with the parquet files of the data set "
             "or with one folder of images per class, in folders named after the splits"
         ) from error
-
-
-def _locate(config: HubImages) -> tuple[str, str]:
-    """What `load_dataset` is given, and what was looked for."""
-    folder = config.source.rpartition("/")[2]
-    if config.root is not None:
-        root = Path(config.root)
-        if not root.is_dir():
-            raise DataError(f"--data.root={config.root} is not a folder")
-        return str(root / folder if (root / folder).is_dir() else root), f"--data.root={config.root}"
-    shared = data_root()
-    if shared is not None and (shared / folder).is_dir():
-        return str(shared / folder), f"$EQUIPOISE_DATA/{folder}"
-    places = f"{shared / folder} ($EQUIPOISE_DATA)" if shared else f"$EQUIPOISE_DATA/{folder} (the variable is not set)"
-    return config.source, f"{places}, then {config.source} on the hub"
-
-
-def _columns(rows: Any, config: HubImages) -> tuple[str, str, tuple[str, ...]]:
-    """Names of the image and label columns, and of the classes."""
-    import datasets
-
     features = rows.features or {}
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     if not images or not labels:
-        raise DataError(
-            f"{config.root or config.source} needs a column of images and one of class labels; it has {features}"
-        )
-    label = labels[0] if "label" not in labels else "label"
-    return images[0], label, tuple(features[label].names)
+        raise DataError(f"{data.place} needs a column of images and one of class labels; it has {features}")
+    label = "label" if "label" in labels else labels[0]
+    rows = rows.select_columns([images[0], label]).cast_column(images[0], datasets.Image(decode=False))
+    renamed = {old: new for old, new in ((images[0], "image"), (label, "label")) if old != new}
+    return rows.rename_columns(renamed) if renamed else rows, tuple(features[label].names)
 
 
-def _raw(rows: Any, image: str) -> Any:
-    import datasets
+def _locate(data: HubImages) -> tuple[str, str]:
+    """Return the path for `load_dataset`, and the places of the search for messages."""
+    folder = data.source.rpartition("/")[2]
+    if data.root is not None:
+        root = Path(data.root)
+        if not root.is_dir():
+            raise DataError(f"--data.root={data.root} is not a folder")
+        return str(root / folder if (root / folder).is_dir() else root), f"--data.root={data.root}"
+    shared = data_root()
+    if shared is not None and (shared / folder).is_dir():
+        return str(shared / folder), f"$EQUIPOISE_DATA/{folder}"
+    places = f"{shared / folder} ($EQUIPOISE_DATA)" if shared else f"$EQUIPOISE_DATA/{folder} (the variable is not set)"
+    return data.source, f"{places}, then {data.source} on the hub"
 
-    return rows.cast_column(image, datasets.Image(decode=False))
 
-
-def _announced(stream: Any, split: str, needed: bool = True) -> int:
+def _announced(stream: Any, split: str) -> int:
+    """Return the number of images that a stream states; 0: none."""
     sizes = stream.info.splits or {}
-    if split in sizes and sizes[split].num_examples:
-        return int(sizes[split].num_examples)
-    if needed:
-        raise DataError("the stream does not tell how many training images it has; give --data.num_train")
-    return 0
+    return int(sizes[split].num_examples or 0) if split in sizes else 0
 
 
 @contextlib.contextmanager

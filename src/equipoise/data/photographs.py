@@ -15,7 +15,7 @@ from equipoise.files import DataError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Photographs(ImageData):
-    """Square patches side by side of grayscale photographs; those of the test are of other photographs.
+    """Square patches side by side of grayscale photographs; the test split has other photographs.
 
     Attributes:
         train_names: photographs to train on.
@@ -50,7 +50,7 @@ class Photographs(ImageData):
         return Splits(train, validation, TensorSplit(torch.cat(patches[cut:]), torch.cat(labels[cut:])), names)
 
     def patches(self, name: str) -> Tensor:
-        """The patches of a photograph, row by row, uint8 `(N, 1, image_size, image_size)`."""
+        """Cut a photograph into patches, row by row, uint8 `(N, 1, image_size, image_size)`."""
         image, side = photograph(name), self.image_size
         rows, columns = (n // side for n in image.shape)
         squares = image[: rows * side, : columns * side].view(rows, side, columns, side)
@@ -58,7 +58,7 @@ class Photographs(ImageData):
 
 
 def photograph(name: str) -> Tensor:
-    """A photograph of scikit-image or scikit-learn by its name there, in gray, uint8 `(H, W)`.
+    """Load a photograph of scikit-image or scikit-learn by its name there, in gray, uint8 `(H, W)`.
 
     Raises:
         DataError: the package that ships it is missing.
@@ -71,5 +71,5 @@ def photograph(name: str) -> Tensor:
     pixels = load_sample_image(f"{name}.jpg") if name in ("china", "flower") else getattr(data, name)()
     image = torch.tensor(pixels, dtype=torch.float32)
     if image.ndim == 3:
-        image = image @ image.new_tensor([0.2125, 0.7154, 0.0721])  # luminance, as scikit-image takes it
+        image = image @ image.new_tensor([0.2125, 0.7154, 0.0721])  # luminance, as in scikit-image
     return image.round().clamp(0, 255).to(torch.uint8)

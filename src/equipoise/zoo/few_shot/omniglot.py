@@ -108,6 +108,7 @@ class Omniglot(ImageData):
     """
 
     image_batches: ClassVar[bool] = False
+    shape = (1, SIDE, SIDE)
 
     root: str | None = None
     """Folder of the published zip files, or of what they hold; None: `$EQUIPOISE_DATA/omniglot`."""
@@ -142,10 +143,6 @@ class Omniglot(ImageData):
         if both:
             raise ValueError(f"data: {', '.join(sorted(both))} cannot be for validation and for the test; drop one")
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return (1, SIDE, SIDE)
-
     def load(self) -> Splits:
         root = find_root(self.root)
         known = read_alphabets(root, BACKGROUND)
@@ -164,11 +161,11 @@ class Omniglot(ImageData):
         )
 
     def more_classes(self) -> list[Tensor]:
-        """Further classes for training, uint8 `(n, 1, 28, 28)` each; a subclass may have some."""
+        """Return further classes for training, uint8 `(n, 1, 28, 28)` each; a subclass may have some."""
         return []
 
     def one_shot_runs(self) -> TensorSplit:
-        """The 20 official runs as tasks of 20 ways and one shot: `(20, 40, 1, 28, 28)` and `(20, 40)`, support first.
+        """Read the 20 official runs, of 20 ways and one shot: `(20, 40, 1, 28, 28)` and `(20, 40)`, support first.
 
         Raises:
             DataError: they are missing or damaged.
@@ -189,7 +186,7 @@ class Omniglot(ImageData):
 
 
 def find_root(root: str | None) -> Path:
-    """The folder of Omniglot.
+    """Find the folder of Omniglot.
 
     Raises:
         DataError: there is none.
@@ -204,7 +201,7 @@ def find_root(root: str | None) -> Path:
 
 
 def read_alphabets(root: Path, part: str) -> Characters:
-    """All drawings of a part of Omniglot, by alphabet and character; alphabets that come twice are taken once.
+    """Read all drawings of a part of Omniglot, by alphabet and character; duplicate alphabets are read once.
 
     Args:
         root: folder of `<part>*.zip`, of folders `<part>*`, or, for the background, of the alphabets themselves.
@@ -213,10 +210,9 @@ def read_alphabets(root: Path, part: str) -> Characters:
     Raises:
         DataError: there is no such part, or a file is damaged.
     """
-    files: dict[tuple[str, str, str], tuple[Path, str]] = {}  # alphabet, character, drawing: container, name in it
-    containers = sorted(root.glob(f"{part}*")) or ([root] if part == BACKGROUND else [])
-    for container in containers:
-        for name in _names(container):
+    files: dict[tuple[str, str, str], tuple[_Container, str]] = {}  # by alphabet, character and drawing
+    for container in map(_Container, sorted(root.glob(f"{part}*")) or ([root] if part == BACKGROUND else [])):
+        for name in container.names():
             key = tuple(name.split("/")[-3:])
             if name.endswith(".png") and len(key) == 3:
                 files.setdefault(key, (container, name))
@@ -225,10 +221,8 @@ def read_alphabets(root: Path, part: str) -> Characters:
             f"{root} has no {part}: looked for alphabet/character/drawing.png in {part}*.zip and {part}*; {FETCH}"
         )
     drawings: dict[str, dict[str, list[Tensor]]] = {}
-    contents = _Contents()
-    for (alphabet, character, _), (container, name) in sorted(files.items()):
-        image = _shrunk(contents.read(container, name), f"{container}: {name}")
-        drawings.setdefault(alphabet, {}).setdefault(character, []).append(image)
+    for (alphabet, character, _), (container, name) in sorted(files.items(), key=lambda item: item[0]):
+        drawings.setdefault(alphabet, {}).setdefault(character, []).append(container.drawing(name))
     return {
         alphabet: {character: torch.stack(images) for character, images in characters.items()}
         for alphabet, characters in drawings.items()
@@ -236,66 +230,57 @@ def read_alphabets(root: Path, part: str) -> Characters:
 
 
 def read_runs(root: Path) -> TensorSplit:
-    """The official one-shot runs, from `all_runs.zip` or a folder `all_runs`.
+    """Read the official one-shot runs, from `all_runs.zip` or a folder `all_runs`.
 
     Raises:
         DataError: they are missing or damaged.
     """
-    container = next((path for path in (root / f"{RUNS}.zip", root / RUNS) if path.exists()), None)
-    if container is None:
+    path = next((path for path in (root / f"{RUNS}.zip", root / RUNS) if path.exists()), None)
+    if path is None:
         raise DataError(f"{root} has no {RUNS}.zip, the official one-shot runs; {FETCH}")
-    contents = _Contents()
+    container = _Container(path)
     tasks, answers = [], []
-    for name in sorted(n for n in _names(container) if n.endswith("class_labels.txt")):
+    for name in sorted(n for n in container.names() if n.endswith("class_labels.txt")):
         folder = name.rsplit("/", 2)[0] + "/" if name.count("/") > 1 else ""
-        pairs = [line.split() for line in contents.read(container, name).decode(errors="replace").splitlines() if line]
+        pairs = [line.split() for line in container.read(name).decode(errors="replace").splitlines() if line]
         if not pairs or any(len(pair) != 2 for pair in pairs):
-            raise DataError(f"{container}: {name} is damaged: each line is to name a test and a training image")
+            raise DataError(f"{path}: {name} is damaged: each line must name a test and a training image")
         support = sorted({training for _, training in pairs})
         order = [*support, *(test for test, _ in pairs)]
-        tasks.append(torch.stack([_shrunk(contents.read(container, folder + n), f"{container}: {n}") for n in order]))
-        numbers = {training: number for number, training in enumerate(support)}
-        answers.append(torch.tensor([*range(len(support)), *(numbers[training] for _, training in pairs)]))
+        tasks.append(torch.stack([container.drawing(folder + n) for n in order]))
+        numbers = [support.index(training) for _, training in pairs]
+        answers.append(torch.tensor([*range(len(support)), *numbers]))
     if not tasks or len({len(answer) for answer in answers}) > 1:
-        raise DataError(f"{container} is no set of one-shot runs of equal size: fetch it again")
+        raise DataError(f"{path} is no set of one-shot runs of equal size: fetch it again")
     return TensorSplit(torch.stack(tasks), torch.stack(answers))
 
 
-def _names(container: Path) -> list[str]:
-    """Names of the files in a zip file or folder."""
-    if container.is_dir():
-        return [path.relative_to(container).as_posix() for path in container.rglob("*") if path.is_file()]
-    with _opened(container) as archive:
-        return archive.namelist()
+class _Container:
+    """Zip file or folder with drawings."""
 
-
-def _opened(container: Path) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(container)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise DataError(f"{container} is no zip file, or damaged ({error}): fetch it again") from error
-
-
-class _Contents:
-    """Reads files in zip files and folders; a zip file is opened once."""
-
-    def __init__(self) -> None:
-        self.archives: dict[Path, zipfile.ZipFile] = {}
-
-    def read(self, container: Path, name: str) -> bytes:
+    def __init__(self, path: Path) -> None:
+        self.path = path
         try:
-            if container.is_dir():
-                return (container / name).read_bytes()
-            if container not in self.archives:
-                self.archives[container] = _opened(container)
-            return self.archives[container].read(name)
+            self.archive = None if path.is_dir() else zipfile.ZipFile(path)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise DataError(f"{path} is no zip file, or damaged ({error}): fetch it again") from error
+
+    def names(self) -> list[str]:
+        """List the files, with their folders."""
+        if self.archive is not None:
+            return self.archive.namelist()
+        return [path.relative_to(self.path).as_posix() for path in self.path.rglob("*") if path.is_file()]
+
+    def read(self, name: str) -> bytes:
+        """Read a file."""
+        try:
+            return (self.path / name).read_bytes() if self.archive is None else self.archive.read(name)
         except (OSError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-            raise DataError(f"{container}: {name} cannot be read ({error}): fetch it again") from error
+            raise DataError(f"{self.path}: {name} cannot be read ({error}): fetch it again") from error
 
+    def drawing(self, name: str) -> Tensor:
+        """Read a drawing, black on white, as uint8 `(1, 28, 28)` with ink 255."""
+        from PIL import Image
 
-def _shrunk(content: bytes, name: str) -> Tensor:
-    """A drawing, black on white, as uint8 `(1, 28, 28)` with ink 255."""
-    from PIL import Image
-
-    drawing = to_mode(open_image(content, name), 1)
-    return 255 - to_tensor(drawing.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
+        drawing = to_mode(open_image(self.read(name), f"{self.path}: {name}"), 1)
+        return 255 - to_tensor(drawing.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
