@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from equipoise.contraction.bounds import require_one_parametrization
 from equipoise.contraction.operator_norm import conv_norm_bound, conv_power_iteration
+from equipoise.core.checks import check_ranges
 
 MOVED = 0.05  # relative change of a kernel after which its bound is renewed
 
@@ -65,9 +66,8 @@ class CappedConv2d(nn.Conv2d):
             raise ValueError(f"kernel_size={kernel_size}: must be odd")
         super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2, bias=bias)
         self.size = (size, size) if isinstance(size, int) else size
-        if not cap > 0 or min(self.size) < 1:
-            raise ValueError(f"cap={cap!r} and size={size!r} must be > 0")
         self.cap = cap
+        check_ranges(self, cap="> 0", size=">= 1")
         # The norm of a 1x1 convolution does not depend on the image, so one pixel is enough.
         image, step = (self.size, stride) if kernel_size > 1 else ((1, 1), 1)
         parametrize.register_parametrization(self, "weight", _Cap(self.weight, cap, image, step, kernel_size // 2))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from equipoise.contraction.bounds import require_one_parametrization
+from equipoise.core.checks import check_ranges
 
 
 class _Clip(torch.autograd.Function):
@@ -73,9 +74,8 @@ class MeanOnlyGroupNorm(nn.Module):
         super().__init__()
         if num_groups < 1 or num_channels % num_groups:
             raise ValueError(f"num_channels={num_channels} must be a multiple of num_groups={num_groups}")
-        if not max_gamma > 0:
-            raise ValueError(f"max_gamma={max_gamma!r}: must be > 0")
         self.num_groups, self.num_channels, self.max_gamma, self.affine = num_groups, num_channels, max_gamma, affine
+        check_ranges(self, max_gamma="> 0")
         if affine:
             self.weight = nn.Parameter(torch.full((num_channels,), min(1.0, max_gamma)))
             self.bias = nn.Parameter(torch.zeros(num_channels))
@@ -113,9 +113,8 @@ class ScaledReLU(nn.Module):
 
     def __init__(self, slope: float) -> None:
         super().__init__()
-        if not 0 < slope <= 1:
-            raise ValueError(f"ScaledReLU(slope={slope!r}): must lie in (0, 1]")
         self.slope = slope
+        check_ranges(self, slope="> 0 and <= 1")
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape."""
@@ -162,9 +161,8 @@ class NearestUpsample(nn.Upsample):
 
     def __init__(self, factor: int) -> None:
         super().__init__(scale_factor=factor, mode="nearest")
-        if factor < 1:
-            raise ValueError(f"{type(self).__name__}(factor={factor!r}): must be >= 1")
         self.factor = factor
+        check_ranges(self, factor=">= 1")
 
     def lipschitz_bound(self, training: bool) -> float:
         """The factor: every value is copied `factor^2` times."""
@@ -293,9 +291,8 @@ class LevelWeights(nn.Module):
         super().__init__()
         if mode not in ("softmax", "uniform", "learned"):
             raise ValueError(f"mode={mode!r}: must be softmax, uniform or learned")
-        if not 0 <= exchange <= 1:
-            raise ValueError(f"exchange={exchange!r}: must lie in [0, 1]")
-        self.mode = mode
+        self.mode, self.exchange = mode, exchange
+        check_ranges(self, exchange=">= 0 and <= 1")
         fixed = torch.ones(1, 1) if num_levels == 1 else _shares(num_levels, mode, exchange)
         if mode == "learned":
             self.weight: Tensor = nn.Parameter(fixed)

@@ -9,6 +9,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from equipoise.core.checks import check_ranges
 from equipoise.core.map import Counts
 
 
@@ -98,9 +99,7 @@ class Joint(UpdateScheme):
     step_factor: ClassVar[float] = 0.5  # old values are stable for shorter steps than those of gradient descent
 
     def __post_init__(self) -> None:
-        for field in ("damping", "adjoint_damping"):
-            if not 0 < getattr(self, field) <= 1:
-                raise ValueError(f"Joint({field}={getattr(self, field)!r}): must lie in (0, 1]")
+        check_ranges(self, "Joint.", damping="> 0 and <= 1", adjoint_damping="> 0 and <= 1")
 
     def advance(self, problem: Problem, z: Tensor, mu: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         here = problem.linearize(z, x, create_graph=torch.is_grad_enabled())
@@ -152,8 +151,7 @@ class Nested(UpdateScheme):
     step_factor: ClassVar[float] = 1.5  # best with Anderson acceleration, measured on four kinds of problems
 
     def __post_init__(self) -> None:
-        if self.steps < 2:
-            raise ValueError(f"Nested(steps={self.steps!r}): must be >= 2; with one step it is Joint()")
+        check_ranges(self, "Nested.", steps=">= 2; with one step it is Joint()")
 
     def advance(self, problem: Problem, z: Tensor, mu: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         for _ in range(self.steps - 1):

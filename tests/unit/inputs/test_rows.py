@@ -280,9 +280,9 @@ def test_messages(options: dict[str, Any], kind: type[Exception], message: str) 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Joint(damping=0.0), r"Joint\(damping=0.0\): must lie in \(0, 1\]"),
-        (lambda: Joint(adjoint_damping=1.1), r"Joint\(adjoint_damping=1.1\): must lie in \(0, 1\]"),
-        (lambda: Nested(steps=1), r"Nested\(steps=1\): must be >= 2; with one step it is Joint"),
+        (lambda: Joint(damping=0.0), r"Joint.damping=0.0: must be > 0 and <= 1"),
+        (lambda: Joint(adjoint_damping=1.1), r"Joint.adjoint_damping=1.1: must be > 0 and <= 1"),
+        (lambda: Nested(steps=1), r"Nested.steps=1: must be >= 2; with one step it is Joint"),
     ],
 )
 def test_scheme_messages(make: Callable[[], UpdateScheme], message: str) -> None:
