@@ -145,7 +145,6 @@ def test_kernel_of_zeros() -> None:
     found = conv_norm_bound(kernel, (4, 4), padding=1)
     found.backward()
     assert 0 <= float(found.detach()) < 1e-100
-    assert kernel.grad is not None
     assert bool(kernel.grad.isfinite().all())
 
 

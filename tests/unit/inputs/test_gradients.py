@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from input_problems import Cell, Fit, fitting, optimize
+from input_problems import fitting, optimize
 from torch import Tensor, nn
 
 import equipoise as eq
@@ -27,49 +27,19 @@ SETS: dict[str, Callable[[Tensor], Constraint | None]] = {
 }
 
 
-@dataclasses.dataclass
-class Setting:
-    """An outer loss of the optimized input: a multiple of the cost if `same`, else another one."""
-
-    cell: Cell
-    cost: Fit
-    y: Tensor
-    center: Tensor
-    name: str
-    same: bool
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        bounds = [] if self.name == "free" else [self.center]
-        return [self.cell.w, self.cell.u, self.cell.b, self.cost.c, self.y, *bounds]
-
-    def loss(self, gradient: eq.Gradient = EXACT, scheme: UpdateScheme = Nested()) -> Tensor:
-        z, _, x = (
-            optimize(
-                self.cell,
-                z0=torch.zeros(3, 12),
-                x0=torch.zeros(3, 4),
-                cost=self.cost,
-                targets=(self.y,),
-                constraint=SETS[self.name](self.center),
-                step_size=0.1,
-                solver=TIGHT,
-                scheme=scheme,
-                gradient=gradient,
-                verify_solver=None,
-            )
-            .raise_for_status()
-            .value
-        )
-        if self.same:
-            return 2.5 * self.cost(z, x, self.y).sum()
-        return (z - 0.3).square().sum() + (z.sum(1) * x.sum(1)).sum() + (self.y * z[:, :6]).sum()
-
-
-def setting(name: str = "free", *, same: bool = False) -> Setting:
+def setting(name: str = "free", *, same: bool = False) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """An outer loss of optimized inputs, a multiple of their cost if `same`, and the tensors that it depends on."""
     problem = fitting(norm=0.6, rho=0.3)
-    y, center = problem.y.clone().requires_grad_(), CENTER.clone().requires_grad_()
-    return Setting(problem.cell, problem.cost, y, center, name, same)
+    cell, cost, y, center = problem.cell, problem.cost, problem.y.requires_grad_(), CENTER.clone().requires_grad_()
+
+    def loss(gradient: eq.Gradient = EXACT, scheme: UpdateScheme = Nested()) -> Tensor:
+        method = {"scheme": scheme, "step_size": 0.1, "solver": TIGHT, "gradient": gradient, "verify_solver": None}
+        z, _, x = problem.solve(constraint=SETS[name](center), **method).raise_for_status().value
+        if same:
+            return 2.5 * cost(z, x, y).sum()
+        return (z - 0.3).square().sum() + (z.sum(1) * x.sum(1)).sum() + (y * z[:, :6]).sum()
+
+    return loss, [cell.w, cell.u, cell.b, cost.c, y, *([] if name == "free" else [center])]
 
 
 @torch.no_grad()
@@ -89,30 +59,30 @@ def agrees(loss: Callable[[], Tensor], tensors: Sequence[Tensor], gradients: Seq
 
 @pytest.mark.parametrize("name", SETS)
 def test_c5_exact_gradient(name: str) -> None:
-    problem = setting(name)
-    exact = torch.autograd.grad(problem.loss(), problem.tensors)
-    assert agrees(problem.loss, problem.tensors, exact)
-    first = torch.autograd.grad(problem.loss(FirstOrder()), problem.tensors, materialize_grads=True, allow_unused=True)
+    loss, tensors = setting(name)
+    exact = torch.autograd.grad(loss(), tensors)
+    assert agrees(loss, tensors, exact)
+    first = torch.autograd.grad(loss(FirstOrder()), tensors, materialize_grads=True, allow_unused=True)
     assert max(float((a - b).norm() / b.norm()) for a, b in zip(first, exact, strict=True)) > 1e-2
 
 
 @pytest.mark.parametrize("name", ["free", "l2", "box"])
 def test_c5_envelope_of_the_cost(name: str) -> None:
-    problem = setting(name, same=True)
-    trained = problem.tensors[:5]
-    found = torch.autograd.grad(problem.loss(Envelope()), trained)
-    assert agrees(problem.loss, trained, found)
+    loss, tensors = setting(name, same=True)
+    trained = tensors[:5]
+    found = torch.autograd.grad(loss(Envelope()), trained)
+    assert agrees(loss, trained, found)
     for gradient in (EXACT, FirstOrder(solver=EXACT.solver)):  # at an optimum no step of the input matters
-        torch.testing.assert_close(torch.autograd.grad(problem.loss(gradient), trained), found, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(torch.autograd.grad(loss(gradient), trained), found, rtol=1e-8, atol=1e-8)
 
 
 def test_envelope_of_another_loss_warns() -> None:
     message = r"the outer loss is not the inner cost for 3 of 3 samples \(cosine -?0\.\d\d"
     with pytest.warns(RuntimeWarning, match=message):
-        setting().loss(Envelope()).backward()
+        setting()[0](Envelope()).backward()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        setting(same=True).loss(Envelope()).backward()
+        setting(same=True)[0](Envelope()).backward()
 
 
 @pytest.mark.parametrize(
@@ -189,8 +159,6 @@ def test_gradients_of_inputs_alone(gradient: eq.Gradient) -> None:
 
 @pytest.mark.parametrize("scheme", [Joint(damping=0.8), GaussSeidel(), Nested(steps=3)], ids=str)
 def test_one_gradient_for_all_schemes(scheme: UpdateScheme) -> None:
-    problem = setting()
-    found, reference = (
-        torch.autograd.grad(problem.loss(scheme=chosen), problem.tensors) for chosen in (scheme, Nested())
-    )
+    loss, tensors = setting()
+    found, reference = (torch.autograd.grad(loss(scheme=chosen), tensors) for chosen in (scheme, Nested()))
     torch.testing.assert_close(found, reference, rtol=1e-7, atol=1e-7)

@@ -75,7 +75,6 @@ def test_worse_answers_return_their_start() -> None:
     solution = problem.solve(step_size=1e3, solver=eq.Picard(max_steps=12, rtol=0.0))
     start = eq.fixed_point(problem.cell, torch.zeros(3, 12), torch.zeros(3, 4), solver=SOLVER).value
     before = problem.cost(start, torch.zeros(3, 4), problem.y)
-    assert solution.cost is not None
     assert bool((solution.cost <= before * (1 + 1e-4)).all())
     back = solution.status == Status.DIVERGED
     assert bool(back.any())
@@ -117,20 +116,6 @@ def test_c11_expansive_maps(cell: Callable[..., Tensor], solver: eq.Solver, stat
         torch.testing.assert_close(found.value[0], torch.ones(2, 3))
 
 
-class Counted(torch.autograd.Function):
-    """The identity, which counts its backward passes in a list."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, calls: list[str]) -> Tensor:
-        ctx.calls = calls
-        return z.clone()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        ctx.calls.append("product")
-        return g, None
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("steps", [1, 5, 12])
 @pytest.mark.parametrize("scheme", [Joint(), GaussSeidel(), Nested(steps=3)], ids=str)
@@ -139,8 +124,11 @@ def test_c7_counts(scheme: UpdateScheme, steps: int, step_size: float | None, ve
     problem, calls = fitting(), []
 
     def cell(z: Tensor, x: Tensor) -> Tensor:
+        out = problem.cell(z, x)
         calls.append("cell")
-        return Counted.apply(problem.cell(z, x), calls)
+        if out.requires_grad:
+            out.register_hook(lambda gradient: calls.append("product"))
+        return out
 
     def cost(z: Tensor, x: Tensor, y: Tensor) -> Tensor:
         calls.append("cost")
