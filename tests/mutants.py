@@ -12,6 +12,7 @@ mutants stand in tests/mutants/equivalent.json.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import pathlib
@@ -24,7 +25,6 @@ ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "tests" / "mutants"
 PACKAGES = ("core", "solvers", "gradients", "inputs", "bilevel")
 FIRST = "equipoise.core.linalg.x_row_dots__mutmut_1"  # naming one makes mutmut write all mutants and run one
-CHUNK = 20  # mutants of one call; what a call finished is kept
 KILLED, SURVIVED, UNREACHED = (1, 3, 36, 24, -24, 152, 255), 0, (5, 33)
 
 
@@ -37,9 +37,9 @@ def verdicts() -> dict[str, int | None]:
     return found
 
 
-def mutmut(*arguments: str) -> subprocess.CompletedProcess[str]:
+def mutmut(*arguments: str, seconds: float | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "mutmut", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=seconds)
 
 
 def main() -> None:
@@ -55,15 +55,14 @@ def main() -> None:
             raise SystemExit(f"mutmut made no mutants:\n{made.stdout[-3000:]}{made.stderr[-3000:]}")
     population = sorted(verdicts())
     sample = random.Random(options.seed).sample(population, min(options.count, len(population)))
-    while waiting := [name for name in sample if verdicts()[name] is None]:
-        if time.monotonic() - start > 60 * options.minutes:
-            raise SystemExit(f"{len(waiting)} of {len(sample)} mutants are left; run the same command again")
-        before = len(waiting)
-        done = mutmut("run", *waiting[:CHUNK])
-        waiting = [name for name in sample if verdicts()[name] is None]
-        print(f"{len(sample) - len(waiting)} of {len(sample)} after {time.monotonic() - start:.0f} s", flush=True)
-        if len(waiting) == before:
-            raise SystemExit(f"mutmut ran none of {CHUNK} mutants:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+    waiting = [name for name in sample if verdicts()[name] is None]
+    if waiting:
+        with contextlib.suppress(subprocess.TimeoutExpired):  # mutmut keeps what it finished
+            done = mutmut("run", *waiting, seconds=max(1.0, 60 * options.minutes - (time.monotonic() - start)))
+            print(done.stdout[-2000:])
+        left = sum(verdicts()[name] is None for name in sample)
+        if left:
+            raise SystemExit(f"{left} of {len(sample)} mutants are left; run the same command again")
     report(sample, population, options.seed)
 
 
