@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ odeint = pytest.importorskip("torchdiffeq").odeint
 from benchmarks.continuous.neural_ode import METHODS, NeuralODE  # noqa: E402
 
 TIGHT = {"rtol": 1e-6, "atol": 1e-6}
-EVERY = [pytest.param(s, id=n, marks=[] if "dopri5" in n else pytest.mark.slow) for n, s in METHODS.items()]
+every = pytest.mark.parametrize("setting", METHODS.values(), ids=METHODS)
 
 
 class Cell(nn.Module):
@@ -31,60 +33,53 @@ class Cell(nn.Module):
 class Linear(nn.Module):
     """`f(z, x) = A z + x`."""
 
-    def __init__(self, matrix: Tensor) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.matrix = nn.Parameter(matrix)
+        self.matrix = nn.Parameter(torch.tensor([[0.3, -1.2], [0.9, -0.4]]))
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         return z @ self.matrix.mT + x
+
+
+def layer(cell: nn.Module | None = None, **options: Any) -> NeuralODE:
+    return NeuralODE(Cell() if cell is None else cell, init=zeros, **options)
 
 
 def zeros(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(x), torch.zeros_like(x[:, :2])
 
 
-@pytest.mark.parametrize("setting", EVERY)
-def test_follows_the_map_itself_and_not_map_minus_state(setting: dict[str, object]) -> None:
-    """Of a linear flow z(1) is a power series; the output is one more application of the map."""
-    matrix, x = torch.tensor([[0.3, -1.2], [0.9, -0.4]]), torch.randn(4, 2)
-    # exp of the augmented matrix [[A, x], [0, 0]] has the integral of exp(As) x in its last column.
-    ends = []
-    for row in x:
-        whole = torch.zeros(3, 3)
-        whole[:2, :2], whole[:2, 2] = matrix, row
-        ends.append(torch.matrix_exp(whole)[:2, 2])
-    exact = torch.stack(ends) @ matrix.mT + x
-    out = NeuralODE(Linear(matrix), **TIGHT, **setting)(x)
-    torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-5)
+@every
+def test_linear_flow(setting: dict[str, object]) -> None:
+    """It follows the map itself and not map minus state, so z(1) is a power series; one more application is returned.
+
+    exp of the augmented matrix [[A, x], [0, 0]] has the integral of exp(As) x in its last column.
+    """
+    cell, x, whole = Linear(), torch.randn(4, 2), torch.zeros(4, 3, 3)
+    whole[:, :2, :2], whole[:, :2, 2] = cell.matrix.detach(), x
+    exact = cell(torch.matrix_exp(whole)[:, :2, 2], x)
+    torch.testing.assert_close(NeuralODE(cell, **TIGHT, **setting)(x), exact, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("setting", EVERY)
-def test_agrees_with_tight_dopri5(setting: dict[str, object]) -> None:
+@every
+def test_tight_dopri5(setting: dict[str, object]) -> None:
     cell, x = Cell(), torch.randn(5, 3)
-
-    def field(t: Tensor, z: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return cell(z, x)
-
     times = torch.tensor([0.0, 1.0])
-    end = tuple(states[-1] for states in odeint(field, zeros(x), times, method="dopri5", rtol=1e-8, atol=1e-8))
-    exact = cell(end, x)
+    states = odeint(lambda t, z: cell(z, x), zeros(x), times, method="dopri5", rtol=1e-8, atol=1e-8)
+    exact = cell(tuple(state[-1] for state in states), x)
     for tolerance, error in (({}, 2e-2), (TIGHT, 1e-5)):
-        out = NeuralODE(cell, init=zeros, **tolerance, **setting)(x)
-        for part, reference in zip(out, exact, strict=True):
-            torch.testing.assert_close(part, reference, rtol=error, atol=error)
+        torch.testing.assert_close(layer(cell, **tolerance, **setting)(x), exact, rtol=error, atol=error)
 
 
-@pytest.mark.parametrize("setting", EVERY)
-def test_gradients_agree_with_finite_differences(setting: dict[str, object]) -> None:
-    cell, x = Cell(), torch.randn(2, 3, requires_grad=True)
-    layer = NeuralODE(cell, init=zeros, **TIGHT, **setting)
+@every
+def test_finite_differences(setting: dict[str, object]) -> None:
+    ode, x = layer(**TIGHT, **setting), torch.randn(2, 3, requires_grad=True)
 
     def loss() -> Tensor:
-        a, b = layer(x)
+        a, b = ode(x)
         return (a * torch.tensor([1.0, -2.0, 0.5])).sum() + b.square().sum()
 
-    tensors = (x, *cell.parameters())
-    step = 1e-3
+    tensors, step = (x, *ode.parameters()), 1e-3
     for tensor, gradient in zip(tensors, torch.autograd.grad(loss(), tensors), strict=True):
         direction, ends = torch.randn_like(tensor), []
         with torch.no_grad():
@@ -97,42 +92,37 @@ def test_gradients_agree_with_finite_differences(setting: dict[str, object]) -> 
 
 @pytest.mark.parametrize("adjoint", [False, True], ids=["backpropagation", "adjoint"])
 def test_counts(adjoint: bool) -> None:
-    cell, x = Cell(), torch.randn(3, 3)
-    calls = []
+    cell, calls = Cell(), []
     cell.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-    layer = NeuralODE(cell, init=zeros, method="bosh3", adjoint=adjoint, first_step=0.5)
-    solution = layer.solve(x)
-    forward = len(calls)
+    solution = layer(cell, method="bosh3", adjoint=adjoint, first_step=0.5).solve(torch.randn(3, 3))
+    forward, steps = len(calls), int(solution.num_steps[0])
     # Three evaluations a step, and the first one; then the final application.
-    assert solution.num_evals == forward == int(solution.num_steps[0]) + 1
-    assert (solution.num_steps[0] - 1) % 3 == 0
+    assert solution.num_evals == forward == steps + 1
+    assert (steps - 1) % 3 == 0
     assert solution.converged.all()
     sum(part.sum() for part in solution.value).backward()
     backward = solution.map.counts.vjps
-    if adjoint:
-        assert backward == len(calls) - forward > 0
-    else:
-        assert backward == int(solution.num_steps[0])
-        assert len(calls) == forward
+    assert backward == (len(calls) - forward if adjoint else steps) > 0
+    assert adjoint or len(calls) == forward
     assert all(p.grad is not None for p in cell.parameters())
 
 
-def test_a_given_first_step_saves_evaluations() -> None:
+def test_first_step() -> None:
+    """A given one saves evaluations."""
     cell, x = Cell(), torch.randn(3, 3)
-    slow, fast = (NeuralODE(cell, init=zeros, first_step=step).solve(x).num_evals for step in (None, 1.0))
+    slow, fast = (layer(cell, first_step=step).solve(x).num_evals for step in (None, 1.0))
     assert fast < slow / 2
 
 
-def test_fixed_depth_steps_are_those_of_the_layer_that_it_replaces() -> None:
-    cell, x = Cell(), torch.randn(3, 3)
-    layer, deq = NeuralODE(cell, init=zeros), eq.nn.DEQ(cell, init=zeros)
-    fixed = {"solver": eq.Picard(max_steps=0), "gradient": eq.Unrolled(steps=4)}
-    with layer.using(**fixed), deq.using(**fixed):
-        for part, reference in zip(layer(x), deq(x), strict=True):
-            assert torch.equal(part, reference)
-    assert not torch.equal(layer(x)[0], deq(x)[0])
+def test_fixed_depth() -> None:
+    """Its steps are those of the layer that it replaces."""
+    x, ode = torch.randn(3, 3), layer()
+    deq, fixed = eq.nn.DEQ(ode.cell, init=zeros), {"solver": eq.Picard(max_steps=0), "gradient": eq.Unrolled(steps=4)}
+    with ode.using(**fixed), deq.using(**fixed):
+        assert all(map(torch.equal, ode(x), deq(x)))
+    assert not torch.equal(ode(x)[0], deq(x)[0])
 
 
-def test_has_no_trace() -> None:
+def test_no_trace() -> None:
     with pytest.raises(ValueError, match="no residuals"):
-        NeuralODE(Cell(), init=zeros).solve(torch.zeros(1, 3), trace=True)
+        layer().solve(torch.zeros(1, 3), trace=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from equipoise.core.linalg import InverseEstimate, LowRank, row_dots, row_sums
+from equipoise.core.linalg import InverseEstimate, LowRank, dots, norms, row_dots, row_sums
 
 BATCH, SIZE = 5, 7
 Make = Callable[[], tuple[InverseEstimate, Tensor]]
@@ -44,7 +44,7 @@ estimates = pytest.mark.parametrize("make", [whole, scattered])
 
 @pytest.mark.parametrize("columns", [0, 1, 4])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_row_products_are_those_of_einsum(columns: int, dtype: torch.dtype) -> None:
+def test_row_products(columns: int, dtype: torch.dtype) -> None:
     x, rows, weights = torch.randn(3, 6), torch.randn(3, columns, 6), torch.randn(3, columns)
     near = {"rtol": 1e-5, "atol": 1e-5, "check_dtype": False} if dtype == torch.float32 else {}
     dots = row_dots(x.to(dtype), rows.to(dtype))
@@ -54,7 +54,15 @@ def test_row_products_are_those_of_einsum(columns: int, dtype: torch.dtype) -> N
     torch.testing.assert_close(sums, torch.einsum("bm,bmd->bd", weights, rows), **near)
 
 
-def test_row_products_take_views_of_longer_histories() -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_dots_and_norms(dtype: torch.dtype) -> None:
+    """Row by row, in float64."""
+    x, y = torch.tensor([[3.0, 4.0], [1.0, 0.0]], dtype=dtype), torch.tensor([[1.0, 2.0], [5.0, 6.0]], dtype=dtype)
+    for found, expected in ((dots(x, y), [11.0, 5.0]), (norms(x), [5.0, 1.0])):
+        assert (found.dtype, found.tolist()) == (torch.float64, expected)
+
+
+def test_views_of_histories() -> None:
     x, history, weights = torch.randn(3, 6), torch.randn(3, 9, 6), torch.randn(3, 9)
     torch.testing.assert_close(row_dots(x, history[:, 2:5]), torch.einsum("bd,bmd->bm", x, history[:, 2:5]))
     expected = torch.einsum("bm,bmd->bd", weights[:, 2:5], history[:, 2:5])
@@ -63,7 +71,7 @@ def test_row_products_take_views_of_longer_histories() -> None:
 
 @pytest.mark.parametrize("columns", [0, 1, 4])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_low_rank_products_are_those_of_the_dense_matrices(columns: int, dtype: torch.dtype) -> None:
+def test_low_rank(columns: int, dtype: torch.dtype) -> None:
     part, dense = low_rank(BATCH, columns, dtype)
     x = torch.randn(BATCH, SIZE)
     near = {"rtol": 1e-4, "atol": 1e-4, "check_dtype": False} if dtype == torch.float32 else {}
@@ -78,7 +86,7 @@ def test_low_rank_products_are_those_of_the_dense_matrices(columns: int, dtype: 
 
 
 @estimates
-def test_estimates_multiply_and_transpose_like_their_dense_matrices(make: Make) -> None:
+def test_estimates(make: Make) -> None:
     estimate, dense = make()
     x = torch.randn(BATCH, SIZE)
     before = x.clone()
@@ -92,7 +100,7 @@ def test_estimates_multiply_and_transpose_like_their_dense_matrices(make: Make) 
 
 @estimates
 @pytest.mark.parametrize("index", [[2], [4, 3, 0], [1, 1, 4, 2, 0, 3]])
-def test_selected_estimates_stand_in_the_order_asked_for(make: Make, index: list[int]) -> None:
+def test_select(make: Make, index: list[int]) -> None:
     estimate, dense = make()
     rows = torch.tensor(index)
     chosen = estimate.select(rows)
@@ -103,7 +111,7 @@ def test_selected_estimates_stand_in_the_order_asked_for(make: Make, index: list
 
 
 @estimates
-def test_reset_makes_the_identity_of_masked_samples_alone(make: Make) -> None:
+def test_reset(make: Make) -> None:
     estimate, dense = make()
     mask = torch.tensor([True, False, False, True, True])
     expected = torch.where(mask[:, None, None], torch.eye(SIZE), dense)
@@ -113,7 +121,7 @@ def test_reset_makes_the_identity_of_masked_samples_alone(make: Make) -> None:
 
 
 @pytest.mark.parametrize("ranks", [[0, 1, 2, 3, 4], [4, 0, 4, 0, 2]])
-def test_rank_is_that_of_what_was_added_to_the_identity(ranks: list[int]) -> None:
+def test_rank(ranks: list[int]) -> None:
     part, _ = low_rank(BATCH, 4)
     # Row i of the core is what update i added; updates not made are zero rows.
     made = torch.arange(4) < torch.tensor(ranks)[:, None]
@@ -124,5 +132,5 @@ def test_rank_is_that_of_what_was_added_to_the_identity(ranks: list[int]) -> Non
     assert [int(r) for r in torch.linalg.matrix_rank(added, rtol=1e-10)] == ranks
 
 
-def test_rank_follows_the_rows_of_scattered_parts() -> None:
+def test_scattered_rank() -> None:
     assert scattered()[0].rank.tolist() == [3, 6, 6, 3, 0]
