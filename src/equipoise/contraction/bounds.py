@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TypeGuard, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,9 +12,17 @@ from torch.nn.utils import parametrize
 
 from equipoise.nn.dropout import VariationalDropout
 
-M = TypeVar("M", bound=nn.Module)
-
-NONEXPANSIVE = (nn.Identity, nn.ReLU, nn.Tanh, nn.Sigmoid, nn.PixelShuffle, nn.PixelUnshuffle, nn.Flatten)
+# Constants of torch's layers and of dropout, as functions of the layer and of `training`.
+BOUNDS: dict[type[nn.Module], Callable[[Any, bool], float]] = {
+    nn.Sequential: lambda chain, training: math.prod(lipschitz_bound(layer, training=training) for layer in chain),
+    nn.LeakyReLU: lambda layer, training: max(1.0, abs(layer.negative_slope)),
+    nn.Linear: lambda layer, training: float(torch.linalg.matrix_norm(layer.weight.detach().double(), ord=2)),
+    VariationalDropout: lambda layer, training: 1 / (1 - layer.p) if training else 1.0,
+    **dict.fromkeys(
+        (nn.Identity, nn.ReLU, nn.Tanh, nn.Sigmoid, nn.PixelShuffle, nn.PixelUnshuffle, nn.Flatten),
+        lambda layer, training: 1.0,
+    ),
+}
 # Reason and remedy for layers without a useful constant; the last entry takes every module.
 UNBOUNDED: dict[type[nn.Module] | tuple[type[nn.Module], ...], str] = {
     nn.modules.conv._ConvNd: "its norm is not bounded, and depends on the size of the image; use CappedConv2d",
@@ -63,16 +72,9 @@ def lipschitz_bound(module: nn.Module, *, training: bool = False) -> float:
     if own is not None:
         require_own(module, "lipschitz_bound")
         return float(own(training))
-    if _plain(module, nn.Sequential):
-        return math.prod(lipschitz_bound(layer, training=training) for layer in module)
-    if _plain(module, *NONEXPANSIVE):
-        return 1.0
-    if _plain(module, nn.LeakyReLU):
-        return max(1.0, abs(module.negative_slope))
-    if _plain(module, VariationalDropout):
-        return 1 / (1 - module.p) if training else 1.0
-    if _plain(module, nn.Linear):
-        return float(torch.linalg.matrix_norm(module.weight.detach().double(), ord=2))
+    for kind, bound in BOUNDS.items():
+        if isinstance(module, kind) and type(module).forward is kind.forward:  # a subclass may add a skip connection
+            return bound(module, training)
     raise UnknownConstant(module, next(reason for kinds, reason in UNBOUNDED.items() if isinstance(module, kinds)))
 
 
@@ -100,8 +102,3 @@ def require_one_parametrization(module: nn.Module) -> None:
     """
     if parametrize.is_parametrized(module, "weight") and len(module.parametrizations["weight"]) > 1:  # type: ignore[index]
         raise UnknownConstant(module, "another parametrization, such as weight_norm, undoes its bound; remove it")
-
-
-def _plain(module: nn.Module, *kinds: type[M]) -> TypeGuard[M]:
-    """Whether a module is of one of these kinds and uses its forward pass; a subclass may add a skip connection."""
-    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
