@@ -776,9 +776,9 @@ BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: eq.Shine(fallback_ratio=math.nan), ValueError, r"^Shine\(fallback_ratio=nan\): must be >= 0"),
     (lambda: eq.Neumann(steps=-1), ValueError, r"^Neumann\(steps=-1\): must be >= 0"),
     (lambda: eq.Phantom(steps=0), ValueError, r"^Phantom\(steps=0\): must be >= 1"),
-    (lambda: eq.Phantom(damping=0.0), ValueError, r"^Phantom\(damping=0.0\): must lie in \(0, 1\]"),
-    (lambda: eq.Phantom(damping=1.5), ValueError, r"^Phantom\(damping=1.5\): must lie in \(0, 1\]"),
-    (lambda: eq.Phantom(damping=math.nan), ValueError, r"^Phantom\(damping=nan\): must lie in \(0, 1\]"),
+    (lambda: eq.Phantom(damping=0.0), ValueError, r"^Phantom\(damping=0.0\): must be > 0 and <= 1"),
+    (lambda: eq.Phantom(damping=1.5), ValueError, r"^Phantom\(damping=1.5\): must be > 0 and <= 1"),
+    (lambda: eq.Phantom(damping=math.nan), ValueError, r"^Phantom\(damping=nan\): must be > 0 and <= 1"),
     (lambda: eq.Unrolled(steps=0), ValueError, r"^Unrolled\(steps=0\): must be >= 1"),
     (
         lambda: eq.fixed_point(torch.cos, torch.zeros(1, 1), gradient=eq.Implicit),

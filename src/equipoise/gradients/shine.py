@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from equipoise.core.fields import check
+from equipoise.core.checks import check_ranges
 from equipoise.core.linalg import InverseEstimate, can_branch_on
 from equipoise.core.solution import Solution
 from equipoise.gradients.adjoint import AdjointMap
@@ -41,7 +41,7 @@ class Shine(Gradient):
     uses_inverse: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check(self, self.fallback_ratio >= 0, "fallback_ratio", "must be >= 0")
+        check_ranges(self, fallback_ratio=">= 0")
 
     def cotangent(self, adjoint: AdjointMap, g: Tensor, solution: Solution[Tensor]) -> Tensor:
         return self._estimate(g, solution)[0]

@@ -6,7 +6,7 @@ import dataclasses
 
 from torch import Tensor
 
-from equipoise.core.fields import check
+from equipoise.core.checks import check_ranges
 from equipoise.core.solution import Solution
 from equipoise.gradients.adjoint import AdjointMap
 from equipoise.gradients.base import Gradient
@@ -39,7 +39,7 @@ class Neumann(Gradient):
     steps: int = 5
 
     def __post_init__(self) -> None:
-        check(self, self.steps >= 0, "steps", "must be >= 0")
+        check_ranges(self, steps=">= 0")
 
     def cotangent(self, adjoint: AdjointMap, g: Tensor, solution: Solution[Tensor]) -> Tensor:
         w = g
@@ -68,8 +68,7 @@ class Phantom(Gradient):
     damping: float = 0.5
 
     def __post_init__(self) -> None:
-        check(self, self.steps >= 1, "steps", "must be >= 1")
-        check(self, 0 < self.damping <= 1, "damping", "must lie in (0, 1]")
+        check_ranges(self, steps=">= 1", damping="> 0 and <= 1")
 
     def cotangent(self, adjoint: AdjointMap, g: Tensor, solution: Solution[Tensor]) -> Tensor:
         w = g * self.damping

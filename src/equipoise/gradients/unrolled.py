@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from equipoise.core.fields import check
+from equipoise.core.checks import check_ranges
 from equipoise.core.function_map import FunctionMap
 from equipoise.core.solution import Solution
 from equipoise.gradients.adjoint import AdjointMap
@@ -36,7 +36,7 @@ class Unrolled(Gradient):
     exact: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check(self, self.steps >= 1, "steps", "must be >= 1")
+        check_ranges(self, steps=">= 1")
 
     def cotangent(self, adjoint: AdjointMap, g: Tensor, solution: Solution[Tensor]) -> Tensor:
         raise TypeError("Unrolled backpropagates through the map itself and cannot start an adjoint solve")

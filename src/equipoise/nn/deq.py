@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from equipoise.core.checks import check_ranges
 from equipoise.core.function_map import FunctionMap
 from equipoise.core.solution import Solution
 from equipoise.fixed_point import check_methods, solve_map
@@ -152,8 +153,7 @@ class DEQ(nn.Module):
             )
         if isinstance(self.explicit_steps, bool) or not isinstance(self.explicit_steps, int):
             raise TypeError(f"explicit_steps must be an integer, got {self.explicit_steps!r}")
-        if self.explicit_steps < 0:
-            raise ValueError(f"explicit_steps must be >= 0, got {self.explicit_steps}")
+        check_ranges(self, explicit_steps=">= 0")
         check_methods(self.solver, self.gradient)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from equipoise.core.fields import check
+from equipoise.core.checks import check_ranges
 from equipoise.core.function_map import SeededLayer
 
 
@@ -28,7 +28,7 @@ class VariationalDropout(SeededLayer):
     def __init__(self, p: float = 0.5) -> None:
         super().__init__()
         self.p = p
-        check(self, 0 <= p < 1, "p", "must lie in [0, 1)")
+        check_ranges(self, p=">= 0 and < 1")
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, C, ...) -> (B, C, ...)`."""

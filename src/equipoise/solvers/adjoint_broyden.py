@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from equipoise.core.fields import check
+from equipoise.core.checks import check_ranges
 from equipoise.core.linalg import LowRank, row_dots, row_sums
 from equipoise.core.map import Point
 from equipoise.solvers.base import NEVER, Solver
@@ -107,7 +107,6 @@ class AdjointBroyden(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self, self.outer_every is None or self.outer_every >= 1, "outer_every", "must be >= 1, or None")
         if self.outer_loss is not None and not callable(self.outer_loss):
             raise TypeError(
                 f"AdjointBroyden(outer_loss={self.outer_loss!r}): must be a function (z, rows) -> (b,), or None"
@@ -116,9 +115,8 @@ class AdjointBroyden(Solver):
             raise ValueError(
                 "AdjointBroyden(outer_loss=...) is evaluated every `outer_every` steps: set outer_every, say to 5"
             )
-        least = 1 if self.outer_every is None else 2  # updates of one point
-        check(self, self.memory >= least, "memory", f"must be >= {least}")
-        check(self, self.min_denominator >= 0, "min_denominator", "must be >= 0")
+        updates = 1 if self.outer_every is None else 2  # of one point
+        check_ranges(self, outer_every=">= 1, or None", memory=f">= {updates}", min_denominator=">= 0")
 
     def init(self, point: Point) -> _Memory:
         b, size = point.z.shape

@@ -7,11 +7,11 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from equipoise.core.fields import check
+from equipoise.core.checks import check_ranges
 from equipoise.core.linalg import can_branch_on, row_dots, row_sums
 from equipoise.core.map import Point
 from equipoise.solvers.base import Solver
-from equipoise.solvers.picard import check_contraction
+from equipoise.solvers.picard import CONTRACTION
 
 FORGOTTEN = 1e200  # squared norm of a column that later steps must not use
 
@@ -63,26 +63,23 @@ class Anderson(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self, self.memory >= 1, "memory", "must be >= 1; 1 is Picard iteration")
-        check(self, 0 < self.mixing <= 1, "mixing", "must lie in (0, 1]")
-        check(self, self.ridge >= 0, "ridge", "must be >= 0")
-        check(self, self.growth > 1, "growth", "must be > 1")
-        check_contraction(self, self.lipschitz)
-        plain = self.lipschitz is None or self.mixing == 1
-        check(self, plain, "mixing", "must be 1 with lipschitz, which is the constant of a Picard step")
+        check_ranges(self, memory=">= 1; 1 is Picard iteration", mixing="> 0 and <= 1", ridge=">= 0", growth="> 1")
+        check_ranges(self, lipschitz=CONTRACTION)
+        if self.lipschitz is not None and self.mixing != 1:
+            raise ValueError(
+                f"Anderson(mixing={self.mixing!r}): must be 1 with lipschitz, which is the constant of a Picard step"
+            )
 
     def tolerance(self, size: Tensor) -> Tensor:
         allowed = super().tolerance(size)
         return allowed if self.lipschitz is None else allowed * (1 - self.lipschitz)
 
     def init(self, point: Point) -> _Memory:
-        check(
-            self,
-            self.lipschitz is None or point.blocks is None,
-            "lipschitz",
-            "the proof is in the Euclidean norm of the whole state, and this map has blocks that converge separately; "
-            "leave it out, or use Picard",
-        )
+        if self.lipschitz is not None and point.blocks is not None:
+            raise ValueError(
+                f"Anderson(lipschitz={self.lipschitz!r}): the proof is in the Euclidean norm of the whole state, and "
+                "this map has blocks that converge separately; leave it out, or use Picard"
+            )
         b, size = point.z.shape
         m = max(1, min(self.memory, self.max_steps))
         return _Memory(

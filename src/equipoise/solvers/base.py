@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from equipoise.core.fields import check
+from equipoise.core.checks import check_ranges
 from equipoise.core.linalg import InverseEstimate, LowRank, can_branch_on
 from equipoise.core.map import Map, Point
 from equipoise.core.solution import Solution, Status
@@ -87,11 +87,8 @@ class Solver(abc.ABC):
             if isinstance(value, bool) or not isinstance(value, wanted):
                 needs = ("an integer" if kind == "int" else "a number") + (" or None" if optional else "")
                 raise TypeError(f"{type(self).__name__}({option.name}={value!r}): must be {needs}")
-        check(self, self.max_steps >= 0, "max_steps", "must be an integer >= 0")
-        for field in ("rtol", "atol"):
-            check(self, getattr(self, field) >= 0, field, "must be >= 0; with both at 0 all max_steps are used")
-        patient = self.patience is None or self.patience >= 1
-        check(self, patient, "patience", "must be >= 1, or None to wait until max_steps")
+        check_ranges(self, max_steps=">= 0", patience=">= 1, or None to wait until max_steps")
+        check_ranges(self, **dict.fromkeys(("rtol", "atol"), ">= 0; with both at 0 all max_steps are used"))
 
     @abc.abstractmethod
     def init(self, point: Point) -> Any:

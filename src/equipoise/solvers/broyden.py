@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from equipoise.core.fields import check
+from equipoise.core.checks import check_ranges
 from equipoise.core.linalg import LowRank, row_sums
 from equipoise.core.map import Point
 from equipoise.solvers.base import NEVER, Solver
@@ -54,8 +54,7 @@ class Broyden(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self, self.memory >= 1, "memory", "must be >= 1")
-        check(self, self.min_denominator >= 0, "min_denominator", "must be >= 0")
+        check_ranges(self, memory=">= 1", min_denominator=">= 0")
 
     def init(self, point: Point) -> _Memory:
         b, size = point.z.shape

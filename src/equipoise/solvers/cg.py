@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from equipoise.core.fields import check
+from equipoise.core.checks import check_ranges
 from equipoise.core.linalg import dots, norms
 from equipoise.core.map import Point
 from equipoise.solvers.base import Solver
@@ -70,7 +70,7 @@ class CG(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self, self.refresh >= 1, "refresh", "must be >= 1")
+        check_ranges(self, refresh=">= 1")
 
     def init(self, point: Point) -> _Memory:
         zero = point.residual.new_zeros(point.residual.shape[0], dtype=torch.float64)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from equipoise.core.fields import check
+from equipoise.core.checks import check_ranges
 from equipoise.core.linalg import can_branch_on, dots, norms, row_dots, row_sums
 from equipoise.core.map import Point
 from equipoise.solvers.base import Solver
@@ -76,7 +76,7 @@ class GMRES(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self, self.memory >= 1, "memory", "must be >= 1")
+        check_ranges(self, memory=">= 1")
 
     def init(self, point: Point) -> _Memory:
         b, size = point.z.shape

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from equipoise.core.fields import check
+from equipoise.core.checks import check_ranges
 from equipoise.core.linalg import can_branch_on, dots
 from equipoise.core.map import Point
 from equipoise.core.solution import Solution
@@ -112,13 +112,13 @@ class LBFGS(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self, self.memory >= 1, "memory", "must be >= 1")
-        check(self, self.max_trials >= 1, "max_trials", "must be >= 1")
-        ordered = 0 < self.armijo < self.wolfe < 1
-        check(self, ordered, "armijo wolfe", "must obey 0 < armijo < wolfe < 1, else no step may meet both conditions")
-        check(self, self.min_curvature >= 0, "min_curvature", "must be >= 0, else the inverse may be indefinite")
-        probes = self.outer_every is None or self.outer_every >= 1
-        check(self, probes, "outer_every", "must be >= 1, or None for no probes")
+        check_ranges(self, memory=">= 1", max_trials=">= 1", outer_every=">= 1, or None for no probes")
+        check_ranges(self, min_curvature=">= 0, else the inverse may be indefinite")
+        if not 0 < self.armijo < self.wolfe < 1:
+            raise ValueError(
+                f"LBFGS(armijo={self.armijo!r}, wolfe={self.wolfe!r}): must obey 0 < armijo < wolfe < 1, "
+                "else no step may meet both conditions"
+            )
         if self.outer_loss is not None and self.outer_every is None:
             raise ValueError(
                 "LBFGS(outer_loss=...) without outer_every: set how many steps lie between probes, say outer_every=5"

@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from equipoise.core.fields import check
+from equipoise.core.checks import check_ranges
 from equipoise.core.map import Point
 from equipoise.solvers.base import Solver
+
+CONTRACTION = ">= 0 and < 1; only a contraction has a bound"  # rule for a Lipschitz constant
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,14 +52,17 @@ class Picard(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self, 0 < self.damping <= 1, "damping", "must lie in (0, 1]")
-        mu, bound = self.one_sided, self.lipschitz
-        if mu is None:
-            check_contraction(self, bound)
+        check_ranges(self, damping="> 0 and <= 1")
+        if self.one_sided is None:
+            check_ranges(self, lipschitz=CONTRACTION)
             return
-        proved = bound is not None and bound >= 0 and -bound <= mu < 1
-        check(self, proved, "one_sided lipschitz", "needs a Lipschitz constant L and -L <= one_sided < 1")
-        check(self, self.damping == 1, "damping", "follows from one_sided and lipschitz; leave it out")
+        if self.lipschitz is None or self.lipschitz < 0 or not -self.lipschitz <= self.one_sided < 1:
+            raise ValueError(
+                f"Picard(one_sided={self.one_sided!r}, lipschitz={self.lipschitz!r}): needs a Lipschitz constant L and "
+                "-L <= one_sided < 1"
+            )
+        if self.damping != 1:
+            raise ValueError(f"Picard(damping={self.damping!r}): follows from one_sided and lipschitz; leave it out")
 
     @property
     def step(self) -> float:
@@ -79,9 +84,3 @@ class Picard(Solver):
 
     def propose(self, memory: Any, point: Point) -> Tensor:
         return point.fz if self.step == 1 else point.z.add(point.residual, alpha=self.step)
-
-
-def check_contraction(solver: Solver, lipschitz: float | None) -> None:
-    """Check that 0 <= L < 1, if there is a constant."""
-    valid = lipschitz is None or 0 <= lipschitz < 1
-    check(solver, valid, "lipschitz", "must lie in [0, 1); only a contraction has a bound")

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from equipoise.core.fields import check
+from equipoise.core.checks import check_ranges
 from equipoise.core.linalg import norms, row_sums
 from equipoise.core.map import Point
 from equipoise.solvers.base import Solver
@@ -62,8 +62,7 @@ class SteadyState(Solver):
         super().__post_init__()
         if not isinstance(self.stepper, Stepper):
             raise TypeError(f"SteadyState(stepper={self.stepper!r}): must be a stepper such as VCAB3()")
-        check(self, 0 < self.first_step < math.inf, "first_step", "must be positive and finite")
-        check(self, self.growth >= 1, "growth", "must be >= 1; at 1 steps never grow")
+        check_ranges(self, first_step="> 0 and < inf", growth=">= 1; at 1 steps never grow")
 
     def init(self, point: Point) -> StepperState:
         b, device = point.z.shape[0], point.z.device

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from equipoise.core.fields import check
+from equipoise.core.checks import check_ranges
 from equipoise.core.linalg import can_branch_on, norms, row_sums
 from equipoise.core.map import Point
 
@@ -49,7 +49,7 @@ class Stepper(abc.ABC):
     slots: ClassVar[int]  # slopes held
 
     def __post_init__(self) -> None:
-        check(self, self.error_ratio > 0, "error_ratio", "must be > 0; math.inf controls no error")
+        check_ranges(self, error_ratio="> 0; math.inf controls no error")
 
     @abc.abstractmethod
     def absorb(

@@ -179,14 +179,14 @@ def test_unknown_constants(layer: nn.Module, message: str) -> None:
     ("make", "message"),
     [
         (lambda: MeanOnlyGroupNorm(3, 4), "num_channels=4 must be a multiple of num_groups=3"),
-        (lambda: MeanOnlyGroupNorm(2, 4, max_gamma=0.0), "max_gamma=0.0: must be > 0"),
-        (lambda: MeanOnlyGroupNorm(2, 4, max_gamma=math.nan), "max_gamma=nan: must be > 0"),
-        (lambda: ScaledReLU(0.0), "slope=0.0: must be > 0 and <= 1"),
-        (lambda: ScaledReLU(1.5), "slope=1.5: must be"),
-        (lambda: IsometricUpsample(0), "factor=0: must be >= 1"),
+        (lambda: MeanOnlyGroupNorm(2, 4, max_gamma=0.0), r"max_gamma=0.0\): must be > 0"),
+        (lambda: MeanOnlyGroupNorm(2, 4, max_gamma=math.nan), r"max_gamma=nan\): must be > 0"),
+        (lambda: ScaledReLU(0.0), r"slope=0.0\): must be > 0 and <= 1"),
+        (lambda: ScaledReLU(1.5), r"slope=1.5\): must be"),
+        (lambda: IsometricUpsample(0), r"factor=0\): must be >= 1"),
         (lambda: SLLBlock(2, 4, 2), "kernel_size=2: must be odd"),
         (lambda: LevelWeights(2, "mean"), "mode='mean': must be softmax, uniform or learned"),
-        (lambda: LevelWeights(2, "softmax", exchange=1.5), "exchange=1.5: must be >= 0 and <= 1"),
+        (lambda: LevelWeights(2, "softmax", exchange=1.5), r"exchange=1.5\): must be >= 0 and <= 1"),
     ],
 )
 def test_messages(make: Callable[[], nn.Module], message: str) -> None:

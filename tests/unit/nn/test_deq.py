@@ -260,7 +260,7 @@ MISUSE: dict[str, tuple[Any, type[Exception], str]] = {
     ),
     "init is misspelt": (lambda: eq.nn.DEQ(TanhCell(D), initial=None), TypeError, "initial"),
     "explicit steps are negative": (
-        lambda: eq.nn.DEQ(TanhCell(D), explicit_steps=-1), ValueError, "explicit_steps must be >= 0, got -1"
+        lambda: eq.nn.DEQ(TanhCell(D), explicit_steps=-1), ValueError, r"DEQ\(explicit_steps=-1\): must be >= 0"
     ),
     "explicit steps are a fraction": (
         lambda: eq.nn.DEQ(TanhCell(D), explicit_steps=1.5), TypeError, "explicit_steps must be an integer, got 1.5"
