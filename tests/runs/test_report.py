@@ -1,4 +1,4 @@
-"""The report of a run: its numbers are those of the log, it needs no network, names cannot break out of it."""
+"""Report of a run: numbers of the log, no network, escaped names."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_state_that_is_one_tensor_has_a_report_too(tmp_path: Path) -> None:
+def test_state_of_one_tensor(tmp_path: Path) -> None:
     config = dataclasses.replace(
         CONFIG,
         model=DenseConfig(image_size=8, image_channels=1, num_classes=10, width=8, explicit_steps=1),
@@ -101,7 +101,7 @@ def page_with(run: Path, predictions: Predictions, classes: tuple[str, ...], nam
     return render(dataclasses.replace(CONFIG, name=name), read_lines(run), result, predictions, classes)
 
 
-def test_every_section_is_there_and_every_figure_has_a_title(run: Path) -> None:
+def test_sections_and_titles(run: Path) -> None:
     page = page_of(run)
     assert re.findall(r'<(?:section|details) id="([\w-]+)">', page) == list(SECTIONS)
     assert len(re.findall(r'<figure role="img" aria-label="[^"]{10,}"><h3>[^<]{10,}</h3><svg viewBox=', page)) == 9
@@ -109,7 +109,7 @@ def test_every_section_is_there_and_every_figure_has_a_title(run: Path) -> None:
     assert not list(run.glob(".*.tmp"))
 
 
-def test_the_page_refers_to_nothing_outside_itself(run: Path) -> None:
+def test_self_contained(run: Path) -> None:
     page = page_of(run)
     assert "http" not in page
     assert "<script" not in page
@@ -119,7 +119,7 @@ def test_the_page_refers_to_nothing_outside_itself(run: Path) -> None:
         assert target.startswith(("#", "data:")), target
 
 
-def test_cards_show_the_result(run: Path) -> None:
+def test_cards(run: Path) -> None:
     result = json.loads((run / "result.json").read_text())
     cards = dict(re.findall(r"<div><b>([^<]*)</b><span>([^<]*)</span>", page_of(run)))
     shown = {name: float(value.replace(",", "").removesuffix("%")) for value, name in cards.items()}
@@ -133,7 +133,7 @@ def test_cards_show_the_result(run: Path) -> None:
     }
 
 
-def test_the_page_says_what_is_proved(run: Path) -> None:
+def test_certificate(run: Path) -> None:
     assert "<dt>Certificate</dt><dd>not certified: deq.cell.blocks.0.conv1 (Conv2d: " in page_of(run)
     result = json.loads((run / "result.json").read_text())
     numbers = {"certified_lipschitz": 0.73, "predicted_evaluations": 27, "measured_lipschitz": 0.41, "tightness": 0.56}
@@ -149,7 +149,7 @@ def test_the_page_says_what_is_proved(run: Path) -> None:
         assert f"<dt>Certificate</dt><dd>{text}</dd>" in page
 
 
-def test_the_table_of_epochs_shows_the_log(run: Path) -> None:
+def test_epochs(run: Path) -> None:
     page = page_of(run)
     rows = re.findall(
         r"<tr>(<td>.*?)</tr>", page[page.index('id="numbers"') : page.index('id="configuration"')], re.DOTALL
@@ -170,7 +170,7 @@ def test_the_table_of_epochs_shows_the_log(run: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["loss", "accuracy", "mean_steps", "converged", "residual", "backward_share"])
-def test_curves_go_through_the_points_of_the_log(run: Path, name: str) -> None:
+def test_curves(run: Path, name: str) -> None:
     lines = read_lines(run)
     (axes,) = curve(lines, name, "label", fixed=2, scale="log" if name == "residual" else "linear").axes
     drawn = {line.get_label(): line.get_xydata() for line in axes.lines}
@@ -183,7 +183,7 @@ def test_curves_go_through_the_points_of_the_log(run: Path, name: str) -> None:
         assert len(points)
 
 
-def test_what_the_model_says_is_what_evaluation_found(run: Path) -> None:
+def test_predictions_match_evaluation(run: Path) -> None:
     result = json.loads((run / "result.json").read_text())
     model, test = load(run / "model.safetensors"), CONFIG.data.load().test
     predictions = collect_predictions(model, test, CONFIG, max_images=1000)
@@ -199,7 +199,7 @@ def test_what_the_model_says_is_what_evaluation_found(run: Path) -> None:
     assert not torch.equal(part.labels, predictions.labels[:130])  # a folder per class would give one class only
 
 
-def test_traces_are_the_residuals_of_the_iteration(run: Path) -> None:
+def test_traces(run: Path) -> None:
     model, test = load(run / "model.safetensors").double(), CONFIG.data.load().test
     config: TrainConfig = dataclasses.replace(CONFIG, eval_solver=eq.Picard(max_steps=4, rtol=0), precision="64-true")
     model.deq.gradient = eq.JacobianFree()  # Picard keeps no inverse for SHINE
@@ -217,7 +217,7 @@ def test_traces_are_the_residuals_of_the_iteration(run: Path) -> None:
     torch.testing.assert_close(predictions.trace.double(), residuals / size.double(), rtol=1e-5, atol=0)
 
 
-def test_images_that_are_done_count_with_their_last_residual() -> None:
+def test_quantiles() -> None:
     nan, inf = torch.nan, torch.inf
     trace = torch.tensor([[8.0, 4.0, 2.0, nan], [1.0, nan, 3.0, inf], [nan, nan, 5.0, nan]])
     predictions = dataclasses.replace(some_predictions([True] * 4), trace=trace)
@@ -230,7 +230,7 @@ def test_images_that_are_done_count_with_their_last_residual() -> None:
 
 
 @pytest.mark.parametrize("spread", [1, 4, 300])
-def test_the_histogram_counts_every_image_once(spread: int) -> None:
+def test_histogram(spread: int) -> None:
     predictions = some_predictions([True] * 50)
     predictions = dataclasses.replace(predictions, num_steps=3 + torch.randint(spread, (50,)))
     (axes,) = step_counts(predictions).axes
@@ -243,7 +243,7 @@ def test_the_histogram_counts_every_image_once(spread: int) -> None:
         assert {n: heights[n] for n in numbers.tolist()} == dict(zip(numbers.tolist(), counts.tolist(), strict=True))
 
 
-def test_the_confusion_matrix_is_that_of_scikit_learn() -> None:
+def test_confusion_equals_scikit_learn() -> None:
     predictions = some_predictions([True, False, True, False, False, True, True], num_classes=4)
     expected = confusion_matrix(predictions.labels, predictions.predicted, labels=range(5))
     counts = predictions.confusion(5)
@@ -254,7 +254,7 @@ def test_the_confusion_matrix_is_that_of_scikit_learn() -> None:
 
 
 @pytest.mark.parametrize("mistakes", [0, 1, 5, 24, 40])
-def test_mistakes_come_first_and_the_surest_of_them_ahead(mistakes: int) -> None:
+def test_order_of_examples(mistakes: int) -> None:
     predictions = some_predictions([i >= mistakes for i in range(50)])
     shown = examples(predictions, ("a", "b", "c"))
     assert [x["correct"] for x in shown] == [False] * min(mistakes, EXAMPLES) + [True] * (EXAMPLES - mistakes)
@@ -267,7 +267,7 @@ def test_mistakes_come_first_and_the_surest_of_them_ahead(mistakes: int) -> None
     )
 
 
-def test_names_are_text_and_never_markup(run: Path) -> None:
+def test_names_are_escaped(run: Path) -> None:
     predictions = some_predictions([True, False, True, False, True, True])
     page = page_with(run, predictions, EVIL, name="<b>bold</b>")
     assert "<script" not in page
@@ -280,13 +280,13 @@ def test_names_are_text_and_never_markup(run: Path) -> None:
 
 
 @pytest.mark.parametrize("num_classes", [20, 21])
-def test_a_matrix_of_many_classes_has_no_names(num_classes: int) -> None:
+def test_matrix_of_many_classes(num_classes: int) -> None:
     counts = some_predictions([i % 3 > 0 for i in range(90)], num_classes=num_classes).confusion(num_classes)
     svg = to_svg(confusion_map(counts, [f"class-{i}" for i in range(num_classes)]), "title")
     assert (">class-7</text>" in svg) == (num_classes <= 20)
 
 
-def test_an_unfinished_run_is_reported_as_of_its_newest_checkpoint(copy: Path) -> None:
+def test_unfinished_run(copy: Path) -> None:
     """The same model, without the files that the end of a run writes: all but the time and the banner are the same."""
 
     def cards() -> dict[str, str]:
@@ -314,7 +314,7 @@ def without_key(path: Path) -> None:
     path.write_text(json.dumps(content))
 
 
-def test_a_run_without_result_and_checkpoint_has_no_report(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_without_result_and_checkpoint(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (copy / "result.json").unlink()
     shutil.rmtree(copy / "checkpoints")
     assert main(["report", str(copy)]) == 1
@@ -334,7 +334,7 @@ def test_a_run_without_result_and_checkpoint_has_no_report(copy: Path, capsys: p
         ("model.safetensors", truncate, "model.safetensors is truncated, damaged"),
     ],
 )
-def test_a_damaged_run_gives_one_clear_error_and_leaves_the_old_report(
+def test_damaged_run(
     copy: Path,
     name: str,
     damage: Callable[[Path], object],
@@ -360,28 +360,27 @@ def test_a_damaged_run_gives_one_clear_error_and_leaves_the_old_report(
         (["RUN", "--image", "3"], "unknown flag --image"),
     ],
 )
-def test_the_command_names_what_it_does_not_understand(
+def test_usage_errors(
     run: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["report", *(str(run) if argument == "RUN" else argument for argument in arguments)]) in (1, 2)
     assert message in capsys.readouterr().err
 
 
-def test_the_command_looks_at_as_many_images_as_it_is_told(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_number_of_images(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(copy), "--images", "50"]) == 0
     assert capsys.readouterr().out == f"report {copy / 'report.html'}\n"
     assert "on 50 of 359 test images" in page_of(copy)
 
 
-@pytest.mark.slow
-def test_the_same_run_gives_the_same_page(copy: Path) -> None:
+def test_deterministic(copy: Path) -> None:
     before = page_of(copy)
     assert write_report(copy) == copy / "report.html"
     assert page_of(copy) == before
 
 
-@pytest.mark.parametrize("case", [pytest.param("installed", marks=pytest.mark.slow), "missing", "declined"])
-def test_training_ends_with_a_report_where_the_extra_is_installed(
+@pytest.mark.parametrize("case", ["installed", "missing", "declined"])
+def test_report_after_training(
     run: Path, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if case == "missing":
@@ -428,10 +427,9 @@ parent.document.title = JSON.stringify(found);
 })</script>"""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("width", [1200, 420])
 @pytest.mark.parametrize("classes", ["digits", "evil"])
-def test_a_browser_shows_everything_without_network_overlap_or_sideways_scrolling(
+def test_browser(
     run: Path, tmp_path: Path, width: int, classes: str
 ) -> None:
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -7,7 +7,7 @@ import itertools
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from equipoise.data import DataError, Split
 from equipoise.train import TrainConfig
@@ -89,7 +89,7 @@ def collect_predictions(
             best = model.head(solution.value).float().softmax(1).max(1)
         size = torch.linalg.vector_norm(solution.map.pack(solution.value).float(), dim=1)
         assert solution.trace is not None
-        traces.append((solution.trace / size.clamp_min(torch.finfo(size.dtype).tiny)).cpu())
+        traces.extend((solution.trace / size.clamp_min(torch.finfo(size.dtype).tiny)).cpu().unbind(1))
         part = (images, labels, best.indices, best.values, solution.num_steps, solution.converged)
         parts.append(tuple(x.cpu() for x in part))
         left -= len(labels)
@@ -97,9 +97,7 @@ def collect_predictions(
             break
     if not parts:
         raise DataError("a report needs test images, and the data of the run has none; set its test split")
-    longest = max(map(len, traces))
-    gaps = [trace.new_full((longest - len(trace), trace.shape[1]), torch.nan) for trace in traces]
-    trace = torch.cat([torch.cat(pair) for pair in zip(traces, gaps, strict=True)], 1)
+    trace = nn.utils.rnn.pad_sequence(traces, padding_value=torch.nan)
     images, labels, predicted, confidence, num_steps, converged = (
         torch.cat(column) for column in zip(*parts, strict=True)
     )
