@@ -9,7 +9,7 @@ import pytest
 import torch
 from problems import TanhCell
 from torch import nn
-from train.toy import FULL, PLAIN, contracting_toys
+from toy import FULL, PLAIN, contracting_toys
 
 import equipoise as eq
 from equipoise.train import TrainConfig, checkpoint, fit

@@ -161,5 +161,5 @@ def command(config: TrainConfig, run_dir: pathlib.Path) -> list[str]:
 
 
 WORKER = pathlib.Path(__file__).with_name("worker.py")
-PATHS = [str(pathlib.Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+PATHS = [str(pathlib.Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(PATHS), "OMP_NUM_THREADS": "1"}

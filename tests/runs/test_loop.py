@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from train.toy import FULL, MODEL, PLAIN, Interrupt, Run, Toy, read_config, timeless
+from toy import FULL, MODEL, PLAIN, Interrupt, Run, Toy, read_config, timeless
 
 import equipoise as eq
 from equipoise.data import derive_seed, generator

@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from train.toy import MODEL, PLAIN, Interrupt
+from toy import MODEL, PLAIN, Interrupt
 
 import equipoise as eq
 from equipoise import files, train

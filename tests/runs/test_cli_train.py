@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from train.toy import PLAIN, Interrupt, Interrupted, read_config, timeless
-from train.toy import command_line as main
+from toy import PLAIN, Interrupt, Interrupted, read_config, timeless
+from toy import command_line as main
 
 from equipoise import zoo
 from equipoise.cli import train as training
@@ -25,12 +25,6 @@ from equipoise.data import FashionMNIST
 from equipoise.train import RunError, TrainConfig, fit
 from equipoise.train.run_folder import RunFolder, config_yaml, read_lines
 from equipoise.zoo.files import load
-
-TINY = (
-    *("--model.channels", "[8,8]", "--model.head_channels", "[2,2]", "--model.final_channels", "8"),
-    *("--solver.max_steps", "3", "--stop_after", "3", "--log_every", "1", "--data.validation_fraction", "0.1"),
-)
-
 
 @pytest.fixture(autouse=True)
 def _user_defaults(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,38 +42,6 @@ def toy() -> str:
 
 def log(run: str) -> list[dict[str, Any]]:
     return timeless(read_lines(run))
-
-
-@pytest.mark.slow
-def test_a_run_ends_with_its_table_and_can_be_evaluated_repeated_and_used(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "mdeq-digits", *TINY, "--run-dir", "runs/one", "--no-report"]) == 0
-    captured = capsys.readouterr()
-    assert captured.err == ""
-    result = json.loads(pathlib.Path("runs/one/result.json").read_text())
-    table = {
-        "test accuracy": f"{result['test_accuracy']:.4f}",
-        "mean solver steps per sample": f"{result['mean_steps']:.1f}",
-        "share of time in backward": f"{result['backward_share']:.0%}",
-        "time": r"\d+ s",
-        "run folder": "runs/one",
-    }
-    for name, value in table.items():
-        assert re.search(rf"│ {name} +│ {value} +│", captured.out), name
-    lines = [f"epoch   1  {split}  " for split in ("train", "validation", "test")]
-    order = [captured.out.index(text) for text in ("run folder runs/one", *lines, "┌")]
-    assert order == sorted(order)
-    assert result["steps"] == 3
-
-    saved = read_config("runs/one/config.yaml")
-    assert (saved.stop_after, saved.model.channels, saved.data.validation_fraction) == (3, (8, 8), 0.1)
-    again = ["train", "--config", "runs/one/config.yaml", "--run-dir", "runs/two", "--no-report"]
-    assert main(again) == 0
-    assert log("runs/two") == log("runs/one")
-    one, two = (load(f"runs/{name}/model.safetensors").state_dict() for name in ("one", "two"))
-    assert all(torch.equal(value, two[name]) for name, value in one.items())
-    capsys.readouterr()
-    assert main(["evaluate", "runs/one", "--solver.max_steps", "2", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["mean_steps"] == 2
 
 
 def test_runs_without_a_name_are_numbered(toy: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from train.toy import ENVIRONMENT, MODEL, PLAIN, Toy, command, timeless
+from toy import ENVIRONMENT, MODEL, PLAIN, Toy, command, timeless
 
 from equipoise.data import derive_seed, generator
 from equipoise.train import SGD, TrainConfig, checkpoint, evaluate

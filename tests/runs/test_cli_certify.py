@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from train.toy import PLAIN, Interrupt, Interrupted, contracting_toys
-from train.toy import command_line as main
+from toy import PLAIN, Interrupt, Interrupted, contracting_toys
+from toy import command_line as main
 
 import equipoise as eq
 from equipoise.train import fit
@@ -85,7 +85,7 @@ def test_people_read_matrices_numbers_and_a_verdict(capsys: pytest.CaptureFixtur
 def test_without_images_nothing_is_measured_and_no_data_is_read(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("train.toy.Toy.load", None)
+    monkeypatch.setattr("toy.Toy.load", None)
     code, found = json_of(capsys, "certify", "tight", "--images", "0")
     assert code == 0
     assert (found["images"], found["observed"], found["evaluation"]["measured"]) == (0, None, None)

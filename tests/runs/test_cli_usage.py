@@ -17,8 +17,8 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from train.toy import CLASSES, contracting_toys, read_config
-from train.toy import command_line as main
+from toy import CLASSES, contracting_toys, read_config
+from toy import command_line as main
 
 import equipoise as eq
 from equipoise import cli, report, zoo

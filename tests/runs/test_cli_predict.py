@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from train.toy import PLAIN, Interrupt, Interrupted
-from train.toy import command_line as main
+from toy import PLAIN, Interrupt, Interrupted
+from toy import command_line as main
 
 from equipoise.train import fit, save
 from equipoise.train.checkpoint import describe

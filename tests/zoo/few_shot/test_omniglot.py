@@ -20,7 +20,7 @@ from equipoise.data import DataError
 from equipoise.zoo import Omniglot
 from equipoise.zoo.few_shot.omniglot import Episodes, read_alphabets
 
-REAL = pathlib.Path(os.environ.get("EQUIPOISE_DATA") or pathlib.Path(__file__).parents[3] / "shared/data") / "omniglot"
+REAL = pathlib.Path(os.environ.get("EQUIPOISE_DATA") or pathlib.Path(__file__).parents[4] / "shared/data") / "omniglot"
 NOTO = pathlib.Path("/usr/share/fonts/truetype/noto")
 ALPHABETS = {"Greek": 3, "Latin": 4, "Tagalog": 3, "Balinese": 2}
 PARTS = {"images_background_small1": ("Greek", "Latin", "Balinese"), "images_background_small2": ("Greek", "Tagalog")}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from train.toy import MODEL
+from toy import MODEL
 
 import equipoise as eq
 from equipoise import zoo

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from train.toy import FULL, MODEL, PLAIN, Interrupt, Interrupted, read_config, timeless
-from train.toy import command_line as main
+from toy import FULL, MODEL, PLAIN, Interrupt, Interrupted, read_config, timeless
+from toy import command_line as main
 
 import equipoise as eq
 from equipoise.train import Objective, Pretraining, StepInfo, evaluate, fit

@@ -33,7 +33,7 @@ from equipoise.data import (
 from equipoise.data.images import random_crop, random_flip
 from equipoise.data.readers import open_image, random_resized_crop, read_idx, resize_and_crop, to_mode, to_tensor
 
-CIFAR = pathlib.Path(os.environ.get("EQUIPOISE_DATA") or pathlib.Path(__file__).parents[3] / "shared/data") / "cifar10"
+CIFAR = pathlib.Path(os.environ.get("EQUIPOISE_DATA") or pathlib.Path(__file__).parents[4] / "shared/data") / "cifar10"
 FASHION = pathlib.Path("/usr/share/datasets/fashion-mnist")
 CLASSES = ["cat", "dog", "owl"]
 

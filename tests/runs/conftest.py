@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from train.toy import Run
+from toy import Run
 
 from equipoise.train import Result, TrainConfig, fit
 

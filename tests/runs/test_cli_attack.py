@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from train.toy import PLAIN
-from train.toy import command_line as main
+from toy import PLAIN
+from toy import command_line as main
 
 from equipoise.inputs import Envelope
 from equipoise.solvers import Picard

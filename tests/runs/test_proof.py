@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from train.toy import CLASSES, FULL, PLAIN, Run, contracting_toys
+from toy import CLASSES, FULL, PLAIN, Run, contracting_toys
 
 import equipoise as eq
 from equipoise import CertificateError, files, train, zoo

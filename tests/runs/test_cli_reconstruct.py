@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from train.toy import PLAIN
-from train.toy import command_line as main
+from toy import PLAIN
+from toy import command_line as main
 
 import equipoise as eq
 from equipoise.cli.reconstruct import _kind

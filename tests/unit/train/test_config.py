@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from train.toy import CLASSES, FULL, PLAIN, Toy, read_config
+from toy import CLASSES, FULL, PLAIN, Toy, read_config
 
 import equipoise as eq
 from equipoise import zoo

@@ -14,7 +14,7 @@ import time
 
 import pytest
 import torch
-from train.toy import (
+from toy import (
     ENVIRONMENT,
     FULL,
     PLAIN,
