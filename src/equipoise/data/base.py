@@ -30,11 +30,11 @@ def generator(*numbers: int) -> torch.Generator:
 
 
 class Split(abc.ABC):
-    """Images of one kind (training, validation, test) in batches."""
+    """Samples of one kind (training, validation, test), in batches."""
 
     @abc.abstractmethod
     def __len__(self) -> int:
-        """Number of images."""
+        """Number of samples."""
 
     @abc.abstractmethod
     def batches(
@@ -46,13 +46,13 @@ class Split(abc.ABC):
         rank: int = 0,
         world_size: int = 1,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of `(images, labels)`: uint8 `(b, C, H, W)` and int64 `(b,)`.
+        """Yield batches of `(images, labels)`: uint8 `(b, C, H, W)` and int64 `(b,)`.
 
         Args:
             size: images per batch, over all devices.
-            shuffle: seed and epoch of the random order, without the images that fill no whole batch; None: all
-                images in their own order.
-            start: number of the first batch that is wanted.
+            shuffle: seed and epoch of the random order, without an incomplete last batch; None: all images in
+                their own order.
+            start: number of the first batch.
             rank: number of this process, which gets every `world_size`-th image of each batch.
             world_size: number of processes.
         """
@@ -89,7 +89,7 @@ class TensorSplit(Split):
 def batch_indices(
     count: int, size: int, shuffle: tuple[int, int] | None, start: int, rank: int, world_size: int
 ) -> Iterator[Tensor]:
-    """Image numbers of each batch, as `Split.batches` describes them."""
+    """Yield the sample numbers of each batch of `Split.batches`."""
     order = torch.arange(count) if shuffle is None else torch.randperm(count, generator=generator(*shuffle))
     stop = count if shuffle is None else count - count % size
     for first in range(start * size, stop, size):
@@ -98,12 +98,12 @@ def batch_indices(
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """The splits of a data source.
+    """Splits of a data source.
 
     Args:
-        train: images to train on.
-        validation: images carved out of the training images, for development; None: none.
-        test: images for the final evaluation only.
+        train: for training.
+        validation: set aside from the training samples, for development; None: none.
+        test: for the final evaluation only.
         classes: names of the labels.
     """
 
@@ -142,7 +142,7 @@ class Data(abc.ABC):
         """Read the data.
 
         Raises:
-            DataError: it is missing, and the message says what was looked for and what to do; or it is damaged.
+            DataError: it is missing or damaged; the message has the places of the search and the remedy.
         """
 
     @abc.abstractmethod

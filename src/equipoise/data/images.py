@@ -29,11 +29,11 @@ class ImageData(Data):
     crop_padding: int = 0
     """Pixels of padding from which a training image is cropped at random; 0: not cropped."""
     flip: bool = False
-    """Whether half of the training images are mirrored."""
+    """Whether training images are mirrored with probability one half."""
     mean: tuple[float, ...]
-    """Mean of each channel, of pixels in [0, 1], that is subtracted."""
+    """Mean of each channel, for pixels in [0, 1]; it is subtracted."""
     std: tuple[float, ...]
-    """Standard deviation of each channel, by which is divided."""
+    """Standard deviation of each channel; the divisor."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean", tuple(self.mean))
@@ -76,7 +76,7 @@ class ImageData(Data):
 
 
 def random_crop(images: Tensor, padding: int, source: torch.Generator) -> Tensor:
-    """A random window of each image, of its own size, after zero padding: `(B, C, H, W) -> (B, C, H, W)`."""
+    """Pad images with zeros, and cut a random window of the old size out of each: `(B, C, H, W) -> (B, C, H, W)`."""
     batch, _, height, width = images.shape
     corner = torch.randint(2 * padding + 1, (2, batch), generator=source).to(images.device)
     rows = corner[0, :, None] + torch.arange(height, device=images.device)
@@ -87,6 +87,6 @@ def random_crop(images: Tensor, padding: int, source: torch.Generator) -> Tensor
 
 
 def random_flip(images: Tensor, source: torch.Generator) -> Tensor:
-    """Each image, mirrored left to right with probability one half: `(B, C, H, W) -> (B, C, H, W)`."""
+    """Mirror each image left to right with probability one half: `(B, C, H, W) -> (B, C, H, W)`."""
     flipped = torch.rand(len(images), generator=source).to(images.device) < 0.5
     return torch.where(flipped[:, None, None, None], images.flip(3), images)

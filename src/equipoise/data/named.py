@@ -1,4 +1,4 @@
-"""Data sets by name: digits and clothes."""
+"""Named data sets: digits and clothes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Readers of IDX files and of single images, which refuse what is damaged."""
+"""Readers of IDX files and of single images; damaged files are refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
 def find_idx(root: str | None) -> Path | None:
-    """The folder of Fashion-MNIST's IDX files; None if there is none and none was demanded.
+    """Find the folder of Fashion-MNIST's IDX files; None: there is none in the usual places.
 
     Args:
         root: the folder itself, or its parent; None: the usual places.
@@ -48,7 +48,7 @@ def find_idx(root: str | None) -> Path | None:
 
 
 def read_idx_pair(folder: Path, prefix: str, *, size: int, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Images and labels of one split.
+    """Read images and labels of one split.
 
     Args:
         folder: of the files.
@@ -79,7 +79,7 @@ def read_idx_pair(folder: Path, prefix: str, *, size: int, num_classes: int) -> 
 
 
 def read_idx(path: Path) -> Tensor:
-    """An IDX file of unsigned bytes, gzipped or not.
+    """Read an IDX file of unsigned bytes, gzipped or not.
 
     Raises:
         DataError: it is truncated, corrupt or of another type.
@@ -101,14 +101,14 @@ def read_idx(path: Path) -> Tensor:
 
 
 def open_image(content: bytes, name: str) -> Image.Image:
-    """A decoded image.
+    """Decode an image.
 
     Args:
         content: bytes of a PNG, JPEG or other file.
         name: of the file, for messages.
 
     Raises:
-        DataError: it is empty, no image, truncated, or too large to be meant.
+        DataError: it is empty, no image, truncated, or has too many pixels.
     """
     try:
         from PIL import Image, UnidentifiedImageError
@@ -129,7 +129,7 @@ def open_image(content: bytes, name: str) -> Image.Image:
 
 
 def to_mode(image: Image.Image, channels: int) -> Image.Image:
-    """The image in color (3 channels) or grayscale (1); transparent parts become white."""
+    """Convert an image to color (3 channels) or grayscale (1); transparent parts become white."""
     from PIL import Image
 
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -144,13 +144,13 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """uint8 `(C, H, W)` of an image in mode RGB or L."""
+    """Convert an image in mode RGB or L to uint8 `(C, H, W)`."""
     flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return flat.view(image.height, image.width, len(image.getbands())).permute(2, 0, 1).contiguous()
 
 
 def resize_and_crop(image: Image.Image, resize: int, size: int) -> Image.Image:
-    """The central square of side `size` after the shorter side became `resize`, with bilinear interpolation."""
+    """Resize an image bilinearly to the shorter side `resize`, and cut out the central square of side `size`."""
     from PIL import Image
 
     short = min(image.size)
@@ -161,7 +161,7 @@ def resize_and_crop(image: Image.Image, resize: int, size: int) -> Image.Image:
 
 
 def random_resized_crop(image: Image.Image, size: int, source: torch.Generator) -> Image.Image:
-    """A random part of 8 to 100 % of the area and aspect 3/4 to 4/3, resized to a square of side `size`."""
+    """Cut out a random part, 8 to 100 % of the area with aspect 3/4 to 4/3, and resize it to a square."""
     from PIL import Image
 
     width, height = image.size

@@ -1,4 +1,4 @@
-"""The complete configuration of a training run."""
+"""Complete configuration of a training run."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from equipoise.train.task import Objective, Task
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A complete training run.
+    """Configuration of a training run.
 
-    Everything that decides the result is here; where the run is kept is an argument of `fit`.
+    It determines the result; the folder of the run is an argument of `fit`.
 
     Raises:
         ValueError: a field is out of range, or two fields do not fit each other.
@@ -32,19 +32,19 @@ class TrainConfig:
     """
 
     name: str = "custom"
-    """Name of the recipe; new run folders are called after it."""
+    """Name of the recipe, and of new run folders."""
     data: Data
     """Images and labels: source, split, augmentation."""
     model: ModelConfig
     """Shape of the model."""
     task: Task
-    """What the model is trained for."""
+    """Loss and scores."""
     solver: Solver = Anderson()
     """Finds the equilibrium; in tasks that optimize inputs, state, adjoint and input together."""
     gradient: Gradient = Implicit()
-    """Differentiates what the solver found."""
+    """Differentiates the result of the solver."""
     eval_solver: Solver | None = None
-    """Takes the solver's place in evaluation; None: the same solver."""
+    """Replaces the solver in evaluation; None: the same solver."""
     optimizer: Optimizer = Adam()
     """Optimizer."""
     schedule: LRSchedule = LRSchedule()
@@ -68,11 +68,11 @@ class TrainConfig:
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Kind of device."""
     devices: int = 1
-    """Devices per machine; under `torchrun`, which knows them, left alone."""
+    """Devices per machine; `torchrun` overrides it."""
     num_nodes: int = 1
-    """Machines; under `torchrun`, which knows them, left alone."""
+    """Machines; `torchrun` overrides it."""
     strategy: Literal["auto", "ddp"] = "auto"
-    """How several devices share the work."""
+    """Strategy for several devices."""
     channels_last: bool = False
     """Whether convolutions keep their channels last in memory."""
     compile_cell: bool = False

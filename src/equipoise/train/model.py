@@ -1,4 +1,4 @@
-"""Model configurations: the interface that the engine needs."""
+"""Interface of model configurations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from equipoise.solvers import Anderson, Solver
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig(abc.ABC):
-    """Shape of an equilibrium model, which builds the model.
+    """Shape of an equilibrium model; it builds the model.
 
     A model is a module with this configuration as `config` and its equilibrium, a `DEQ`, as `deq`.
     """

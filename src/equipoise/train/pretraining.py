@@ -9,7 +9,7 @@ from equipoise.core.checks import check_ranges
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pretraining:
-    """The first steps of training with the map applied a fixed number of times, by plain backpropagation."""
+    """First steps of training, with the map applied a fixed number of times and plain backpropagation."""
 
     steps: int = 0
     """Optimizer steps of this kind; 0: none."""

@@ -110,7 +110,7 @@ class RunFolder:
                     f"{self.path} cannot be resumed with another configuration: {'; '.join(differences)}. Drop these "
                     "flags, or start a new run in another --run-dir"
                 )
-            if old != {"version": old.get("version"), **new}:  # in what is free
+            if old != {"version": old.get("version"), **new}:  # in free fields
                 write_config(self.config, found)
             return
         self.path.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Configurations as plain data: dataclasses to JSON types and back, never by importing what a file names."""
+"""Configurations as plain data: dataclasses to JSON types and back, no module is imported because a file names it."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def from_plain(hint: Any, value: Any, classes: Iterable[type] = (), where: str =
 
 
 def members(family: type, classes: Iterable[type]) -> dict[str, type]:
-    """Classes of a family by name."""
+    """Return the members of a family by name."""
     return {cls.__name__: cls for cls in classes if issubclass(cls, family)}
 
 

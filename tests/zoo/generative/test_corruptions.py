@@ -56,7 +56,7 @@ def test_holes_are_whole_squares_at_places_that_differ() -> None:
         assert int(rows.max() - rows.min()) == int(columns.max() - columns.min()) == 4
         corners.add((int(rows.min()), int(columns.min())))
     assert len(corners) > 1
-    with pytest.raises(ValueError, match="leaves nothing"):
+    with pytest.raises(ValueError, match="covers images"):
         Hole(size=12).observe(clean)
 
 

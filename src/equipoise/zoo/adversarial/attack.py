@@ -1,4 +1,4 @@
-"""The worst that a small change of an image does to a classifier."""
+"""Attacks: small changes of images that mislead a classifier."""
 
 from __future__ import annotations
 
@@ -34,27 +34,26 @@ def attack(
     start: Tensor | None = None,
     optimizer: InputOptimizer = ATTACK,
 ) -> InputSolution:
-    r"""Images near the given ones that a classifier errs on most, found together with their equilibria.
+    r"""Find images near given ones with the worst predictions of a classifier, together with their equilibria.
 
     $$ \max_{x \in X} \; \ell, \quad \ell = \log \sum_{j \ne y} e^{h_j} - h_y, \quad h = \mathrm{head}(z^*)
        \quad \text{subject to} \quad z^* = f(z^*, \mathrm{stem}((x - m) / s)) $$
 
-    These log odds against the label have the maxima of the cross-entropy, $\log(1 + e^\ell)$. But their slope does not
-    vanish where the classifier is sure of itself, where an attack by the slope of the cross-entropy goes nowhere. The
-    model is frozen meanwhile: samples do not see each other, statistics do not move, no random numbers are drawn.
+    These log odds against the label have the maxima of the cross-entropy, $\log(1 + e^\ell)$. Their gradient
+    does not vanish at confident predictions, where an attack by the gradient of the cross-entropy stalls. The model is
+    frozen meanwhile: samples are independent, statistics stay, no random numbers are drawn.
 
-    With plain iteration and a step that is long against the slope, a step is the projection of a long move: it ends
-    on the border of the set, where the maximum is. The default does that. Extrapolation of such iterates, by Anderson,
-    gains nothing.
+    The default is plain iteration with long steps: each step is the projection of a long move, and ends on the border
+    of the set, where the maximum is. Anderson's extrapolation of such iterates gains nothing.
 
     Args:
         model: a classifier.
         images: `(B, C, H, W)`, with values in [0, 1].
-        labels: `(B,)` classes that the model is to be led away from.
-        constraint: what the images may become, such as `L2Ball(radius=1.0, center=images, lower=0.0, upper=1.0)`.
-        mean: of each channel, that is subtracted before the model sees the image.
-        std: of each channel, by which is divided.
-        start: where the search begins; None: the images.
+        labels: `(B,)` classes that the attack lowers.
+        constraint: set of the images, such as `L2Ball(radius=1.0, center=images, lower=0.0, upper=1.0)`.
+        mean: of each channel, subtracted before the stem.
+        std: of each channel; the divisor.
+        start: first iterate; None: the images.
         optimizer: method of the attack; its step is along the gradient of the log odds. `Envelope()` fits a training
             loss that is the cross-entropy, whose gradient is a multiple of that of the log odds for each sample.
 
@@ -90,7 +89,7 @@ def attack(
 
 
 class _Pixels(nn.Module):
-    """The map of a classifier as one of state and image, of pixels in [0, 1]."""
+    """Map of a classifier with the image as its input, pixels in [0, 1]."""
 
     mean: Tensor
     std: Tensor
@@ -111,7 +110,7 @@ class _Pixels(nn.Module):
 
 
 class _Gain(nn.Module):
-    """The log odds against the label, negative: what an adversary minimizes."""
+    """Negative log odds against the label, the cost of the attack."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()

@@ -13,9 +13,9 @@ from equipoise.zoo.continuous import DenseConfig
 
 
 def jiio_adversarial() -> TrainConfig:
-    """Adversarial training on the digits, radius 1 in L2: the attack is found with the equilibrium, half a minute.
+    """Adversarial training on the digits, radius 1 in L2, attacks found with the equilibria: half a minute.
 
-    The map is capped to contract: otherwise training makes maps whose equilibrium the joint iterate never meets.
+    The map is capped to contract: otherwise training finds maps whose joint iterate never reaches the equilibrium.
     """
     return TrainConfig(
         name="jiio-adversarial",

@@ -1,4 +1,4 @@
-"""Classification of images by an equilibrium: what its models share, and how they are trained."""
+"""Classification of images by an equilibrium: base classes, task and penalties."""
 
 from equipoise.zoo.classification.model import ClassifierConfig, EquilibriumClassifier
 from equipoise.zoo.classification.penalties import JacobianPenalty, SkipPenalty

@@ -29,7 +29,7 @@ class ClassifierConfig(ImageModelConfig):
     num_classes: int
     """Number of logits."""
     predictor: bool = False
-    """Whether a network of its own guesses the equilibrium, and the solve begins there: a Skip DEQ."""
+    """Whether the solve begins at the guess of a predictor network: a Skip DEQ."""
     explicit_steps: int = 0
     """Applications of the map before the solve, through which its start is differentiable; 1: a Skip Reg DEQ."""
 
@@ -43,13 +43,13 @@ class ClassifierConfig(ImageModelConfig):
 
 
 class EquilibriumClassifier(nn.Module):
-    r"""Base of classifiers of images: what is before the equilibrium, the equilibrium, what reads it.
+    r"""Base of classifiers of images: stem, equilibrium, head.
 
     $$u = \mathrm{stem}(x), \quad z^* = f(z^*, u), \quad \mathrm{logits} = \mathrm{head}(z^*).$$
 
     Args:
         config: shape of the model.
-        stem: from images to what the map takes beside its state.
+        stem: from images to the input of the map.
         deq: the equilibrium.
         head: from the equilibrium to logits.
     """
@@ -73,14 +73,14 @@ class EquilibriumClassifier(nn.Module):
         return self.classify(images)[0]
 
     def classify(self, images: Tensor) -> tuple[Tensor, Solution]:
-        """Classify images and tell how the equilibrium was found.
+        """Classify images, and return the equilibria.
 
         Args:
             images: `(B, image_channels, image_size, image_size)`.
 
         Returns:
-            `(B, num_classes)` logits, and the `Solution` whose value the head has read: steps and statuses for the
-            training log, the map for a Jacobian penalty.
+            `(B, num_classes)` logits, and the `Solution` that the head read: steps and statuses for the training log,
+            the map for a Jacobian penalty.
 
         Raises:
             ValueError: `images` has another shape.

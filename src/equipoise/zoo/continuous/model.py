@@ -1,4 +1,4 @@
-"""A fully connected equilibrium classifier, for small images: configuration, map and model."""
+"""Fully connected equilibrium classifier of small images."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class DenseConfig(ClassifierConfig):
     """
 
     width: int = 128
-    """Numbers of the state."""
+    """Size of the state."""
     cap: float | None = None
-    """Largest Lipschitz constant of the map, to which its matrix is scaled down; below 1 it contracts. None: any."""
+    """Largest Lipschitz constant of the map: its matrix is scaled down. Below 1 the map contracts. None: any."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,7 +49,7 @@ class DenseCell(nn.Module):
     Its Lipschitz constant is $\|W\|_2$.
 
     Args:
-        width: numbers of the state and of the injection.
+        width: size of state and injection.
         cap: largest norm of $W$; None: any.
 
     Source: Pal, Edelman and Rackauckas (2022), MNIST.
@@ -67,12 +67,12 @@ class DenseCell(nn.Module):
         return torch.relu(self.state(z)) + torch.relu(self.injection(u))
 
     def block_matrix(self, training: bool = False) -> Tensor:
-        """The constant as `certify` reads it, `(1, 1)`, float64, on the CPU."""
+        """Return the Lipschitz constant for `certify`, `(1, 1)`, float64, on the CPU."""
         return torch.linalg.matrix_norm(self.state.weight.detach().double().cpu(), 2)[None, None]
 
 
 class _Capped(nn.Module):
-    """Divides a small matrix by its spectral norm over the cap, where the norm is larger: by its singular values."""
+    """Scales a small matrix down to a spectral norm of at most the cap, by its singular values."""
 
     def __init__(self, cap: float) -> None:
         super().__init__()

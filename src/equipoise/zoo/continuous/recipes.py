@@ -29,14 +29,14 @@ def continuous_mnist() -> TrainConfig:
 
 
 def skip_mnist() -> TrainConfig:
-    """Skip DEQ: `continuous-mnist`, begun at the guess of a network that learns to predict the equilibrium."""
+    """Skip DEQ: `continuous-mnist` whose solve begins at the guess of a network trained to predict the equilibrium."""
     config = continuous_mnist()
     model = dataclasses.replace(config.model, predictor=True)
     return dataclasses.replace(config, name="skip-mnist", model=model, task=Classify(skip=SkipPenalty(weight=1.0)))
 
 
 def skip_reg_mnist() -> TrainConfig:
-    """Skip Reg DEQ: `continuous-mnist`, begun at the first step of the map, to which the equilibrium is drawn.
+    """Skip Reg DEQ: `continuous-mnist` with a penalty on the distance of the equilibrium from one step of the map.
 
     With a weight of a tenth the map still depends on its state for many images; from one on it does for none.
     """

@@ -1,4 +1,4 @@
-"""A learner of few-shot tasks whose inputs, a context and a linear head, are found with its equilibrium."""
+"""Few-shot learner: context and linear head of a task are optimized inputs of its equilibrium."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ADAPT = InputOptimizer(
 )
 """Default method of `FewShotLearner.adapt`; vary it with `dataclasses.replace`."""
 
-Adapted = dict[str, Tensor]  # what a task sets: "context" (B, context) and "head" (B, ways, width)
+Adapted = dict[str, Tensor]  # optimized inputs of a task: "context" (B, context) and "head" (B, ways, width)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,9 +41,9 @@ class FewShotConfig(ImageModelConfig):
     num_groups: int = 4
     """Groups of its GroupNorms."""
     width: int = 64
-    """Numbers of the state of an image."""
+    """Size of the state of an image."""
     context: int = 32
-    """Numbers of the context of a task."""
+    """Size of the context of a task."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,7 +61,7 @@ class FewShotConfig(ImageModelConfig):
 
 
 class Encoder(nn.Sequential):
-    """Four times convolution of stride 2, GroupNorm and ReLU, then a linear layer: `(B, C, H, W) -> (B, width)`."""
+    """Four stride-2 convolutions, each with GroupNorm and ReLU, and a linear layer: `(B, C, H, W) -> (B, width)`."""
 
     def __init__(self, config: FewShotConfig) -> None:
         layers: list[nn.Module] = []
@@ -93,7 +93,7 @@ class FewShotCell(nn.Module):
         nn.init.normal_(self.film.weight, std=0.1)
 
     def forward(self, z: Tensor, x: Adapted, u: Tensor) -> Tensor:
-        """`(B, n, width)` state, what the task sets, `(B, n, width)` injection, to `(B, n, width)`."""
+        """State `(B, n, width)`, optimized inputs and injection `(B, n, width)` to `(B, n, width)`."""
         scale, shift = self.film(x["context"])[:, None].chunk(2, dim=-1)
         return torch.tanh((1 + scale) * self.state(z) + u + shift)
 
@@ -102,7 +102,7 @@ class SupportCost(nn.Module):
     """Sum of the cross-entropies of a task's support images, `(B,)`."""
 
     def forward(self, z: Tensor, x: Adapted, labels: Tensor) -> Tensor:
-        """`(B, n, width)` states, what the task sets, `(B, n)` labels."""
+        """States `(B, n, width)`, optimized inputs and labels `(B, n)` to costs `(B,)`."""
         return F.cross_entropy(scores(z, x).transpose(1, 2), labels, reduction="none").sum(1)
 
 
@@ -119,15 +119,15 @@ class Decay(nn.Module):
 
 
 class FewShotLearner(nn.Module):
-    r"""Learns to classify the images of a task by finding inputs of its equilibrium.
+    r"""Few-shot learner of image classes, by optimized inputs of an equilibrium.
 
     $$ u = \mathrm{encoder}(\text{image}), \quad z^* = \tanh(\gamma(v) \odot W z^* + u + \beta(v)), \quad
        \mathrm{logits} = H z^* / \sqrt{d} $$
 
     $$ (v, H) = \arg\min \sum_{\text{support}} \mathrm{CE} + \tfrac12 \rho_v |v|^2 + \tfrac12 \rho_H |H|^2 $$
 
-    A task sets the context $v$ and the head $H$, a row for each class, starting from zeros: one model serves tasks of
-    any number of classes, in any order. All else is shared by all tasks, the weights $\rho$ too.
+    A task determines the context $v$ and the head $H$, a row for each class, from zeros: one model serves tasks of any
+    number of classes, in any order. All tasks share everything else, the weights $\rho$ too.
 
     Args:
         config: shape of the model.
@@ -164,7 +164,7 @@ class FewShotLearner(nn.Module):
         ways: int,
         optimizer: InputOptimizer = ADAPT,
     ) -> InputSolution:
-        """Find context and head of each task: the last part of the solution's `value`.
+        """Find context and head of each task, the last part of the solution's `value`.
 
         Args:
             images: `(B, S, image_channels, image_size, image_size)` support.
@@ -192,11 +192,11 @@ class FewShotLearner(nn.Module):
         )
 
     def classify(self, images: Tensor, x: Adapted) -> tuple[Tensor, Solution[Tensor]]:
-        """Logits `(B, n, ways)` of images of the tasks that `x` was found for, and how the equilibrium was found.
+        """Return logits `(B, n, ways)` of further images of tasks, and the equilibria.
 
         Args:
             images: `(B, n, image_channels, image_size, image_size)`.
-            x: what `adapt` has found.
+            x: context and head, from `adapt`.
 
         Raises:
             ValueError: `images` has another shape.
@@ -205,7 +205,7 @@ class FewShotLearner(nn.Module):
         return scores(solution.value, x), solution
 
     def encode(self, images: Tensor) -> Tensor:
-        """Injections `(B, n, width)` of images `(B, n, C, H, W)`."""
+        """Return injections `(B, n, width)` of images `(B, n, C, H, W)`."""
         expected = self.config.image_shape
         if images.ndim != 5 or images.shape[2:] != expected:
             raise ValueError(
@@ -217,7 +217,7 @@ class FewShotLearner(nn.Module):
 
 
 def scores(z: Tensor, x: Adapted) -> Tensor:
-    """Logits `(B, n, ways)` of states `(B, n, width)` by the heads of their tasks."""
+    """Return logits `(B, n, ways)` of states `(B, n, width)` by the heads of their tasks."""
     return z @ x["head"].transpose(1, 2) / z.shape[2] ** 0.5
 
 

@@ -30,7 +30,7 @@ Characters = dict[str, dict[str, Tensor]]  # alphabet, character: uint8 (drawing
 
 
 class Episodes(Split):
-    """Tasks drawn from classes: each has some of them under new labels, with images to learn from and to classify.
+    """Tasks drawn from classes: each has random classes under new labels, with support and query images.
 
     Task number i of an epoch is a function of seed, epoch and i alone, whatever the batch.
 
@@ -40,7 +40,7 @@ class Episodes(Split):
         ways: classes of a task.
         shots: support images of each.
         queries: query images of each.
-        rotate: whether each class of a task is turned by a random multiple of 90 degrees, as if it were another.
+        rotate: whether each class of a task is rotated by a random multiple of 90 degrees.
 
     Raises:
         ValueError: there are too few classes, or too few images of one.
@@ -70,12 +70,12 @@ class Episodes(Split):
         rank: int = 0,
         world_size: int = 1,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of tasks: uint8 `(b, S + Q, C, H, W)` and int64 `(b, S + Q)`, the support first.
+        """Yield batches of tasks: uint8 `(b, S + Q, C, H, W)` and int64 `(b, S + Q)`, the support first.
 
         Args:
             size: tasks per batch, over all devices.
             shuffle: seed and epoch; None: the same tasks every time.
-            start: number of the first batch that is wanted.
+            start: number of the first batch.
             rank: number of this process, which gets every `world_size`-th task of each batch.
             world_size: number of processes.
         """
@@ -87,7 +87,7 @@ class Episodes(Split):
             yield torch.stack(tasks), labels.expand(len(tasks), -1)
 
     def task(self, source: torch.Generator) -> Tensor:
-        """The images of one task, `(S + Q, C, H, W)`."""
+        """Draw the images of a task, `(S + Q, C, H, W)`."""
         support, query = [], []
         for number in torch.randperm(len(self.classes), generator=source)[: self.ways].tolist():
             images = self.classes[number]
@@ -103,7 +103,7 @@ class Episodes(Split):
 class Omniglot(ImageData):
     """Few-shot tasks of handwritten characters, 28x28, ink 1 on 0; whole alphabets are held out.
 
-    Training tasks turn characters by multiples of 90 degrees. What is trained on never has a character of the official
+    Training tasks rotate characters by multiples of 90 degrees. Training never includes a character of the official
     one-shot runs, which are of the evaluation alphabets.
     """
 
@@ -111,7 +111,7 @@ class Omniglot(ImageData):
     shape = (1, SIDE, SIDE)
 
     root: str | None = None
-    """Folder of the published zip files, or of what they hold; None: `$EQUIPOISE_DATA/omniglot`."""
+    """Folder of the published zip files, or of their content; None: `$EQUIPOISE_DATA/omniglot`."""
     ways: int = 5
     """Classes of a task."""
     shots: int = 1

@@ -1,4 +1,4 @@
-"""What was done to images before they were observed, for inverse problems."""
+"""Corruptions of images, the observation models of inverse problems."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from equipoise.core.checks import check_ranges
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Corruption(abc.ABC):
-    """Loss of information: a linear map that is known, noise, and pixels that are missing."""
+    """Observation model of images: a known linear map, noise, missing pixels."""
 
     @abc.abstractmethod
     def apply(self, images: Tensor) -> Tensor:
-        """The known map alone, differentiable, `(B, C, H, W) -> (B, C, h, w)`."""
+        """Apply the known map alone, differentiable, `(B, C, H, W) -> (B, C, h, w)`."""
 
     def observe(self, images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """What is seen of clean images.
+        """Observe clean images.
 
         Args:
             images: `(B, C, H, W)`, between 0 and 1.
-            generator: of what is random, on the CPU, so that it is the same on every device.
+            generator: random source, on the CPU, so that it is the same on every device.
 
         Returns:
-            New images `(B, C, h, w)`, and a mask of that shape: 1 where a pixel was seen, 0 where not.
+            Observations `(B, C, h, w)`, and a mask of that shape: 1 where a pixel was seen, 0 elsewhere.
         """
         observed = self.apply(images)
         return observed, torch.ones_like(observed)
 
     def complete(self, estimate: Tensor, observed: Tensor, mask: Tensor) -> Tensor:
-        """The answer of an estimate of the image: what was seen without noise is kept.
+        """Replace pixels of an estimate by those that were seen without noise.
 
         Args:
             estimate: `(B, C, H, W)`.
-            observed: as `observe` gives it.
-            mask: likewise.
+            observed: from `observe`.
+            mask: from `observe`.
         """
         return estimate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Noise(Corruption):
-    """Gaussian noise, white and additive; what it leads out of [0, 1] is not clipped."""
+    """Additive white Gaussian noise, not clipped to [0, 1]."""
 
     std: float = 0.1
     """Standard deviation, for pixels in [0, 1]."""
@@ -65,7 +65,7 @@ class Noise(Corruption):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hole(Corruption):
-    """A square of missing pixels at a random place within each image; they are seen as zeros."""
+    """Square of missing pixels at a random place in each image; they are observed as zeros."""
 
     size: int = 9
     """Side in pixels."""
@@ -79,7 +79,7 @@ class Hole(Corruption):
     def observe(self, images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         batch, _, height, width = images.shape
         if self.size >= min(height, width):
-            raise ValueError(f"Hole(size={self.size}) leaves nothing of images of {height}x{width}; make it smaller")
+            raise ValueError(f"Hole(size={self.size}) covers images of {height}x{width}; make it smaller")
         inside = []
         for side in (height, width):
             first = torch.randint(side - self.size + 1, (batch, 1), generator=generator)
@@ -95,7 +95,7 @@ class Hole(Corruption):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Blur(Corruption):
-    """Convolution with a Gaussian, over three standard deviations, of images that go on as their edge."""
+    """Convolution with a Gaussian, cut off at three standard deviations; the edge of the image is continued."""
 
     sigma: float = 1.5
     """Standard deviation in pixels."""
@@ -115,10 +115,10 @@ class Blur(Corruption):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Downsample(Corruption):
-    """The mean over squares of pixels, of which one pixel is left."""
+    """Average pooling."""
 
     factor: int = 4
-    """Side of a square; the sides of the images are multiples of it."""
+    """Side of a pooled square, a divisor of the sides of the images."""
 
     def __post_init__(self) -> None:
         check_ranges(self, factor=">= 2")

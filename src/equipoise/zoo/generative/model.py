@@ -1,4 +1,4 @@
-"""An equilibrium that decodes one latent vector into an image: configuration, map and model."""
+"""Decoder of one latent vector into an image, by an equilibrium."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class DecoderConfig(ImageDecoderConfig):
     """
 
     latent_size: int = 64
-    """Numbers of a latent."""
+    """Size of a latent."""
     width: int = 256
-    """Numbers of the state."""
+    """Size of the state."""
     contraction: float = 0.5
-    """Norm of the map's matrix: the smaller, the fewer steps an equilibrium takes and the less it does."""
+    """Norm of the matrix of the map; a smaller norm means fewer solver steps and a simpler map."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,11 +64,11 @@ class DecoderCell(nn.Module):
 
 
 class LatentDecoder(ImageDecoder):
-    r"""Decoder of one latent vector a picture, as a generative model has it.
+    r"""Decoder of one latent vector per image, a generative model.
 
     $$ z^* = \tanh(\rho \, W z^* + U x + b), \qquad \mathrm{image} = \sigma(V z^* + c) $$
 
-    It has no encoder: the latent of an image is found by `optimize_inputs`, in training as afterwards.
+    It has no encoder: `optimize_inputs` finds the latent of an image, in training and afterwards.
 
     Args:
         config: shape of the model.
@@ -106,7 +106,7 @@ class LatentDecoder(ImageDecoder):
         return images
 
     def latents(self, batch: int, height: int, width: int) -> Tensor:
-        """Where the search for latents begins: zeros `(batch, latent_size)`.
+        """Return zeros `(batch, latent_size)`, the start of the search for latents.
 
         Args:
             batch: number of images.
@@ -114,7 +114,7 @@ class LatentDecoder(ImageDecoder):
             width: of the images.
 
         Raises:
-            ValueError: this is not the size of the model's images.
+            ValueError: the images of the model have another size.
         """
         size = self.config.image_size
         if (height, width) != (size, size):
@@ -122,5 +122,5 @@ class LatentDecoder(ImageDecoder):
         return next(self.parameters()).new_zeros(batch, self.config.latent_size)
 
     def start(self, x: Tensor) -> Tensor:
-        """Where the solve for the state begins: zeros `(B, width)`."""
+        """Return zeros `(B, width)`, the start of the solve for the state."""
         return x.new_zeros(len(x), self.config.width)

@@ -11,7 +11,7 @@ from equipoise.zoo.generative.task import Reconstruct
 
 
 def jiio_generative() -> TrainConfig:
-    """Decoder trained by optimizing latents, generative, on Fashion-MNIST: a minute or two on a CPU core."""
+    """Generative decoder trained by optimizing latents, on Fashion-MNIST: a minute or two on a CPU core."""
     return TrainConfig(
         name="jiio-generative",
         data=FashionMNIST(validation_fraction=0.02, mean=(0.0,), std=(1.0,)),

@@ -49,8 +49,8 @@ class Reconstruct(InputTask):
     """First steps, with latents of zero and the map applied a fixed number of times."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "corruptions", tuple(self.corruptions))
         super().__post_init__()
+        object.__setattr__(self, "corruptions", tuple(self.corruptions))
 
     def check(self, model: ModelConfig, data: Data, gradient: Gradient) -> None:
         if not isinstance(model, ImageDecoderConfig):
@@ -221,6 +221,6 @@ def explain(
 
 
 def psnr(found: Tensor, truth: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image in dB, `(B,)`, of pixels in [0, 1]; what lies outside is clipped."""
+    """Peak signal-to-noise ratio of each image in dB, `(B,)`, of pixels in [0, 1]; others are clipped."""
     error = (found.clamp(0, 1) - truth).square().flatten(1).mean(1)
     return -10 * error.clamp_min(torch.finfo(error.dtype).tiny).log10()

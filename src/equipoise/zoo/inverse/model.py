@@ -1,4 +1,4 @@
-"""An equilibrium that restores images: it sees what was observed, and latents in space that are still to be found."""
+"""Equilibrium that restores images: its inputs are the observation, and latents in space."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Levels = tuple[Tensor, ...]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PriorConfig(ImageDecoderConfig):
-    """Shape of an `EquilibriumPrior`, which takes other sizes of images, too.
+    """Shape of an `EquilibriumPrior`, which also takes other sizes of images.
 
     Raises:
         ValueError: a field is out of range.
@@ -85,7 +85,7 @@ class PriorConfig(ImageDecoderConfig):
 
 
 class PriorCell(nn.Module):
-    r"""The map on levels $z_i$ and the observation $y$, which the state carries along unchanged.
+    r"""Map on levels $z_i$ and the observation $y$, a constant part of the state.
 
     $$ f_0(z, x) = \phi(u_0 + A_{00} z_0 + \mathrm{up}(A_{01} z_1) + B x), \qquad
        f_i(z, x) = \phi(u_i + A_{ii} z_i + A_{i,i-1} z_{i-1} + \mathrm{up}(A_{i,i+1} z_{i+1})) $$
@@ -107,7 +107,7 @@ class PriorCell(nn.Module):
         self.injection = _kernel(config.latent_channels, widths[0])
 
     def forward(self, z: Levels, x: Tensor, *context: Tensor) -> Levels:
-        """State `(z_0, ..., z_{L-1}, y)`, latents and what `EquilibriumPrior.context` gives, to a state."""
+        """State `(z_0, ..., z_{L-1}, y)`, latents and `EquilibriumPrior.context` to a state."""
         found = []
         for i, (level, outer) in enumerate(zip(z[:-1], context[:-1], strict=True)):
             total = outer + self.gain * self.within[i](level)
@@ -122,14 +122,14 @@ class PriorCell(nn.Module):
 
 
 class EquilibriumPrior(ImageDecoder):
-    r"""What clean images look like, given what was observed of one: for denoising and inpainting.
+    r"""Prior of clean images, given an observation: for denoising and inpainting.
 
     $$ z^* = f(z^*, x, u), \quad u = \mathrm{stem}(y, m), \quad \mathrm{image} = y + h(z^*_0), \quad
        r(x) = \tfrac12 \|x\|^2 $$
 
-    With latents of zero the equilibrium is a guess of the image; the latents that are found for an observation correct
-    it. What the data weigh against the latents is learned for each kind of corruption. There are no statistics of a
-    batch, and any size of image is taken whose sides are multiples of `config.stride`.
+    With latents of zero the equilibrium is a guess of the image; optimized latents correct it. The weight of the data
+    against the latents is learned for each kind of corruption. Samples of a batch are independent, and images may have
+    any sides that are multiples of `config.stride`.
 
     Args:
         config: shape of the model.
@@ -144,8 +144,8 @@ class EquilibriumPrior(ImageDecoder):
         >>> model(model.latents(2, 40, 32), observed, mask).shape
         torch.Size([2, 1, 40, 32])
 
-    Source: the use of Gurumurthy, Bai, Manchester and Kolter (2021). Beyond it: latents in space instead of one vector,
-    and a map that sees the observation.
+    Source: Gurumurthy, Bai, Manchester and Kolter (2021); new here are latents in space instead of one vector, and the
+    observation as an input of the map.
     """
 
     def __init__(self, config: PriorConfig, *, solver: Solver = Anderson(), gradient: Gradient = Implicit()) -> None:
@@ -160,11 +160,11 @@ class EquilibriumPrior(ImageDecoder):
             nn.Conv2d(fine, coarse, 3, stride=2, padding=1) for fine, coarse in itertools.pairwise(widths)
         )
         self.head = nn.Conv2d(widths[0], config.image_channels, 3, padding=1)
-        nn.init.normal_(self.head.weight, std=0.02)  # at first the answer is the observation
+        nn.init.normal_(self.head.weight, std=0.02)  # the first estimate is the observation
         self.log_weights = nn.Parameter(torch.full((config.num_corruptions,), math.log(10.0)))
 
     def forward(self, x: Tensor, observed: Tensor, mask: Tensor) -> Tensor:
-        """Images of latents, given what was observed.
+        """Images of latents, given an observation.
 
         Args:
             x: `(B, latent_channels, H, W)`.
@@ -172,12 +172,12 @@ class EquilibriumPrior(ImageDecoder):
             mask: of the same shape, 1 where a pixel was seen.
 
         Returns:
-            `(B, C, H, W)`; those of natural images lie in [0, 1], but nothing holds them there.
+            `(B, C, H, W)`, not clipped to [0, 1].
         """
         return self.decode(self.deq(x, *self.context(observed, mask)))
 
     def context(self, observed: Tensor, mask: Tensor) -> Levels:
-        """What the map takes beside state and latents: an injection for each level, and the observation.
+        """Inputs of the map beside state and latents: an injection for each level, and the observation.
 
         Args:
             observed: `(B, C, H, W)`.
@@ -209,15 +209,15 @@ class EquilibriumPrior(ImageDecoder):
         return x.square().flatten(1).sum(1) / 2
 
     def weights(self) -> Tensor:
-        """The data weight of each kind of corruption, `(num_corruptions,)`."""
+        """Data weight of each kind of corruption, `(num_corruptions,)`."""
         return self.log_weights.exp()
 
     def latents(self, batch: int, height: int, width: int) -> Tensor:
-        """Where the search for latents begins: zeros `(batch, latent_channels, height, width)`."""
+        """Return zeros `(batch, latent_channels, height, width)`, the start of the search for latents."""
         return self.head.weight.new_zeros(batch, self.config.latent_channels, height, width)
 
     def start(self, x: Tensor, *context: Tensor) -> Levels:
-        """Where the solve for the state begins: zeros."""
+        """Return zeros, the start of the solve for the state."""
         batch, _, height, width = x.shape
         levels = [x.new_zeros(batch, c, height >> i, width >> i) for i, c in enumerate(self.config.channels)]
         return (*levels, x.new_zeros(batch, self.config.image_channels, height, width))

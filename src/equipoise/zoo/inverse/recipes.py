@@ -12,7 +12,7 @@ from equipoise.zoo.inverse.model import PriorConfig
 
 
 def jiio_inverse() -> TrainConfig:
-    """Denoising and inpainting by latents found with the equilibrium, on Fashion-MNIST: a dozen minutes on a core."""
+    """Denoising and inpainting by optimized latents, on Fashion-MNIST: twelve minutes on a CPU core."""
     return TrainConfig(
         name="jiio-inverse",
         data=FashionMNIST(validation_fraction=0.005, flip=True, mean=(0.0,), std=(1.0,)),

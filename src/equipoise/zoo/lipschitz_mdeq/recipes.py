@@ -12,8 +12,8 @@ from equipoise.zoo.lipschitz_mdeq.scaled import ScaledLayers
 from equipoise.zoo.lipschitz_mdeq.sll import SLLLayers
 from equipoise.zoo.mdeq import Contraction, MDEQConfig, mdeq_cifar10_large, mdeq_digits, mdeq_fashion_mnist
 
-# Published for CIFAR-10. Where the proof needs more steps, an image stops with what it has: in training an equilibrium
-# that is somewhat off costs less than the worst case that almost no image meets. Evaluation takes what the proof needs.
+# Published for CIFAR-10. In training a solve stops here even if the proof needs more steps: a slightly inexact
+# equilibrium costs less than the worst case, which almost no image needs. Evaluation makes all steps of the proof.
 FORWARD_STEPS, BACKWARD_STEPS = 18, 20
 
 
@@ -30,31 +30,31 @@ def lipschitz_fashion_mnist() -> TrainConfig:
 
 
 def lipschitz_cifar10() -> TrainConfig:
-    """CIFAR-10 with augmentation, 11.1 M parameters, 200 epochs: published settings, convolutions truly capped."""
+    """CIFAR-10 with augmentation, 11.1 M parameters, 200 epochs: published settings, convolutions capped with proof."""
     config = contracting(mdeq_cifar10_large(), ScaledLayers())
     return dataclasses.replace(config, name="lipschitz-cifar10", epochs=200)
 
 
 def lipschitz_tight_digits() -> TrainConfig:
-    """MDEQ of layers whose bounds are nearly reached, on the digits: a minute or two on a CPU."""
+    """MDEQ of layers with tight bounds, on the digits: a minute or two on a CPU."""
     config = contracting(mdeq_digits(), SLLLayers(), rtol=1e-2)
     return dataclasses.replace(config, name="lipschitz-tight-digits", epochs=10)
 
 
 def lipschitz_tight_fashion_mnist() -> TrainConfig:
-    """MDEQ of layers whose bounds are nearly reached, on Fashion-MNIST."""
+    """MDEQ of layers with tight bounds, on Fashion-MNIST."""
     config = contracting(mdeq_fashion_mnist(), SLLLayers(), rtol=1e-2)
     return dataclasses.replace(config, name="lipschitz-tight-fashion-mnist")
 
 
 def lipschitz_tight_cifar10() -> TrainConfig:
-    """CIFAR-10 with augmentation, layers whose bounds are nearly reached, 200 epochs."""
+    """CIFAR-10 with augmentation, layers with tight bounds, 200 epochs."""
     config = contracting(mdeq_cifar10_large(), SLLLayers())
     return dataclasses.replace(config, name="lipschitz-tight-cifar10", epochs=200)
 
 
 def contracting(config: TrainConfig, contraction: Contraction, *, rtol: float = 1e-3) -> TrainConfig:
-    """The same run with layers that make the map contract, and with the solvers that their constant admits.
+    """Return a run with layers that make the map contract, and with the solvers that their constant allows.
 
     Training counts dropout in the constant, evaluation does not, and so has a solver of its own. There is no
     pretraining: a map that contracts has its equilibrium from the first step on.

@@ -16,7 +16,7 @@ from equipoise.zoo.mdeq import Contraction, Layers, MDEQCell, MDEQShape, MDEQSte
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScaledLayers(Contraction, Layers):
-    r"""The layers of the published MDEQ, each with a bounded constant, and averages in the place of sums.
+    r"""Layers of the published MDEQ, each with a bounded constant, and averages in place of sums.
 
     $$ b_i = \mathrm{MGN}(s\,\mathrm{ReLU}((1 - \alpha) z_i + \alpha r_i)), \qquad
        y_i = (1 - \beta) b_i + \beta \sum_{j \ne i} w_{ij} T_{ij}(b_j) $$
@@ -31,13 +31,13 @@ class ScaledLayers(Contraction, Layers):
     """
 
     slope: float = 0.4
-    """Slope $s$ of the activations, in (0, 1]: the main knob, as the constant grows with its square at least."""
+    """Slope $s$ of the activations, in (0, 1]; the constant grows at least with its square."""
     update: float = 0.5
-    """Share $\\alpha$ of what the residual block has found, in [0, 1]; the rest is the state itself."""
+    """Share $\\alpha$ of the residual branch, in [0, 1]; the rest is the state."""
     exchange: float = 0.3
-    """Share $\\beta$ of what a level receives from the others, in [0, 1]."""
+    """Share $\\beta$ of the other levels in the sum, in [0, 1]."""
     weights: Literal["softmax", "uniform"] = "softmax"
-    """How the other levels share it."""
+    """Split of this share among the other levels."""
     max_gamma: float = 1.0
     """Bound of the scales of the norms."""
     cap: float = 2.0
@@ -83,9 +83,9 @@ class ScaledLayers(Contraction, Layers):
         return 1 - self.update + self.update * branch
 
     def block_matrix(self, num_levels: int, *, dropout: float = 0.0) -> Tensor:
-        r"""What the levels can do to each other when every constant is at its bound.
+        r"""Bounds of the influence of the levels on each other, with every layer at its bound.
 
-        $\|f_i(z) - f_i(z')\| \le \sum_j M_{ij} \|z_j - z'_j\|$: with it the settings are chosen before training.
+        $\|f_i(z) - f_i(z')\| \le \sum_j M_{ij} \|z_j - z'_j\|$; known before training.
 
         Args:
             num_levels: $n$.
@@ -112,18 +112,18 @@ class ScaledLayers(Contraction, Layers):
                     paths[i, j] = 2 ** (j - i) * g * c
                 elif j < i:
                     paths[i, j] = (g * c) ** (i - j) * s ** (i - j - 1)
-        return max(1.0, g) * c * s * share * paths * block  # the norm after the fusion need not have scales
+        return max(1.0, g) * c * s * share * paths * block  # the norm after the fusion may have no scales
 
     def constant(self, num_levels: int, *, dropout: float = 0.0) -> float:
         return float(torch.linalg.matrix_norm(self.block_matrix(num_levels, dropout=dropout), ord=2))
 
     def capped(self, num_levels: int, *, dropout: float = 0.0, limit: float = 0.99) -> ScaledLayers:
-        """The same with the largest cap, at most the present one, whose constant in training is below a limit.
+        """Return these layers with the largest cap, at most the present one, that keeps the constant below a limit.
 
         Args:
             num_levels: of the model.
             dropout: of the model.
-            limit: of the norm of the block matrix, below 1.
+            limit: of the norm of the block matrix in training, below 1.
 
         Raises:
             ValueError: a limit outside (0, 1), or none of the caps reaches it.

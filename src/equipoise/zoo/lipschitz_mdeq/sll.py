@@ -1,4 +1,4 @@
-"""Layers of an MDEQ whose bound is nearly reached: blocks with constant 1, isometric resampling, a learned budget."""
+"""Layers of an MDEQ with a tight bound: blocks with constant 1, isometric resampling, a learned budget."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from equipoise.zoo.mdeq.stem import conv1x1, conv3x3, initialize
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SLLLayers(Contraction):
-    r"""Residual blocks with constant 1, isometric resampling and a budget for the sum: a bound that is nearly reached.
+    r"""Residual blocks with constant 1, isometric resampling and a budget for the sum: a tight bound.
 
     $$ f_i(z) = \kappa \sum_j A_{ij} U_{ij}(\mathrm{SLL}_j(z_j; a_j)) + u_i, \qquad \|A\|_2 = 1, \quad
        \kappa = \bar\kappa\,\sigma(k) $$
@@ -39,7 +39,7 @@ class SLLLayers(Contraction):
     start: float = 0.8
     """Share of the ceiling at which the budget starts, in (0, 1)."""
     exchange: float = 0.3
-    """Share of what a level receives from the others before the weights are learned, in [0, 1]."""
+    """Share of the other levels in the sum before training, in [0, 1]."""
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -61,7 +61,7 @@ class SLLLayers(Contraction):
 
 
 class SLLEncoder(nn.Module):
-    r"""From images to injections at every level, $u_i$ to the sum and $a_i$ into the block.
+    r"""Encoder of images into injections at every level, $u_i$ to the sum and $a_i$ into the block.
 
     $$x_0 = \mathrm{stem}(x), \quad x_{i+1} = \mathrm{ReLU}(\mathrm{BN}(\mathrm{conv}_{3 \times 3,
     \mathrm{stride}\,2}\, x_i)), \quad u_i = \mathrm{BN}(\mathrm{conv}_{1 \times 1} x_i), \quad
@@ -114,14 +114,14 @@ class Budget(nn.Module):
         return torch.addcmul(u, y, self.ceiling * torch.sigmoid(self.logit))
 
     def lipschitz_bound(self, training: bool) -> float:
-        """The budget."""
+        """Return the budget."""
         return self.ceiling * float(torch.sigmoid(self.logit.detach()))
 
 
 class SLLCell(nn.Module):
-    r"""The map of an MDEQ with `SLLLayers`, `f(z, u)`, on a tuple of levels.
+    r"""Map of an MDEQ with `SLLLayers`, `f(z, u)`, on a tuple of levels.
 
-    From level to level leads isometric resampling and a capped 1x1 convolution with MaxMin.
+    The paths between levels are isometric resampling and a capped 1x1 convolution with MaxMin.
 
     Args:
         shape: shape of the model.
@@ -151,12 +151,12 @@ class SLLCell(nn.Module):
         return tuple(self.budget(y, v) for y, v in zip(self.fusion(b), outer, strict=True))
 
     def block_matrix(self, training: bool = False) -> Tensor:
-        """Bounds of what the levels do to each other, as `MDEQCell.block_matrix`."""
+        """Bounds of the influence of the levels on each other, as `MDEQCell.block_matrix`."""
         budget = lipschitz_bound(self.budget, training=training)
         return budget * self.fusion.block_matrix(training) * constants(self.blocks, training)
 
     def zeros(self, u: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The state from which a solve starts: zeros at every level, for the batch and size of `u`."""
+        """Return the start of a solve: zeros at every level, for the batch and size of `u`."""
         return zeros(u[0], self.shape.channels)
 
     def _path(self, source: int, target: int) -> nn.Module:

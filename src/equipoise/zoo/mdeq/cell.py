@@ -2,7 +2,7 @@ r"""Map of the multiscale deep equilibrium model (MDEQ).
 
 The state is a tuple of feature maps $z = (z_0, \dots, z_{n-1})$, finest first, `z_i` of shape
 `(B, C_i, H / 2^i, W / 2^i)`. One evaluation of the map sends every level through a residual block, lets the levels
-exchange what they found, and normalizes the result:
+exchange their results, and normalizes the sum:
 
 $$b_i = \mathrm{block}_i(z_i, u_i), \quad y_i = \sum_j T_{ij}(b_j), \quad f_i(z) = \mathrm{post}_i(y_i).$$
 
@@ -26,7 +26,7 @@ from equipoise.zoo.mdeq.stem import conv1x1, conv3x3, initialize
 
 
 class Layers:
-    """Layers of the map of the published MDEQ; a subclass replaces them by others."""
+    """Layers of the map of the published MDEQ; a subclass has others."""
 
     def convolution(
         self, inputs: int, outputs: int, kernel: int, *, size: int, stride: int = 1, normed: bool = False
@@ -108,7 +108,7 @@ class ResidualBlock(nn.Module):
         return self.norm3(self.activation(self.layers.residual(z, r)))
 
     def lipschitz_bound(self, training: bool) -> float:
-        """Constant of the block, from those of its layers."""
+        """Return the constant of the block, from those of its layers."""
         layers = (self.conv1, self.norm1, self.activation, self.conv2, self.dropout, self.norm2)
         found = math.prod(lipschitz_bound(layer, training=training) for layer in layers)
         outer = lipschitz_bound(self.norm3) * lipschitz_bound(self.activation)
@@ -116,7 +116,7 @@ class ResidualBlock(nn.Module):
 
 
 class Fusion(nn.Module):
-    r"""Exchange between the levels, $y_i = \sum_j A_{ij} T_{ij}(b_j)$ with $T_{ii}$ the identity.
+    r"""Exchange between levels, $y_i = \sum_j A_{ij} T_{ij}(b_j)$ with $T_{ii}$ the identity.
 
     From coarse to fine, $T_{ij}$ is a 1x1 convolution, a GroupNorm and nearest up-sampling by $2^{j-i}$; from fine to
     coarse, $i - j$ stride-2 3x3 convolutions, each with a GroupNorm, with ReLUs between them. The width changes in the
@@ -139,7 +139,7 @@ class Fusion(nn.Module):
         self.weights = weights
 
     def forward(self, b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Add up, for every level, what all levels send it.
+        """Add up, for every level, the contributions of all levels.
 
         Args:
             b: one `(B, C_i, H_i, W_i)` per level.
@@ -160,7 +160,7 @@ class Fusion(nn.Module):
         return tuple(fused)
 
     def block_matrix(self, training: bool) -> Tensor:
-        """`(n, n)`, float64: weight times constant of each path."""
+        """Return the weight times the constant of each path, `(n, n)`, float64."""
         n = round((1 + math.sqrt(1 + 4 * len(self.paths))) / 2)
         weights = torch.ones(n, n) if self.weights is None else self.weights().detach().cpu()
         matrix = weights.to(torch.float64, copy=True)
@@ -189,12 +189,12 @@ class Post(nn.Sequential):
         )
 
     def lipschitz_bound(self, training: bool) -> float:
-        """Product of its layers' constants."""
+        """Return the product of the constants of its layers."""
         return math.prod(lipschitz_bound(layer, training=training) for layer in self)
 
 
 class MDEQCell(nn.Module):
-    r"""The map of an MDEQ, `f(z, u)`, on a tuple of levels.
+    r"""Map of an MDEQ, `f(z, u)`, on a tuple of levels.
 
     $$f_i(z, u) = \mathrm{post}_i(y_i), \qquad
     y = \mathrm{fusion}(\mathrm{block}_0(z_0, u), \mathrm{block}_1(z_1, 0), \dots).$$
@@ -245,13 +245,15 @@ class MDEQCell(nn.Module):
         return tuple(post(y) for post, y in zip(self.post, self.fusion(b), strict=True))
 
     def block_matrix(self, training: bool = False) -> Tensor:
-        r"""Bounds $M$ of what the levels do to each other, $\|f_i(z) - f_i(z')\| \le \sum_j M_{ij} \|z_j - z'_j\|$.
+        r"""Bounds of the influence of the levels on each other.
+
+        $\|f_i(z) - f_i(z')\| \le \sum_j M_{ij} \|z_j - z'_j\|$
 
         Args:
             training: count dropout.
 
         Returns:
-            `(n, n)`, float64, on the CPU.
+            $M$, `(n, n)`, float64, on the CPU.
 
         Raises:
             UnknownConstant: a layer has no known constant, as the norms of the published MDEQ.
@@ -262,7 +264,7 @@ class MDEQCell(nn.Module):
         return constants(self.post, training)[:, None] * self.fusion.block_matrix(training) * blocks
 
     def zeros(self, u: Tensor) -> tuple[Tensor, ...]:
-        """The state from which a solve starts: zeros at every level, for the batch and size of `u`."""
+        """Return the start of a solve: zeros at every level, for the batch and size of `u`."""
         return zeros(u, self.shape.channels)
 
     def _path(self, source: int, target: int) -> nn.Module:
@@ -289,11 +291,11 @@ class MDEQCell(nn.Module):
 
 
 def constants(modules: Iterable[nn.Module], training: bool) -> Tensor:
-    """Lipschitz constants of modules, `(n,)`, float64."""
+    """Return the Lipschitz constants of modules, `(n,)`, float64."""
     return torch.tensor([lipschitz_bound(module, training=training) for module in modules], dtype=torch.float64)
 
 
 def zeros(finest: Tensor, channels: Sequence[int]) -> tuple[Tensor, ...]:
-    """Zeros `(B, C_i, H_0 / 2^i, W_0 / 2^i)` at every level, for a finest level `(B, C, H_0, W_0)`."""
+    """Return zeros `(B, C_i, H_0 / 2^i, W_0 / 2^i)` at every level, for a finest level `(B, C, H_0, W_0)`."""
     batch, _, height, width = finest.shape
     return tuple(finest.new_zeros(batch, c, height // 2**i, width // 2**i) for i, c in enumerate(channels))

@@ -14,7 +14,7 @@ from equipoise.zoo.classification import ClassifierConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contraction(abc.ABC):
-    """Layers with known constants in place of those of an MDEQ; `equipoise.certify` proves what they give.
+    """Layers with known constants in place of those of an MDEQ; `equipoise.certify` proves the constant of the map.
 
     Attributes:
         allows_dropout: whether the blocks have dropout.
@@ -59,7 +59,7 @@ class MDEQShape(ClassifierConfig):
     num_downsamplings: int = 0
     """Stride-2 convolutions in the stem: the finest level has side `image_size / 2^num_downsamplings`."""
     expansion: int = 5
-    """Width inside a residual block, as a multiple of the level's width."""
+    """Width inside a residual block, as a multiple of the width of the level."""
     num_groups: int = 8
     """Groups of every GroupNorm inside the map, even; the norm after the fusion has half as many."""
     dropout: float = 0.0
@@ -71,11 +71,11 @@ class MDEQShape(ClassifierConfig):
     final_channels: int
     """Width of the features that are averaged over the image and classified."""
     contraction: Contraction | None = None
-    """Layers that make the map contract; None: those of the published MDEQ, which promise nothing."""
+    """Layers that make the map contract; None: those of the published MDEQ, which need not contract."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # Lists, as read from YAML, would make equal configurations differ and unhashable.
+        # A list would make equal configurations differ, and unhashable.
         object.__setattr__(self, "channels", tuple(self.channels))
         object.__setattr__(self, "head_channels", tuple(self.head_channels))
         check_ranges(
@@ -104,8 +104,8 @@ class MDEQShape(ClassifierConfig):
             raise TypeError(f"contraction must be a Contraction such as ScaledLayers(), or None: {self.contraction!r}")
         if self.contraction is not None and self.predictor:
             raise ValueError(
-                "predictor=true has no use with model.contraction: the evaluations that a certificate predicts are "
-                "those from zeros; set explicit_steps=1, or leave one of them out"
+                "predictor=true has no use with model.contraction: a certificate predicts the evaluations from "
+                "zeros; set explicit_steps=1, or leave one of them out"
             )
         if self.contraction is not None and self.dropout and not self.contraction.allows_dropout:
             raise ValueError(

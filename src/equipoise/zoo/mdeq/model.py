@@ -149,9 +149,8 @@ class MDEQConfig(MDEQShape):
 class MDEQClassifier(EquilibriumClassifier):
     r"""Multiscale deep equilibrium classifier.
 
-    The equilibrium is the module `deq`, so its solver and gradient can be replaced for a while: fixed-depth
-    pre-training, with which an MDEQ starts, is the second example. The output is the best iterate of the solver, in
-    training as in evaluation.
+    The equilibrium is the module `deq`, so its solver and gradient can be replaced for a while: the second example is
+    fixed-depth pretraining, the usual start. The output is the best iterate of the solver, in training and evaluation.
 
     Args:
         config: shape of the model.

@@ -12,7 +12,7 @@ from equipoise.zoo.mdeq.stem import conv3x3, initialize
 
 
 class MDEQPredictor(nn.Module):
-    r"""From the injection to a guess of the equilibrium at every level.
+    r"""Guess of the equilibrium at every level, from the injection.
 
     $$ z_{0,0} = \mathrm{block}(u), \qquad z_{0,i} = \mathrm{down}^i(u), $$
 

@@ -9,7 +9,7 @@ from equipoise.zoo.mdeq.config import MDEQShape
 
 
 class MDEQStem(nn.Module):
-    r"""From images to the injection `u_0`, once per input and outside the fixed point.
+    r"""Stem: images to the injection `u_0`, once per input and outside the fixed point.
 
     Two or more 3x3 convolutions, each with BatchNorm and ReLU, as many of stride 2 as `num_downsamplings` says; then,
     unless the model has at most two levels and no down-sampling, $u_0 = \mathrm{ReLU}(\mathrm{BN}(\mathrm{conv}_{1
@@ -44,19 +44,19 @@ class MDEQStem(nn.Module):
 
 
 def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
-    """A 3x3 convolution with zero padding 1 and no bias: the norm that follows has a shift of its own."""
+    """Build a 3x3 convolution with zero padding 1, without bias: the norm that follows has a shift."""
     return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
 
 
 def conv1x1(inputs: int, outputs: int) -> nn.Conv2d:
-    """A 1x1 convolution without bias."""
+    """Build a 1x1 convolution without bias."""
     return nn.Conv2d(inputs, outputs, 1, bias=False)
 
 
 def initialize(module: nn.Module) -> None:
     r"""Draw weights and biases of all plain convolutions from $N(0, 0.01^2)$, in place.
 
-    Weight-normalised convolutions keep PyTorch's default, as they do in the released code, whose initialisation
+    Weight-normalized convolutions keep PyTorch's default, as they do in the released code, whose initialization
     writes to their derived weight without effect. Linear layers keep the default, norms start at scale 1, shift 0.
     """
     for layer in module.modules():
