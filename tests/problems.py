@@ -199,6 +199,20 @@ def inverted(a: Tensor, x: Tensor) -> Tensor:
     return torch.linalg.solve(torch.eye(len(a), dtype=a.dtype) - a, x.T).T
 
 
+def gmres_iterates(a: Tensor, b: Tensor, w0: Tensor, products: int, m: Tensor | None = None) -> Tensor:
+    """Iterates `(products + 1, B, d)` of GMRES for `A w = b` with a preconditioner on the right, by dense least squares
+    over orthonormal bases of the Krylov spaces: `w_0 + M K y`, with the least `|r_0 - A M K y|`."""
+    m = torch.eye(a.shape[1]).expand_as(a) if m is None else m
+    r = b - product(a, w0)
+    iterates, basis = [w0], (r / r.norm(dim=1, keepdim=True))[..., None]
+    for _ in range(products):
+        images = a @ m @ basis
+        y = torch.linalg.lstsq(images, r[..., None]).solution
+        iterates.append(w0 + (m @ basis @ y)[..., 0])
+        basis = torch.linalg.qr(torch.cat([basis, images[..., -1:]], dim=2))[0]
+    return torch.stack(iterates)
+
+
 class TanhCell(nn.Module):
     """tanh(W z + U x + b), the spectral norm of W given."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 
 import equipoise as eq
 from equipoise.core.function_map import DescentMap, FunctionMap, SeededLayer
-from equipoise.fixed_point import solve_map
 from equipoise.gradients.adjoint import AdjointMap
 
 BATCH, SIZE = 4, 6
@@ -175,22 +173,6 @@ def test_call_user() -> None:
     assert cell[0].seeds is None
 
 
-def test_blocks() -> None:
-    """They converge separately: the first part is a million times larger and hides the other without them."""
-
-    def f(z: Tensor, x: Tensor) -> Tensor:
-        return torch.cat([x[:, :1], 0.9 * z[:, 1:] + x[:, 1:]], dim=1)
-
-    x, z0 = torch.tensor([[1e6, 0.1, 0.2]]), torch.zeros(1, 3)
-    solve = functools.partial(solve_map, z0=z0, solver=eq.Picard(max_steps=500, rtol=1e-4), gradient=eq.Implicit())
-    together, apart = (solve(FunctionMap(f, z0, (x,), params=(), blocks=b)).raise_for_status() for b in (None, (1, 2)))
-    assert float((together.value[:, 1:] - torch.tensor([[1.0, 2.0]])).norm()) > 0.5
-    image = f(apart.value, x)[:, 1:]
-    assert (image - apart.value[:, 1:]).norm() <= 1e-4 * image.norm()
-    assert int(apart.num_steps) > int(together.num_steps)
-    assert FunctionMap(f, z0, (x,), blocks=(3,)).blocks is None
-
-
 # --- what a map does to the caller's modules -------------------------------------------------------------------------
 
 
@@ -233,6 +215,12 @@ def test_layers_in_evaluation_mode() -> None:
     solution = eq.fixed_point(cell, torch.zeros(BATCH, SIZE), solver=eq.Anderson(max_steps=100, rtol=1e-10))
     torch.testing.assert_close(cell(solution.raise_for_status().value), solution.value, rtol=1e-8, atol=1e-8)
     FunctionMap(nn.Sequential(nn.Dropout(0.0)), torch.zeros(BATCH, SIZE))  # drops nothing, even in training mode
+
+
+def test_one_block() -> None:
+    """It is none: the whole state converges together."""
+    z0 = torch.zeros(BATCH, SIZE)
+    assert [FunctionMap(TanhCell(SIZE), z0, blocks=b).blocks for b in (None, (6,), (2, 4))] == [None, None, (2, 4)]
 
 
 @pytest.mark.parametrize(

@@ -39,32 +39,34 @@ def slopes(cell: TanhCell, z: Tensor, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "solver",
+    ("solver", "start"),
     [
-        eq.GMRES(max_steps=40, memory=38),
-        eq.GMRES(max_steps=60, memory=3),
-        eq.Anderson(max_steps=100),
-        eq.Broyden(max_steps=40, memory=40),
-        eq.SteadyState(max_steps=300),
+        (eq.GMRES(max_steps=40, memory=38), None),
+        (eq.GMRES(max_steps=60, memory=3), None),
+        (eq.Anderson(max_steps=100), None),
+        (eq.Broyden(max_steps=40, memory=40), None),
+        (eq.SteadyState(max_steps=300), None),
+        (eq.Anderson(max_steps=100), eq.JacobianFree()),
+        (eq.Anderson(max_steps=100), torch.zeros(6, 10)),
     ],
-    ids=["gmres", "restarted", "anderson", "broyden", "flow"],
+    ids=["gmres", "restarted", "anderson", "broyden", "flow", "jacobian-free", "zeros"],
 )
-def test_scale_of_the_loss(solver: eq.Solver) -> None:
+def test_scale_of_the_loss(solver: eq.Solver, start: Any) -> None:
     """It changes no count. An absolute tolerance of 5e-2, as in the source, takes a mean-reduced loss for solved before
     the first product: what it then returns is the one-step gradient."""
     torch.manual_seed(1)
     cell, x, y = TanhCell(d=10, norm=0.95), torch.randn(6, 10), torch.randn(6, 10)
-    recorder = Recorder(dataclasses.replace(solver, rtol=0.0, atol=5e-3))
+    recorder = Recorder(dataclasses.replace(solver, rtol=0.0, atol=5e-3), start)
     layer = eq.nn.DEQ(cell, solver=TIGHT, gradient=recorder.gradient)
     counts, directions = [], []
-    for scale in (1.0, 1e-3, 1e-9):
+    for scale in (1.0, 1e-3, 1e-9, 1e-30, 1e30):
         (grad,) = torch.autograd.grad(scale * (layer(x) - y).square().mean(), cell.w)
         counts.append(recorder.products)
         directions.append(grad / scale)
         assert bool(recorder.reports[-1].converged.all())
-    assert counts[0] == counts[1] == counts[2]
+    assert counts == counts[:1] * 5
     assert min(counts[0]) > 3
-    torch.testing.assert_close(directions[1:], directions[:1] * 2, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(directions[1:], directions[:1] * 4, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(("rtol", "atol"), [(0.0, 5e-3), (5e-3, 0.0)])

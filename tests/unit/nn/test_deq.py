@@ -317,8 +317,6 @@ def test_predictor_of_another_shape(returned: Any, described: str) -> None:
 
 
 def test_batch_norm() -> None:
-    """In evaluation mode and outside the cell its statistics are fine."""
-    inside = eq.nn.DEQ(nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D), nn.Tanh()).eval(), init=lambda: X)
-    assert inside().shape == (B, D)
+    """Outside the cell its statistics are fine."""
     outside = nn.Sequential(nn.BatchNorm1d(D), eq.nn.DEQ(TanhCell(D)))
     outside(torch.randn(B, D)).sum().backward()

@@ -81,15 +81,6 @@ def test_state_dict() -> None:
     deq("Shine", init=nn.Linear(D, D)).load_state_dict(layer.state_dict())
 
 
-def test_cast() -> None:
-    layer, x = deq().float(), torch.randn(B, D, dtype=torch.float32)
-    with layer.using(solver=eq.Anderson(max_steps=50, rtol=1e-5), gradient=eq.Implicit()):
-        z = layer(x)
-        z.sum().backward()
-    assert {z.dtype, *(p.grad.dtype for p in layer.parameters())} == {torch.float32}
-    torch.testing.assert_close(z.double(), deq()(x.double()), rtol=1e-3, atol=1e-3)
-
-
 def test_functional_call() -> None:
     """Other parameters are named; an exchange behind the back of backward is refused."""
     layer, x = deq(), torch.randn(B, D)

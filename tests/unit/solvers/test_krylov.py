@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.sparse.linalg
 import torch
-from problems import product
+from problems import gmres_iterates, product
 from torch import Tensor
 
 import equipoise as eq
@@ -122,15 +122,11 @@ def test_cg_on_few_eigenvalues() -> None:
 
 def test_cg_refreshed() -> None:
     """The residual is replaced, and the directions stay conjugate."""
-    seldom, often = (symmetric_solve(eq.CG(max_steps=100, rtol=0, atol=1e-8, refresh=k)) for k in (50, 2))
+    system, solver = symmetric(), eq.CG(max_steps=100, rtol=0, atol=1e-8)
+    seldom, often = (system.solve(dataclasses.replace(solver, refresh=k)).raise_for_status() for k in (50, 2))
     products = seldom.num_steps - 2
     # An evaluation after every second product, the last one at the end; rounding differs.
     assert (often.num_steps - 1 - (products + 1) // 2 - products).abs().max() <= 2
-
-
-def symmetric_solve(solver: eq.Solver) -> eq.Solution[Tensor]:
-    torch.manual_seed(0)
-    return symmetric().solve(solver).raise_for_status()
 
 
 @pytest.mark.parametrize("offset", [0.0, 30.0])
@@ -161,19 +157,6 @@ def test_cg_on_an_indefinite_row() -> None:
 
 
 # --- GMRES -----------------------------------------------------------------------------------------------------------
-
-
-def least(system: System, products: int, m: Tensor) -> tuple[Tensor, Tensor]:
-    """Norms `(products + 1, B)` of residuals `min |r_0 - A M K y|` and of iterates `w_0 + M K y`, by dense algebra."""
-    r = system.b - product(system.a, system.w0)
-    norms, sizes, basis = [r.norm(dim=1)], [system.w0.norm(dim=1)], (r / r.norm(dim=1, keepdim=True))[..., None]
-    for _ in range(products):
-        images = system.a @ m @ basis
-        y = torch.linalg.lstsq(images, r[..., None]).solution
-        norms.append((r - (images @ y)[..., 0]).norm(dim=1))
-        sizes.append((system.w0 + (m @ basis @ y)[..., 0]).norm(dim=1))
-        basis = torch.linalg.qr(torch.cat([basis, images[..., -1:]], dim=2))[0]
-    return torch.stack(norms), torch.stack(sizes)
 
 
 def scipy_gmres(system: System, row: int, restart: int, cycles: int) -> float:
@@ -212,7 +195,8 @@ def test_gmres_products(rtol: float, atol: float, kind: str) -> None:
     if kind == "preconditioned":
         m = torch.linalg.inv(system.a + 0.1 * torch.randn_like(system.a))
         known = inverse_estimate(m)
-    norms, sizes = least(system, 11, m)
+    iterates = gmres_iterates(system.a, system.b, system.w0, 11, m)
+    norms, sizes = torch.stack([system.residual(w) for w in iterates]), iterates.norm(dim=2)
     ours = history(eq.GMRES(), system, 6, preconditioner=known)
     torch.testing.assert_close(ours, norms[:7], rtol=1e-8, atol=1e-12)
     allowed = atol + rtol * (sizes - norms)

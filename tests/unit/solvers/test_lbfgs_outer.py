@@ -124,28 +124,6 @@ def test_best_iterate_is_a_probe() -> None:
     assert found > 0
 
 
-def test_structure_and_rows() -> None:
-    """The outer loss sees both."""
-    z0 = {"a": torch.full((3, 2), 0.5), "b": torch.full((3, 1, 2), -1.0)}
-    seen: list[list[int]] = []
-
-    def outer(z: dict[str, Tensor], rows: Tensor) -> Tensor:
-        seen.append(rows.tolist())
-        assert z["b"].shape == (len(rows), 1, 2)
-        return (rows + 1) * z["a"][:, 0]
-
-    def h(z: dict[str, Tensor], scale: Tensor) -> Tensor:
-        return scale * (z["a"] - 1).pow(4).sum(1) + torch.cosh(z["b"] * torch.tensor([1.0, 3.0])).sum((1, 2))
-
-    f = DescentMap(h, z0, (torch.tensor([0.1, 1.0, 10.0]),), params=())
-    solver = eq.LBFGS(max_steps=200, memory=100, rtol=0, atol=1e-9, outer_every=2, outer_loss=outer)
-    found = f.unpack(solver.solve(f, f.pack(z0)).raise_for_status().value)
-    torch.testing.assert_close(found["a"], torch.ones(3, 2), rtol=0, atol=5e-3)
-    torch.testing.assert_close(found["b"], torch.zeros(3, 1, 2), rtol=0, atol=1e-8)
-    assert seen[0] == [0, 1, 2]
-    assert len(seen[-1]) < 3, "rows that are done have left"
-
-
 # --- pairs of an earlier solve ---------------------------------------------------------------------------------------
 
 COLD = eq.LBFGS(max_steps=400, memory=100, rtol=0, atol=1e-6, scaled=False)
@@ -200,22 +178,6 @@ def test_inverse_from_pairs(scaled: bool) -> None:
         torch.testing.assert_close(found.inverse.dense(), solution.inverse.dense(), rtol=1e-9, atol=1e-12)
         for mine, other in zip(eq.LBFGS.pairs_of(found), pairs, strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-14)
-
-
-def test_validated_pairs() -> None:
-    """Of a step the Hessian averaged along it is that of the loss plus e^l: the steps are replayed at the new l."""
-    rows = 3
-    carried, solver = Carried.make(rows), Recorded(**{f.name: getattr(COLD, f.name) for f in dataclasses.fields(COLD)})
-    z0 = torch.randn(rows, SIZE, generator=torch.Generator().manual_seed(1))
-    solver.solve(DescentMap(lambda z: BREAST_CANCER.loss(z, torch.zeros(rows)), z0), z0)  # a closure: no row leaves
-    gradient = functools.partial(BREAST_CANCER.gradient, log_lambda=carried.log_lambda)
-    for row in range(rows):
-        moves = [(seen.before.base, seen.after.base) for seen in solver.log]
-        moves = [(b - a, gradient(b) - gradient(a)) for a, b in moves if not torch.equal(a[row], b[row])]
-        s_known, y_known = (x[row][carried.pairs[0][row].any(dim=1)] for x in carried.pairs)
-        for (s, y), s_mine, y_mine in zip(moves, s_known, y_known, strict=False):
-            mine = y_mine * (s[row].norm() / s_mine.norm())
-            torch.testing.assert_close(mine, y[row], rtol=0, atol=1e-10 * max(1.0, float(y[row].norm())))
 
 
 def test_warm_solve() -> None:
