@@ -19,7 +19,7 @@ from torch import Tensor
 from equipoise.cli.display import facts_table
 from equipoise.cli.errors import UsageError
 from equipoise.cli.flags import Option
-from equipoise.cli.runs import equilibrium_config, parse_run, report_packages, run_model
+from equipoise.cli.runs import equilibrium_config, image_data, parse_run, report_packages, run_model
 from equipoise.constraints import L2Ball, LInfBall
 from equipoise.data import image_files, read_image
 from equipoise.files import RunError
@@ -167,7 +167,7 @@ def _images(options: Any, config: TrainConfig) -> tuple[Tensor, Tensor | None]:
     """Return pixels in [0, 1] and labels; None: the predictions of the classifier serve as labels."""
     if options.files:
         return torch.stack(
-            [read_image(path, config.data, options.invert)[0] for path in image_files(options.files)]
+            [read_image(path, image_data(config), options.invert)[0] for path in image_files(options.files)]
         ).float() / 255, None
     images, labels = next(iter(config.data.load().test.batches(options.images)))
     return images.float() / 255, labels
@@ -182,7 +182,8 @@ def _run(
     console: Console,
 ) -> Found:
     """Attack all images, batch by batch."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (config.data.mean, config.data.std))
+    data = image_data(config)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
     kind = L2Ball if options.norm == "l2" else LInfBall
     result: Found | None = None
     columns = TextColumn("attacking"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn()
@@ -202,8 +203,8 @@ def _run(
                 x,
                 y,
                 constraint=kind(radius=options.radius, center=x, lower=0.0, upper=1.0),
-                mean=config.data.mean,
-                std=config.data.std,
+                mean=data.mean,
+                std=data.std,
                 optimizer=dataclasses.replace(
                     ATTACK,
                     solver=Picard(max_steps=options.rounds, rtol=1e-3),

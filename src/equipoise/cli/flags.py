@@ -176,7 +176,8 @@ class _Tree:
         """
         if flag.partition(".")[0] not in self.names:
             raise LookupError(flag)
-        plain, cls = self.plain, TrainConfig
+        plain = self.plain
+        cls: Any = TrainConfig
         path = flag.split(".")
         for depth, name in enumerate(path, start=1):
             field = next((field for field in dataclasses.fields(cls) if field.name == name), None)
@@ -244,7 +245,7 @@ class _Tree:
         """Return the plain form of a class; it keeps the fields that all solvers (optimizers) share."""
         if text == "null":
             return None
-        base = typing.cast(type, family(hint))
+        base: Any = family(hint)
         classes, name = members(base, self.classes), text.rpartition(".")[2]
         if name not in classes:
             raise UsageError(f"--{flag}: unknown class {name!r}; {nearest(name, classes)}")

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from equipoise.cli.errors import UsageError, fail
-from equipoise.cli.runs import equilibrium_config, parse_run, run_model
+from equipoise.cli.runs import equilibrium_config, image_data, parse_run, run_model
 from equipoise.data import image_files, read_image
 from equipoise.files import DataError, RunError
 from equipoise.train import TrainConfig
@@ -59,13 +59,13 @@ def predict(arguments: list[str], classes: Sequence[type] = CLASSES) -> int:
     if not isinstance(config.model, ClassifierConfig):
         raise RunError(f"{options.run} is a run of {type(config.task).__name__}, and predict names classes")
     names = facts["about"].get("classes") or [str(number) for number in range(config.model.num_classes)]
-    failed = False
+    failed, data = False, image_data(config)
     files, size = image_files(options.images), config.eval_batch_size
     for start in range(0, len(files), size):
         images = {}
         for path in files[start : start + size]:
             try:
-                images[path] = read_image(path, config.data, options.invert)
+                images[path] = read_image(path, data, options.invert)
             except DataError as error:
                 fail(str(error), 1)
                 failed = True

@@ -19,7 +19,7 @@ from torch import Tensor
 from equipoise.cli.display import facts_table
 from equipoise.cli.errors import UsageError
 from equipoise.cli.flags import Option
-from equipoise.cli.runs import evaluation_config, parse_run, report_packages, run_model
+from equipoise.cli.runs import evaluation_config, image_data, parse_run, report_packages, run_model
 from equipoise.data import generator, read_cropped, read_image
 from equipoise.files import RunError
 from equipoise.train import TrainConfig
@@ -186,7 +186,7 @@ def _read_fixed(name: str, invert: bool, config: TrainConfig, factor: int, simul
     side = config.data.shape[1]
     if side % factor:
         raise UsageError(f"--factor {factor} does not divide the {side} pixels of the decoder's images")
-    return read_image(Path(name), config.data, invert, side=side if simulate else side // factor)
+    return read_image(Path(name), image_data(config), invert, side=side if simulate else side // factor)
 
 
 def _read_free(name: str, invert: bool, config: TrainConfig, factor: int, simulate: bool) -> tuple[Tensor, str]:

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from equipoise.cli.flags import Option, parse
+from equipoise.data import ImageData
 from equipoise.files import CheckpointError, RunError
 from equipoise.gradients import JacobianFree
 from equipoise.train import TrainConfig, checkpoint
@@ -96,6 +97,17 @@ def run_model(folder: Path, classes: Sequence[type], console: Console, *, quiet:
             console.print(f"{problem}. The checkpoint before it is used", markup=False, soft_wrap=True)
         console.print(f"the run is not finished: its checkpoint at step {state.facts['progress']['step']} is used")
     return model, {"about": {}}
+
+
+def image_data(config: TrainConfig) -> ImageData:
+    """Return the data of a configuration.
+
+    Raises:
+        RunError: the data is no source of images.
+    """
+    if not isinstance(config.data, ImageData):
+        raise RunError(f"data {type(config.data).__name__} holds no images; the command needs a run on images")
+    return config.data
 
 
 @contextlib.contextmanager

@@ -84,14 +84,17 @@ class HubImages(ImageData):
         test, _ = _open(self, self.test_split)
         if self.in_memory:
             training, validation = self._carve(*_decode_all(train, self, self.train_split, len(classes)))
-            tested = TensorSplit(*_decode_all(test, self, self.test_split, len(classes)))
-            return Splits(training, validation, tested, classes)
+            tested = _decode_all(test, self, self.test_split, len(classes))
+            return Splits(training, validation, TensorSplit(*tested), classes)
         if self.streaming:
             count = self.num_train or _announced(train, self.train_split)
             if not count:
                 raise DataError("the stream does not state its number of training images; give --data.num_train")
-            tested = StreamSplit(test, self, _announced(test, self.test_split), augment=False)
-            return Splits(StreamSplit(train, self, count, augment=True), None, tested, classes)
+            streams = (
+                StreamSplit(train, self, count, augment=True),
+                StreamSplit(test, self, _announced(test, self.test_split), augment=False),
+            )
+            return Splits(streams[0], None, streams[1], classes)
         kept, held_out = random_split(len(train), round(self.validation_fraction * len(train)))
         return Splits(
             RowSplit(train, self, kept, augment=True),

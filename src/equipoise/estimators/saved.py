@@ -109,7 +109,8 @@ def load(path: str | os.PathLike[str]) -> Any:
         raise CheckpointError(f"{path} holds no estimator, but {facts.get('kind', 'something else')!r}")
     try:
         parameters = facts["parameters"].items()
-        model: Any = CLASSES[facts["class"]](**{k: tuple(v) if isinstance(v, list) else v for k, v in parameters})
+        make: Any = CLASSES[facts["class"]]
+        model = make(**{k: tuple(v) if isinstance(v, list) else v for k, v in parameters})
         for attribute in ARRAYS:
             values = tensors[attribute].numpy()
             setattr(model, attribute, float(values[0]) if attribute in facts["scalar"] else values)

@@ -114,8 +114,8 @@ class RunFolder:
                 write_config(self.config, found)
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        for old in (*checkpoint.states(self.checkpoints), *self._own_files()):
-            old.unlink(missing_ok=True)
+        for file in (*checkpoint.states(self.checkpoints), *self._own_files()):
+            file.unlink(missing_ok=True)
         write_config(self.config, found)
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
