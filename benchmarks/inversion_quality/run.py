@@ -187,7 +187,7 @@ def train(steps: list[int], count: int) -> dict[int, dict[str, float]]:
     split = RECIPE.data.load().train
     assert isinstance(split, TensorSplit)
     labels = split.labels
-    images = (split.images.float() / 255 - RECIPE.data.mean[0]) / RECIPE.data.std[0]
+    images = RECIPE.data.prepare(split.images)
     model = RECIPE.build()
     objective = RECIPE.objective(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=RECIPE.optimizer.lr)

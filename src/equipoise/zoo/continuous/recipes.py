@@ -10,7 +10,9 @@ from equipoise.solvers import GMRES, SteadyState
 from equipoise.train import Adam, TrainConfig
 from equipoise.zoo.classification import Classify, SkipPenalty
 from equipoise.zoo.continuous.model import DenseConfig
-from equipoise.zoo.mdeq import mdeq_fashion_mnist
+from equipoise.zoo.mdeq import MDEQConfig, mdeq_fashion_mnist
+
+DENSE = DenseConfig(image_size=28, image_channels=1, num_classes=10)
 
 
 def continuous_mnist() -> TrainConfig:
@@ -18,7 +20,7 @@ def continuous_mnist() -> TrainConfig:
     return TrainConfig(
         name="continuous-mnist",
         data=MNIST5K(),
-        model=DenseConfig(image_size=28, image_channels=1, num_classes=10),
+        model=DENSE,
         task=Classify(),
         solver=SteadyState(max_steps=50, rtol=5e-3),
         gradient=Implicit(solver=GMRES(max_steps=15, rtol=0.0, atol=5e-3)),
@@ -31,7 +33,7 @@ def continuous_mnist() -> TrainConfig:
 def skip_mnist() -> TrainConfig:
     """Skip DEQ: `continuous-mnist` whose solve begins at the guess of a network trained to predict the equilibrium."""
     config = continuous_mnist()
-    model = dataclasses.replace(config.model, predictor=True)
+    model = dataclasses.replace(DENSE, predictor=True)
     return dataclasses.replace(config, name="skip-mnist", model=model, task=Classify(skip=SkipPenalty(weight=1.0)))
 
 
@@ -41,7 +43,7 @@ def skip_reg_mnist() -> TrainConfig:
     With a weight of a tenth the map still depends on its state for many images; from one on it does for none.
     """
     config = continuous_mnist()
-    model = dataclasses.replace(config.model, explicit_steps=1)
+    model = dataclasses.replace(DENSE, explicit_steps=1)
     return dataclasses.replace(config, name="skip-reg-mnist", model=model, task=Classify(skip=SkipPenalty(weight=0.1)))
 
 
@@ -51,10 +53,10 @@ def skip_reg_fashion_mnist() -> TrainConfig:
     return dataclasses.replace(
         config,
         name="skip-reg-fashion-mnist",
-        model=dataclasses.replace(config.model, explicit_steps=1),
+        model=dataclasses.replace(MDEQConfig.fashion_mnist(), explicit_steps=1),
         solver=SteadyState(max_steps=18, rtol=5e-2),
         gradient=Implicit(solver=GMRES(max_steps=20, rtol=0.0, atol=5e-2)),
-        task=dataclasses.replace(config.task, skip=SkipPenalty(weight=0.1)),
+        task=Classify(pretraining=config.task.pretraining, skip=SkipPenalty(weight=0.1)),
         epochs=2,
     )
 

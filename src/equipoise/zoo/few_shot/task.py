@@ -44,6 +44,7 @@ class FewShot(InputTask):
                 raise ValueError(
                     f"the task FewShot needs a {field} of kind {kind.__name__}, and {type(value).__name__} is none"
                 )
+        assert isinstance(model, FewShotConfig)
         check_shapes(model, data)
         if isinstance(gradient, Envelope):
             raise ValueError(

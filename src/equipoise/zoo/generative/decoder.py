@@ -36,7 +36,7 @@ class ImageDecoderConfig(ImageModelConfig):
 class ImageDecoder(nn.Module, abc.ABC):
     """Decoder of latents by an equilibrium."""
 
-    config: ImageDecoderConfig
+    config: Any  # of the model's own class
     deq: DEQ
 
     @abc.abstractmethod

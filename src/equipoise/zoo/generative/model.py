@@ -121,6 +121,6 @@ class LatentDecoder(ImageDecoder):
             raise ValueError(f"the decoder makes images of {size}x{size}, not of {height}x{width}; resize them")
         return next(self.parameters()).new_zeros(batch, self.config.latent_size)
 
-    def start(self, x: Tensor) -> Tensor:
+    def start(self, x: Tensor, *context: Tensor) -> Tensor:
         """Return zeros `(B, width)`, the start of the solve for the state."""
         return x.new_zeros(len(x), self.config.width)

@@ -9,6 +9,7 @@ S. Bai, V. Koltun, J. Z. Kolter, "Stabilizing Equilibrium Models by Jacobian Reg
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from torch import nn
 
@@ -173,6 +174,7 @@ class MDEQClassifier(EquilibriumClassifier):
 
     def __init__(self, config: MDEQConfig, *, solver: Solver = Anderson(), gradient: Gradient = Implicit()) -> None:
         stem, cell = config.stem(), config.cell()
+        start: Any = MDEQPredictor(config) if config.predictor else cell.zeros
         super().__init__(
             config,
             stem=stem,
@@ -180,7 +182,7 @@ class MDEQClassifier(EquilibriumClassifier):
                 cell,
                 solver=solver,
                 gradient=gradient,
-                init=MDEQPredictor(config) if config.predictor else cell.zeros,
+                init=start,
                 explicit_steps=config.explicit_steps,
             ),
             head=MDEQHead(config),
