@@ -1,29 +1,31 @@
-"""What the gradient of an equilibrium costs in the backward pass, and what it is worth in test accuracy.
+"""Cost of the gradient of an equilibrium in the backward pass, and its worth in test accuracy.
 
-    python -m benchmarks.backward_cost.run [--data fashion-mnist|cifar10] [--device cpu|cuda] [--seeds N] [--threads N]
-        [--quick] [--show] --json FILE [--plot PNG]
+    python -m benchmarks backward_cost [--data fashion-mnist|cifar10] [--device cpu|cuda] [--seeds N] [--quick]
 
-Question, after the third figure of the SHINE paper (Ramzi et al. 2022): how much accuracy does each gradient give up
-for a cheaper backward pass? One model and one schedule are trained from the same weights with each gradient:
+Claim, after the third figure of the SHINE paper (Ramzi et al. 2022): a cheaper backward pass loses little accuracy.
+Evidence: `results/2026-11-25-fashion-mnist.json`: Fashion-MNIST, 3 seeds, one thread of x86-64, torch 2.13.0. Backward
+passes are 5.6 to 6 times faster; the accuracies do not tell the variants apart. CIFAR-10 was not run: it needs a GPU.
+
+One model and one schedule are trained from the same weights with each gradient:
 
     original/k    the adjoint equation w = J^T w + g by k steps of Broyden's method from w = 0
     jfb/k         the same from w = g; k = 0 is the Jacobian-free gradient w = g itself
     shine/k       the same from SHINE's estimate, preconditioned with the forward inverse, fallback at ratio 1.3;
                   k = 0 is the estimate itself
-    shine-opa/0   SHINE behind a forward solve by adjoint Broyden that is told the loss every fifth evaluation,
-                  fallback at ratio 1.8
+    shine-opa/0   SHINE behind a forward solve by adjoint Broyden, outer-problem aware (OPA): it takes the gradient of
+                  the loss every fifth evaluation; fallback at ratio 1.8
 
-k steps make k + 1 products with J^T, for the start is judged, too, and the best iterate is the answer. `Implicit` by
-default starts at w = g, so `Implicit(solver=Broyden(...))` is jfb/k here. The published original/k starts at zero: its
-first product, J^T 0, is wasted, and its first step leads to g; from there original/k + 1 does what jfb/k does, with one
-update more. original/0 is no gradient at all. original/full, k = 20, is the reference. The other families tend to the
-same gradient: their full solves are timed and not trained.
+k steps make k + 1 products with J^T, because the start is evaluated, too, and the best iterate is returned. `Implicit`
+by default starts at w = g, so `Implicit(solver=Broyden(...))` is jfb/k here. The published original/k starts at zero:
+its first product, J^T 0, is wasted, and its first step leads to g; from there original/k + 1 does the same as jfb/k,
+with one update more. original/0 is no gradient at all. original/full, k = 20, is the reference. The other families tend
+to the same gradient: their full solves are timed and not trained.
 
     test_accuracy   after training, mean over seeds; validation_accuracy on training images set aside
     backward_ms     loss to gradients of all parameters, stem and head included; the median over batches of one process
                     in which the variants take turns on the same batch and on the same model, that trained by
-                    original/full; mean over seeds. On a GPU the clock is read after synchronising; on one CPU thread it
-                    is the processor's, which leaves out what other programs take.
+                    original/full; mean over seeds. On a GPU the clock is read after synchronizing; on one CPU thread it
+                    is the processor's, which leaves out other programs.
                     backward_ratio: the median of the ratios to original/full, batch by batch
     forward_ms      loss from images, for adjoint Broyden pays products there
     vjps            products with J^T beside the one into parameters that every gradient needs; a product of fewer rows,
@@ -34,56 +36,42 @@ same gradient: their full solves are timed and not trained.
                     batches of 32 (the published script counts over 100 batches and divides by the samples of 1,000)
     radius_*        spectral radius of J at the equilibria of 100 images, of the model trained with this variant
     nonlinear_gain  the published figure for the same purpose: norm of f(z) after 20 rounds of z = f(z) / |f(z)|. f ends
-                    in a normalisation, so that it is near the square root of the size of the state whatever J is
+                    in a normalization, so that it is near the square root of the size of the state whatever J is
 
-Results are written after each training, and a run that was interrupted goes on where it was; run folders lie beside
-FILE. CIFAR-10 is the recipe `mdeq-cifar10-tiny` and needs a GPU.
+Run folders lie beside FILE, and an interrupted training continues. CIFAR-10 is the recipe `mdeq-cifar10-tiny`.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import math
+import functools
+import itertools
 import pathlib
-import platform
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import matplotlib
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, ScalarFormatter
 from torch import Tensor
 
 import equipoise as eq
+from benchmarks import harness
+from benchmarks.backward_cost.report import table
 from equipoise import zoo
 from equipoise.data import Digits, FashionMNIST, Split
-from equipoise.files import write_atomic
-from equipoise.report.figures import BLUE, GRAY, GREEN, INK, ORANGE, STYLE
 from equipoise.train import Adam, Objective, Pretraining, StepInfo, TrainConfig, fit
 from equipoise.train.device import to_device
-from equipoise.train.serialize import to_plain
 from equipoise.zoo import Classify, EquilibriumClassifier, MDEQConfig
 from equipoise.zoo.files import load
 
 FULL = 20  # steps of the reference
 REFERENCE = "original/full"
 TRAINED = StepInfo(step=2**40, epoch=0, seed=0)  # past all fixed-depth steps
-FAMILIES = {  # label, color, marker, and where its points are named
-    "original": ("implicit from zero, k steps", GRAY, "s", (-6, -13)),
-    "jfb": ("Jacobian-free, refined by k steps", ORANGE, "o", (-6, 7)),
-    "shine": ("SHINE, refined by k steps", BLUE, "D", (5, -13)),
-    "shine-opa": ("SHINE-OPA", GREEN, "^", (-9, -13)),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Nothing(eq.Gradient):
-    """The adjoint vector zero: a start."""
+    """The adjoint vector zero, as a start."""
 
     def cotangent(self, adjoint: Any, g: Tensor, solution: eq.Solution[Tensor]) -> Tensor:
         return torch.zeros_like(g)
@@ -91,7 +79,7 @@ class Nothing(eq.Gradient):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is trained, and how much is measured."""
+    """Training, and amount of measurements."""
 
     config: TrainConfig
     steps: tuple[int, ...] = (5, 1, 10, 2)  # k, beside 0 and the full solve, in the order of training
@@ -209,15 +197,10 @@ def train(setting: Setting, variant: Variant, seed: int, folder: pathlib.Path) -
     return figures
 
 
-def batches(config: TrainConfig, split: Split, size: int, count: int, device: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """As many batches of training images as are asked for, in an order of no training."""
-    done = 0
-    while done < count:
-        for images, labels in split.batches(size, shuffle=(-1, done)):
-            yield to_device(config, images, labels, torch.device(device))
-            done += 1
-            if done == count:
-                return
+def batches(config: TrainConfig, split: Split, size: int, count: int, device: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of training images, in an order that no training has."""
+    for *_, batch in itertools.islice(harness.endless(split, size, -1), count):
+        yield to_device(config, *batch, torch.device(device))
 
 
 def probe(model: EquilibriumClassifier, config: TrainConfig, split: Split, count: int) -> dict[str, float]:
@@ -247,22 +230,20 @@ def fallback_rate(model: EquilibriumClassifier, config: TrainConfig, split: Spli
     """Share of the samples of which SHINE's estimate is replaced."""
     assert isinstance(config.gradient, eq.Shine)
     masks: list[Tensor] = []
-    device = next(model.parameters()).device
     objective = Objective(model, Classify()).train()
     with model.deq.using(solver=config.solver, gradient=dataclasses.replace(config.gradient, observe=masks.append)):
-        for images, labels in batches(config, split, 32, count, str(device)):
+        for images, labels in batches(config, split, 32, count, next(model.parameters()).device):
             loss, _ = objective(images, labels, TRAINED)
             loss.backward()
     return float(torch.cat(masks).double().mean())
 
 
-def costs(setting: Setting, model: EquilibriumClassifier, split: Split, device: str) -> dict[str, dict[str, float]]:
+def costs(setting: Setting, path: pathlib.Path, device: str) -> dict[str, dict[str, float]]:
     """Time, products and error of each variant's backward pass, on one model and in turn on the same batches."""
-    config, chosen = setting.config, variants(setting)
-    objective = Objective(model.to(device), Classify()).train()
+    config, chosen, model = setting.config, variants(setting), load(path, classes=(*zoo.CLASSES, Nothing)).to(device)
+    objective = Objective(model, Classify()).train()
     inner = [*model.stem.parameters(), *model.deq.parameters()]
-    outer = list(model.head.parameters())
-    clock = clock_of(device)
+    wanted = [*inner, *model.head.parameters()]
     reports: list[eq.Solution] = []
 
     def run(solver: eq.Solver, gradient: eq.Gradient, images: Tensor, labels: Tensor) -> tuple[float, float, Tensor]:
@@ -271,40 +252,36 @@ def costs(setting: Setting, model: EquilibriumClassifier, split: Split, device: 
             gradient = dataclasses.replace(gradient, observe=reports.append)
         with model.deq.using(solver=solver, gradient=gradient):
             torch.manual_seed(0)  # dropout masks
-            start = clock()
+            start = harness.clock(device)
             loss, _ = objective(images, labels, TRAINED)
-            middle = clock()
-            grads = torch.autograd.grad(loss, [*inner, *outer], allow_unused=True, materialize_grads=True)
-            end = clock()
+            middle = harness.clock(device)
+            grads = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+            end = harness.clock(device)
         return middle - start, end - middle, torch.cat([g.flatten() for g in grads[: len(inner)]])
 
     exact = eq.Implicit(solver=eq.Broyden(max_steps=300, memory=300, rtol=1e-5))
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in chosen}
-    cosines: dict[str, list[float]] = {name: [] for name in chosen}
-    products: dict[str, list[int]] = {name: [] for name in chosen}
-    names, worst = list(chosen), 0.0
-    for number, (images, labels) in enumerate(
-        batches(config, split, config.batch_size, setting.timed_batches + 1, device)
-    ):
-        truth: dict[eq.Solver, Tensor] = {}
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
-            variant = chosen[name]
-            if number < setting.cosine_batches and variant.solver not in truth:
-                truth[variant.solver] = run(variant.solver, exact, images, labels)[2]
-                worst = max(worst, float(reports.pop().residual.max()))
-            forward, backward, grad = run(variant.solver, variant.gradient, images, labels)
-            products[name].append(reports.pop().num_vjps if reports else 0)
-            if number:  # the first batch warms up
-                times[name].append((forward, backward))
-            if number < setting.cosine_batches:
-                cosines[name].append(float(torch.cosine_similarity(grad, truth[variant.solver], dim=0)))
-    reference = [backward for _, backward in times[REFERENCE]]
+    forward, backward, cosines, products = ({name: [] for name in chosen} for _ in range(4))  # type: ignore[var-annotated]
+    truth: dict[tuple[int, eq.Solver], Tensor] = {}
+    worst = 0.0
+    timed = batches(config, config.data.load().train, config.batch_size, setting.timed_batches + 1, device)
+    for number, batch, name in harness.in_turn(chosen, timed):
+        variant, compared = chosen[name], number < setting.cosine_batches
+        key = number, variant.solver
+        if compared and key not in truth:
+            truth[key] = run(variant.solver, exact, *batch)[2]
+            worst = max(worst, float(reports.pop().residual.max()))
+        *seconds, grad = run(variant.solver, variant.gradient, *batch)
+        products[name].append(reports.pop().num_vjps if reports else 0)
+        if number:  # the first batch warms up
+            forward[name].append(seconds[0])
+            backward[name].append(seconds[1])
+        if compared:
+            cosines[name].append(float(torch.cosine_similarity(grad, truth[key], dim=0)))
     return {
         name: {
-            "backward_ms": 1000 * statistics.median(backward for _, backward in times[name]),
-            "backward_ratio": statistics.median(b / r for (_, b), r in zip(times[name], reference, strict=True)),
-            "forward_ms": 1000 * statistics.median(forward for forward, _ in times[name]),
+            "backward_ms": 1000 * statistics.median(backward[name]),
+            "backward_ratio": harness.median_ratio(backward[name], backward[REFERENCE]),
+            "forward_ms": 1000 * statistics.median(forward[name]),
             "vjps": statistics.fmean(products[name]),
             "cosine": statistics.fmean(cosines[name]),
             "exact_residual": worst,
@@ -313,181 +290,36 @@ def costs(setting: Setting, model: EquilibriumClassifier, split: Split, device: 
     }
 
 
-def clock_of(device: str) -> Callable[[], float]:
-    """Seconds of work done until now."""
-    if device == "cpu":
-        return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-
-    def now() -> float:
-        torch.cuda.synchronize()
-        return time.perf_counter()
-
-    return now
-
-
-def mean_and_spread(values: list[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation; the latter is NaN of one value."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
+def summary(content: dict[str, Any]) -> tuple[harness.Means, harness.Means]:
+    """Means over the seeds that are done, as `<data>/<variant>/<k>/<figure>`, and their standard deviations."""
+    runs, costs = content.get("runs", {}), content.get("costs", {})
+    data = "digits" if content["settings"]["quick"] else content["settings"]["data"]
+    means, spreads = harness.summarize(
+        {f"{data}/{name}": [*runs.get(name, {}).values(), *(found[name] for found in costs.values() if name in found)]
+         for name in {**runs, **next(iter(costs.values()), {})}}
+    )  # fmt: skip
+    seeds = {f"{name.rpartition('/')[0]}/seeds": 0 for name in means}
+    return {**means, **seeds, **{f"{data}/{name}/seeds": len(found) for name, found in runs.items()}}, spreads
 
 
-def summary(data: str, names: list[str], record: dict[str, Any]) -> dict[str, float]:
-    """Means over the seeds that are done, as `<data>/<variant>/<k>/<figure>`, and their spread as `<figure>_std`."""
-    flat: dict[str, float] = {}
-    for name in names:
-        runs = [run for key, run in record["runs"].items() if key.rsplit("/", 1)[0] == name]
-        timed = [found[name] for found in record["costs"].values()]
-        flat[f"{data}/{name}/seeds"] = len(runs)
-        for rows in (runs, timed):
-            for figure in rows[0] if rows else ():
-                values = [row[figure] for row in rows if row[figure] is not None]
-                if not values:
-                    continue
-                mean, spread = mean_and_spread(values)
-                flat[f"{data}/{name}/{figure}"] = mean
-                if not math.isnan(spread):
-                    flat[f"{data}/{name}/{figure}_std"] = spread
-    return flat
-
-
-COLUMNS = {
-    "seeds": "seeds",
-    "test_accuracy": "test",
-    "test_accuracy_std": "std",
-    "validation_accuracy": "valid",
-    "backward_ms": "ms",
-    "backward_ratio": "ratio",
-    "forward_ms": "fwd ms",
-    "vjps": "vjps",
-    "cosine": "cosine",
-    "exact_residual": "exact",
-    "fallback_rate": "fallback",
-    "radius_min": "rho min",
-    "radius_median": "median",
-    "radius_max": "max",
-    "nonlinear_gain": "gain",
-    "converged": "conv",
-    "seconds": "train s",
-}
-
-
-def table(data: str, names: list[str], record: dict[str, Any]) -> str:
-    """The figures, one line a variant."""
-    lines = [f"{'variant':<15}" + "".join(f"{head:>10}" for head in COLUMNS.values())]
-    for name in sorted(names, key=_order):
-        cells = (record["figures"].get(f"{data}/{name}/{column}") for column in COLUMNS)
-        lines.append(f"{name:<15}" + "".join(f"{'' if cell is None else format(cell, '.4g'):>10}" for cell in cells))
-    return "\n".join(lines)
-
-
-def _order(name: str) -> tuple[int, int]:
-    family, k = name.split("/")
-    return list(FAMILIES).index(family), FULL if k == "full" else int(k)
-
-
-@matplotlib.rc_context(STYLE)
-def plot(data: str, names: list[str], record: dict[str, Any]) -> Figure:
-    """Accuracy against the time of a backward pass, a line a family, points named by k, of variants with all seeds."""
-    figures = record["figures"]
-    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
-    axes = figure.subplots()
-    for family, (label, color, marker, offset) in FAMILIES.items():
-        members = [name for name in sorted(names, key=_order) if name.split("/")[0] == family]
-        # A mean of fewer seeds than the others' has no place beside them.
-        members = [name for name in members if figures[f"{data}/{name}/seeds"] == len(record["costs"])]
-        if not members:
-            continue
-        x = [figures[f"{data}/{name}/backward_ms"] for name in members]
-        y = [figures[f"{data}/{name}/test_accuracy"] for name in members]
-        spread = [figures.get(f"{data}/{name}/test_accuracy_std", 0.0) for name in members]
-        axes.errorbar(x, y, spread, color=color, marker=marker, label=label, capsize=3, elinewidth=0.9)
-        for name, a, b in zip(members, x, y, strict=True):
-            k = name.split("/")[1]
-            side = "left" if offset[0] > 0 else "right"
-            axes.annotate(k, (a, b), offset, textcoords="offset points", color=color, fontsize=8.5, ha=side)
-    axes.set_xscale("log")
-    axes.set_xlabel("backward pass of a batch, ms")
-    axes.set_ylabel("test accuracy")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
-    figure.legend(loc="outside lower center", ncols=2)
-    title = f"{data}: mean and standard deviation of seeds 0 to {len(record['costs']) - 1}"
-    axes.set_title(title, color=INK, fontsize=10, loc="left")
-    return figure
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=("fashion-mnist", "cifar10"), default="fashion-mnist")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="digits, four steps, one seed: seconds")
-    parser.add_argument("--show", action="store_true", help="what FILE holds, finished or not; nothing is run")
-    parser.add_argument("--json", type=pathlib.Path, required=True)
-    parser.add_argument("--plot", type=pathlib.Path)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+def main(argv: Sequence[str] | None = None) -> None:
+    record = harness.Record(
+        __name__,
+        argv,
+        quick="digits, four steps, one seed: seconds",
+        seeds=3,
+        options={"--data": {"choices": ("fashion-mnist", "cifar10"), "default": "fashion-mnist"}, **harness.DEVICE},
+        summary=summary,
+    )
+    args = record.args
     setting = quick() if args.quick else {"fashion-mnist": fashion_mnist, "cifar10": cifar10}[args.data]()
-    config = dataclasses.replace(setting.config, accelerator=args.device)
-    setting = dataclasses.replace(setting, config=config)
-    data = "digits" if args.quick else args.data
-    seeds = 1 if args.quick else args.seeds
-    if args.show and not args.json.exists():
-        parser.error(f"--show: {args.json} does not exist; leave --show out to measure, and write it")
-    chosen = variants(setting)
-    names = list(chosen)
-    record = begin(args.json, setting, args.device, args.threads)
-    folders = args.json.with_suffix(".runs")
-    split = config.data.load().train
-
-    def save() -> None:
-        record["figures"] = summary(data, names, record)
-        record["date"] = time.strftime("%Y-%m-%d")
-        write_atomic(args.json, (json.dumps(record, indent=1) + "\n").encode())
-
-    for name, variant in chosen.items():  # all seeds of one before the next: what is done is of equal weight
-        for seed in range(seeds) if variant.trained and not args.show else ():
-            folder = folders / name.replace("/", "-") / str(seed)
-            if f"{name}/{seed}" not in record["runs"]:
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                found = train(setting, variant, seed, folder)
-                record["runs"][f"{name}/{seed}"] = found
-                print(f"{time.strftime('%H:%M:%S')} {name}/{seed}: {found['test_accuracy']:.4f}", flush=True)
-                save()
-            if name == REFERENCE and str(seed) not in record["costs"]:
-                model = load(folder / "model.safetensors")
-                record["costs"][str(seed)] = costs(setting, model, split, args.device)
-                save()
-    if not args.show:
-        save()
-    print(table(data, names, record))
-    if args.plot:
-        plot(data, names, record).savefig(args.plot, dpi=160)
-
-
-def begin(path: pathlib.Path, setting: Setting, device: str, threads: int) -> dict[str, Any]:
-    """A new record, or the one in the file if it is of the same setting.
-
-    Raises:
-        SystemExit: it is of another.
-    """
-    facts = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
-        "threads": threads,
-        "torch": torch.__version__,
-        "equipoise": eq.__version__,
-        "setting": json.loads(json.dumps(to_plain(setting))),
-    }
-    if path.exists():
-        record: dict[str, Any] = json.loads(path.read_text())
-        different = [name for name, fact in facts.items() if record.get(name) != fact]
-        if different:
-            raise SystemExit(f"{path} holds results of another {', '.join(different)}; give another file")
-        return record
-    return {**facts, "runs": {}, "costs": {}}
-
-
-if __name__ == "__main__":
-    main()
+    setting = dataclasses.replace(setting, config=dataclasses.replace(setting.config, accelerator=args.device))
+    for name, variant in variants(setting).items():  # all seeds of one before the next: equal weight of means
+        for seed in range(args.seeds) if variant.trained else ():
+            folder = record.folder / name.replace("/", "-") / str(seed)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            record.measure(functools.partial(train, setting, variant, seed, folder), "runs", name, seed)
+            if name == REFERENCE:
+                model = folder / "model.safetensors"
+                record.measure(functools.partial(costs, setting, model, args.device), "costs", seed)
+    record.finish(table)

@@ -1,8 +1,7 @@
-"""Bilevel problems: real data, splits, losses; and what a method visited on its way."""
+"""Bilevel problems with their data, splits and losses, and the models that a method visits."""
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.bilevel.named import NAMED
+from benchmarks.bilevel.report import HELD_OUT
 from equipoise.bilevel import InnerLoss
 from equipoise.core.function_map import DescentMap
 from equipoise.core.solution import Solution
@@ -23,46 +23,48 @@ from equipoise.gradients import JacobianFree
 from equipoise.solvers import LBFGS
 
 BOX = (-12.0, 12.0)
+FIRST = 1e-3  # tolerance of the inner solves of a search, and of the first one of a descent
 SUBSAMPLED = {"wordnet-45": 3_000}  # rows, and then columns that occur in three of them or more
 
 
-@dataclasses.dataclass(frozen=True)
-class Visit:
-    """A model that a method had found after so many seconds and gradients."""
+class Trail:
+    """Models that a method visits, with the seconds and gradients until each; evaluating them costs it no time.
 
-    seconds: float
-    evals: int
-    held_out: float
-    test: float
-    hyper: list[float]
+    Args:
+        problem: that the method solves.
+    """
 
+    def __init__(self, problem: Problem) -> None:
+        self.problem, self.began = problem, time.perf_counter()
+        self.visits: list[list[float]] = []
+        self.away = 0.0
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What a method did on one seed: all models on its way, its whole cost, how it ended, the model it returned."""
+    def model(self, z: Tensor, evals: int) -> list[float]:
+        """Seconds, gradients, held-out and test loss of a state, with eight digits."""
+        now = time.perf_counter()
+        held_out, test = self.problem.losses(z)
+        found = [float(f"{value:.8g}") for value in (now - self.began - self.away, evals, held_out, test)]
+        self.away += time.perf_counter() - now
+        return found
 
-    visits: list[Visit]
-    seconds: float
-    evals: int
-    end: str
-    chosen: Visit
-    solved: float  # held-out loss at the chosen penalties with the inner problem solved further, at no one's expense
+    def visit(self, z: Tensor, evals: int) -> float:
+        """Record a state; return its held-out loss."""
+        self.visits.append(self.model(z, evals))
+        return self.visits[-1][HELD_OUT]
 
-
-class Stopwatch:
-    """Seconds since the start, less those in which it was stopped."""
-
-    def __init__(self) -> None:
-        self.began, self.away = time.perf_counter(), 0.0
-
-    def __call__(self) -> float:
-        return time.perf_counter() - self.began - self.away
-
-    def __enter__(self) -> None:
-        self.stopped = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.away += time.perf_counter() - self.stopped
+    def result(
+        self, z: Tensor, evals: int, hyper: list[float], *, chosen: list[float] | None = None, end: str = "DONE"
+    ) -> dict[str, Any]:
+        """Entry of the record: cost, chosen model, and its loss after a further solve, at no method's expense."""
+        final = self.model(z, evals)
+        return {
+            "end": end,
+            "total": final[:HELD_OUT],
+            "chosen": chosen or final,
+            "log_alpha": [float(f"{value:.8g}") for value in hyper],
+            "solved": self.problem.solved(z, hyper),
+            "visits": self.visits or [final],
+        }
 
 
 class Problem:

@@ -1,9 +1,8 @@
-"""Report of the bilevel benchmark: metrics of each seed, medians, the table and the figure."""
+"""Tables and figure of the bilevel benchmark."""
 
 from __future__ import annotations
 
 import math
-import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,13 +10,21 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.bilevel.problems import Run, Visit
+from benchmarks import harness
 
 WITHIN = 1.01  # of the best held-out loss
-Results = Mapping[str, Mapping[int, Mapping[str, Run]]]  # by data set, seed and method
+SECONDS, EVALS, HELD_OUT, TEST = range(4)  # of a visited model, as records list it
+COLUMNS = {
+    "seconds_to_1pct": "seconds to 1 %",
+    "grad_evals_to_1pct": "gradients to 1 %",
+    "final_loss": "final loss",
+    "excess": "excess, %",
+    "solved_excess": "solved excess, %",
+    "test_loss": "test loss",
+    "seconds": "seconds in all",
+    "grad_evals": "gradients in all",
+}
 COLORS = {
     "shine": "#d55e00",
     "shine-opa": "#cc79a7",
@@ -29,161 +36,99 @@ COLORS = {
     "sklearn-cv": "#56b4e9",
 }
 FLOOR = 1e-4  # least excess drawn
+Runs = Mapping[str, Mapping[str, Any]]  # by method, as records hold them
 
 
-def until(run: Run, goal: float) -> Visit | None:
-    """The first model at least as good as a goal."""
-    return next((visit for visit in run.visits if visit.held_out <= goal), None)
-
-
-def per_seed(runs: Mapping[str, Run]) -> dict[str, dict[str, float | None]]:
+def per_seed(runs: Runs) -> dict[str, dict[str, float | None]]:
     """Metrics of each method on one seed."""
-    best = min(run.chosen.held_out for run in runs.values())
-    solved = min(run.solved for run in runs.values())
+    best = min(run["chosen"][HELD_OUT] for run in runs.values())
+    solved = min(run["solved"] for run in runs.values())
     tpe = runs["optuna-tpe"]
     found: dict[str, dict[str, float | None]] = {}
     for method, run in runs.items():
-        there, level = until(run, WITHIN * best), until(run, tpe.chosen.held_out)
+
+        def until(goal: float, visits: Any = run["visits"]) -> Sequence[float | None]:
+            """The first model at least as good as a goal."""
+            return next((visit for visit in visits if visit[HELD_OUT] <= goal), (None, None))
+
+        there, level = until(WITHIN * best), until(tpe["chosen"][HELD_OUT])[SECONDS]
         found[method] = {
-            "seconds_to_1pct": None if there is None else there.seconds,
-            "grad_evals_to_1pct": None if there is None else there.evals,
-            "final_loss": run.chosen.held_out,
-            "excess": run.chosen.held_out / best - 1,
-            "solved_loss": run.solved,
-            "solved_excess": run.solved / solved - 1,
-            "test_loss": run.chosen.test,
-            "seconds": run.seconds,
-            "grad_evals": run.evals,
-            "time_to_tpe_over_tpe": None if level is None else level.seconds / tpe.seconds,
+            "seconds_to_1pct": there[SECONDS],
+            "grad_evals_to_1pct": there[EVALS],
+            "final_loss": run["chosen"][HELD_OUT],
+            "excess": run["chosen"][HELD_OUT] / best - 1,
+            "solved_loss": run["solved"],
+            "solved_excess": run["solved"] / solved - 1,
+            "test_loss": run["chosen"][TEST],
+            "seconds": run["total"][SECONDS],
+            "grad_evals": run["total"][EVALS],
+            "time_to_tpe_over_tpe": None if level is None else level / tpe["total"][SECONDS],
         }
-    for rule in ("", "/hoag-step"):
-        if f"shine{rule}" not in runs:
-            continue
-        for key in ("seconds_to_1pct", "grad_evals_to_1pct"):
-            ours, theirs = found[f"shine{rule}"][key], found[f"hoag{rule}"][key]
-            found[f"shine{rule}"][f"{key}_over_hoag"] = None if ours is None or theirs is None else ours / theirs
+    for ours, theirs in (("shine", "hoag"), ("shine/hoag-step", "hoag/hoag-step")):
+        for key in ("seconds_to_1pct", "grad_evals_to_1pct") if ours in runs else ():
+            own, other = found[ours][key], found[theirs][key]
+            found[ours][f"{key}_over_hoag"] = None if own is None or other is None else own / other
     return found
 
 
-def quartiles(values: Sequence[float | None]) -> list[float | None]:
-    """First quartile, median and third; None counts as never."""
-    reached = sorted(math.inf if value is None else value for value in values)
-    low, high = (float(np.quantile(reached, part, method="inverted_cdf")) for part in (0.25, 0.75))
-    return [value if math.isfinite(value) else None for value in (low, statistics.median(reached), high)]
+def metrics(content: Mapping[str, Any]) -> dict[str, list[float | None]]:
+    """Metrics as `<data>/<method>/<metric>`, a value for each seed; None: not reached."""
+    found: dict[str, list[float | None]] = {}
+    for data, seeds in content.get("runs", {}).items():
+        for _, runs in sorted(seeds.items()):
+            for key, value in harness.flatten(per_seed(runs)).items():
+                found.setdefault(f"{data}/{key}", []).append(value)
+    return found
 
 
-def summary(results: Results) -> tuple[dict[str, float | None], dict[str, Any]]:
-    """Medians by key, and quartiles with the values of each seed."""
-    medians: dict[str, float | None] = {}
-    details: dict[str, Any] = {}
-    for data, seeds in results.items():
-        tables = [per_seed(runs) for _, runs in sorted(seeds.items())]
-        if not tables:  # a run that is not finished
-            continue
-        for method in tables[0]:
-            for metric in tables[0][method]:
-                values = [table[method][metric] for table in tables]
-                low, middle, high = quartiles(values)
-                medians[f"{data}/{method}/{metric}"] = middle
-                details[f"{data}/{method}/{metric}"] = {"quartiles": [low, high], "seeds": values}
-    return medians, details
+def summary(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Medians over the seeds, and first and third quartiles; None counts as never."""
+    medians, quartiles = {}, {}
+    for key, values in metrics(content).items():
+        reached = sorted(math.inf if value is None else value for value in values)
+        low, high = (float(np.quantile(reached, part, method="inverted_cdf")) for part in (0.25, 0.75))
+        middle, low, high = (v if math.isfinite(v) else None for v in (statistics.median(reached), low, high))  # type: ignore[assignment]
+        medians[key], quartiles[key] = middle, [low, high]
+    return medians, quartiles
 
 
-def show(console: Console, medians: Mapping[str, float | None], details: Mapping[str, Any]) -> None:
-    """The table: median and quartiles."""
-    metrics = {
-        "seconds_to_1pct": "seconds to 1 %",
-        "grad_evals_to_1pct": "gradients to 1 %",
-        "final_loss": "final loss",
-        "excess": "excess, %",
-        "solved_excess": "solved excess, %",
-        "test_loss": "test loss",
-        "seconds": "seconds in all",
-        "grad_evals": "gradients in all",
-    }
-    table = Table("data", "method", *metrics.values(), "reached", title="median (quartiles) over the seeds")
-    last = None
-    for key in dict.fromkeys(key.rpartition("/")[0] for key in medians):
-        data, _, method = key.partition("/")
+def table(content: Mapping[str, Any]) -> str:
+    """Medians with quartiles and the number of seeds that reach 1 %, then ratios to HOAG and to Optuna."""
+    values, (medians, quartiles) = metrics(content), summary(content)
+    rows = []
+    for name in dict.fromkeys(key.rpartition("/")[0] for key in values):
         cells = []
-        for metric in metrics:
-            unit = 100 if metric.endswith("excess") else 1
-            values = (medians[f"{key}/{metric}"], *details[f"{key}/{metric}"]["quartiles"])
-            cells.append("{} ({}, {})".format(*(text(value, unit) for value in values)))
-        seeds = details[f"{key}/seconds_to_1pct"]["seeds"]
-        reached = f"{sum(value is not None for value in seeds)}/{len(seeds)}"
-        if last not in (None, data):
-            table.add_section()
-        table.add_row("" if data == last else data, method, *cells, reached)
-        last = data
-    console.print(table)
-    for key, value in medians.items():
-        if key.endswith(("_over_hoag", "/shine/time_to_tpe_over_tpe")):
-            console.print(f"{key}: {text(value, 1)}", highlight=False)
+        for metric in COLUMNS:
+            every = [medians[f"{name}/{metric}"], *quartiles[f"{name}/{metric}"]]
+            cells.append("{} ({}, {})".format(*(text(v, 100 if metric.endswith("excess") else 1) for v in every)))
+        reached = values[f"{name}/seconds_to_1pct"]
+        rows.append([name, *cells, f"{sum(value is not None for value in reached)}/{len(reached)}"])
+    ratios = [(key, text(value)) for key, value in medians.items()
+              if key.endswith(("_over_hoag", "/shine/time_to_tpe_over_tpe"))]  # fmt: skip
+    head = ("median (quartiles) over the seeds", *COLUMNS.values(), "reached")
+    return f"{harness.table(head, rows)}\n\n{harness.table(('ratio', 'median'), ratios)}"
 
 
-def text(value: float | None, unit: float) -> str:
+def text(value: float | None, unit: float = 1) -> str:
     """A number with three digits, or a dash."""
-    if value is None:
-        return "-"
-    return f"{value * unit:,.0f}" if abs(value * unit) >= 1000 else f"{value * unit:.3g}"
+    large = value is not None and abs(value * unit) >= 1000
+    return harness.cell(None if value is None else value * unit, ",.0f" if large else ".3g")
 
 
-def plain(results: Results) -> dict[str, dict[str, dict[str, Any]]]:
-    """All runs as JSON data; of a model, seconds, gradients, held-out and test loss."""
-
-    def one(run: Run) -> dict[str, Any]:
-        visits = [model(visit) for visit in run.visits]
-        hyper = [digits(value) for value in run.chosen.hyper]
-        total = [run.seconds, run.evals]
-        return {"end": run.end, "total": total, "chosen": model(run.chosen), "log_alpha": hyper, "solved": run.solved,
-                "visits": visits}  # fmt: skip
-
-    return {
-        data: {str(seed): {method: one(run) for method, run in runs.items()} for seed, runs in seeds.items()}
-        for data, seeds in results.items()
-    }
-
-
-def restored(content: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[int, dict[str, Run]]]:
-    """The inverse of `plain`, up to digits."""
-
-    def visit(values: Sequence[Any], hyper: list[float]) -> Visit:
-        seconds, evals, held_out, test = values
-        return Visit(seconds, evals, held_out, test, hyper)
-
-    def one(run: Mapping[str, Any]) -> Run:
-        (seconds, evals), chosen = run["total"], visit(run["chosen"], run["log_alpha"])
-        return Run([visit(v, []) for v in run["visits"]], seconds, evals, run["end"], chosen, run["solved"])
-
-    return {
-        data: {int(seed): {method: one(run) for method, run in runs.items()} for seed, runs in seeds.items()}
-        for data, seeds in content.items()
-    }
-
-
-def model(visit: Visit) -> list[float]:
-    return [digits(visit.seconds), visit.evals, digits(visit.held_out), digits(visit.test)]
-
-
-def digits(value: float) -> float:
-    return float(f"{value:.8g}")
-
-
-def plot(results: Results, path: pathlib.Path) -> None:
+def plot(content: Mapping[str, Any]) -> Figure:
     """Excess of the best held-out loss so far over the best of all methods, against time: median over the seeds."""
-    results = {data: seeds for data, seeds in results.items() if seeds}
-    figure = Figure(figsize=(4.2 * len(results), 4.2), layout="constrained")
+    results = {data: list(seeds.values()) for data, seeds in content["runs"].items() if seeds}
+    figure = Figure(figsize=(4.2 * len(results), 4.2), layout="constrained", dpi=140)
     every = np.atleast_1d(figure.subplots(1, len(results), sharey=True))
     for axes, (data, seeds) in zip(every, results.items(), strict=True):
-        ends = [run.seconds for runs in seeds.values() for method, run in runs.items() if method in COLORS]
+        ends = [runs[method]["total"][SECONDS] for runs in seeds for method in COLORS]
         times = np.geomspace(min(0.1, *ends), max(ends), 400)
         for method, color in COLORS.items():
-            curves = np.array([excess(runs, method, times) for runs in seeds.values()])
+            curves = np.array([excess(runs, method, times) for runs in seeds])
             low, middle, high = np.quantile(curves, (0.25, 0.5, 0.75), axis=0, method="inverted_cdf")
             # A single answer is a point: there is nothing before it.
-            if all(len(runs[method].visits) == 1 for runs in seeds.values()):
-                at = statistics.median(runs[method].seconds for runs in seeds.values())
+            if all(len(runs[method]["visits"]) == 1 for runs in seeds):
+                at = statistics.median(runs[method]["total"][SECONDS] for runs in seeds)
                 axes.plot(at, middle[-1], "o", color=color, label=method)
                 continue
             axes.fill_between(times, low, high, color=color, alpha=0.12, linewidth=0)
@@ -196,14 +141,13 @@ def plot(results: Results, path: pathlib.Path) -> None:
     every[0].set_ylabel("held-out loss above the best, relative")
     handles, labels = every[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(COLORS), frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=140)
+    return figure
 
 
-def excess(runs: Mapping[str, Run], method: str, times: np.ndarray) -> np.ndarray:
-    """Of the best model so far, at each time; infinite before the first."""
-    best = min(run.chosen.held_out for run in runs.values())
-    visits = runs[method].visits
-    lowest = np.minimum.accumulate([math.inf, *(visit.held_out for visit in visits)])
-    known = np.searchsorted([visit.seconds for visit in visits], times, side="right")
+def excess(runs: Runs, method: str, times: np.ndarray) -> np.ndarray:
+    """Excess of the best model so far, at each time; infinite before the first."""
+    best = min(run["chosen"][HELD_OUT] for run in runs.values())
+    visits = runs[method]["visits"]
+    lowest = np.minimum.accumulate([math.inf, *(visit[HELD_OUT] for visit in visits)])
+    known = np.searchsorted([visit[SECONDS] for visit in visits], times, side="right")
     return np.maximum(lowest[known] / best - 1, FLOOR)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch.nn.functional as F
 
@@ -26,12 +26,12 @@ MILD, JACOBIAN = 0.1, 1.0
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is run.
+    """Extent of a run.
 
     Args:
         quick: digits and six steps.
         multiscale: data of the multiscale model.
-        device: that trains and is timed.
+        device: of training and timing.
     """
 
     DATA: ClassVar = ("mnist", "fashion-mnist", "multiscale")
@@ -43,10 +43,6 @@ class Settings:
     def timed(self, data: str) -> int:
         """Batches on which the models take turns."""
         return 2 if self.quick else 11 if data == "multiscale" else 21
-
-    def facts(self) -> dict[str, Any]:
-        """What may not differ within a record."""
-        return {"quick": self.quick, "multiscale": self.multiscale}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +103,7 @@ def adjoint(steps: int, tolerance: float) -> eq.Implicit:
 
 
 def shared(data: str, settings: Settings) -> tuple[TrainConfig, int, float]:
-    """What all variants on some data have in common, with the cap and the tolerance of their solves."""
+    """Common configuration of all variants on some data, with the cap and the tolerance of their solves."""
     if settings.quick:
         small = MDEQConfig.digits()
         model = (

@@ -1,8 +1,9 @@
-"""What few-shot learning by optimized inputs is measured against: first-order MAML, prototypes, pixels."""
+"""Rivals of few-shot learning by optimized inputs: first-order MAML, prototypes, pixels."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,31 +30,37 @@ class Network(nn.Module):
 
 
 @dataclasses.dataclass
-class Prototypes:
+class Learner:
+    """A few-shot learner; its default loss is the cross-entropy of its logits."""
+
+    module: Any
+
+    def logits(self, support: Tensor, labels: Tensor, queries: Tensor, ways: int) -> Tensor:
+        """`(B, Q, ways)` of tasks, support `(B, S, C, H, W)`, labels `(B, S)`, queries `(B, Q, C, H, W)`."""
+        raise NotImplementedError
+
+    def loss(self, support: Tensor, labels: Tensor, queries: Tensor, wanted: Tensor, ways: int) -> Tensor:
+        """Scalar whose gradient is the training step's."""
+        return F.cross_entropy(self.logits(support, labels, queries, ways).flatten(0, 1), wanted.flatten())
+
+
+@dataclasses.dataclass
+class Prototypes(Learner):
     """A prototypical network: queries belong to the class whose mean support feature is nearest.
 
     Source: J. Snell, K. Swersky, R. Zemel, "Prototypical Networks for Few-shot Learning", NeurIPS 2017.
     """
 
-    module: Network
-
     def logits(self, support: Tensor, labels: Tensor, queries: Tensor, ways: int) -> Tensor:
-        """`(B, Q, ways)` of tasks, support `(B, S, C, H, W)`, labels `(B, S)`, queries `(B, Q, C, H, W)`."""
         features = self.module(torch.cat([support, queries], dim=1).flatten(0, 1)).unflatten(0, (len(support), -1))
         chosen = F.one_hot(labels, ways).to(features)
         means = chosen.transpose(1, 2) @ features[:, : support.shape[1]] / chosen.sum(1)[..., None]
         return -(features[:, support.shape[1] :, None] - means[:, None]).square().sum(3)
 
-    def loss(self, support: Tensor, labels: Tensor, queries: Tensor, wanted: Tensor, ways: int) -> Tensor:
-        logits = self.logits(support, labels, queries, ways)
-        value = F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
-        value.backward()
-        return value.detach()
-
 
 @dataclasses.dataclass
-class FirstOrderMAML:
-    """First-order MAML: each task adapts all parameters, and the gradient there is taken for that here.
+class FirstOrderMAML(Learner):
+    """First-order MAML: each task adapts all parameters, and the gradient at the adapted ones is the step's.
 
     The head starts at zeros for every class, so that one network serves any number of classes in any order.
 
@@ -61,7 +68,6 @@ class FirstOrderMAML:
     Chao, "How to Train Your MAML to Excel in Few-Shot Classification", ICLR 2022.
     """
 
-    module: Network
     rate: float
     steps: int = 5
 
@@ -86,21 +92,22 @@ class FirstOrderMAML:
         return torch.stack(found)
 
     def loss(self, support: Tensor, labels: Tensor, queries: Tensor, wanted: Tensor, ways: int) -> Tensor:
-        total = torch.zeros(())
+        slopes = [torch.zeros_like(parameter) for parameter in self.module.parameters()]
         for task in range(len(support)):
             weights, head = self.adapted(support[task], labels[task], ways)
             tracked = [value.requires_grad_() for value in weights.values()]
             features = torch.func.functional_call(self.module, weights, queries[task])
             value = F.cross_entropy(features @ head.T, wanted[task]) / len(support)
-            for parameter, slope in zip(self.module.parameters(), torch.autograd.grad(value, tracked), strict=True):
-                parameter.grad = slope if parameter.grad is None else parameter.grad + slope
-            total += value.detach()
-        return total
+            slopes = [old + new for old, new in zip(slopes, torch.autograd.grad(value, tracked), strict=True)]
+        # Linear in the parameters, with these slopes.
+        return torch.stack([(p * s).sum() for p, s in zip(self.module.parameters(), slopes, strict=True)]).sum()
 
 
 @dataclasses.dataclass
-class Pixels:
-    """The nearest support image, pixel by pixel, says the class."""
+class Pixels(Learner):
+    """The class of the nearest support image, pixel by pixel."""
+
+    module: None = None
 
     def logits(self, support: Tensor, labels: Tensor, queries: Tensor, ways: int) -> Tensor:
         nearest = torch.cdist(queries.flatten(2), support.flatten(2)).argmin(2)

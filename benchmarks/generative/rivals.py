@@ -1,10 +1,10 @@
-"""Rival of the generative benchmark: a variational autoencoder; and distances on the features of a classifier."""
+"""Rivals of the generative benchmark: a variational autoencoder, and Adam on latents; distances on features."""
 
 from __future__ import annotations
 
 import itertools
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import equipoise as eq
+from benchmarks import harness
 from equipoise.data import Split
 from equipoise.zoo import DecoderConfig, LatentDecoder
 
@@ -20,7 +21,7 @@ WARM = 0.1  # share of the training over which the weight of the divergence rise
 
 
 class VAE(nn.Module):
-    """The decoder of the comparison behind a dense encoder, so with more weights in all.
+    """Variational autoencoder: the decoder of the comparison behind a dense encoder, so with more weights in all.
 
     Args:
         config: of the decoder.
@@ -60,32 +61,49 @@ class VAE(nn.Module):
         return error + self.kl * min(1.0, progress / WARM) * divergence / self.pixels
 
 
-def batches(split: Split, size: int, seed: int) -> Iterator[Tensor]:
-    """Training images in [0, 1], without end."""
-    for epoch in itertools.count():
-        for images, _ in split.batches(size, shuffle=(seed, epoch)):
-            yield images.float() / 255
+def images_of(split: Split, size: int, seed: int) -> Iterator[Tensor]:
+    """Batches of training images in [0, 1], without end."""
+    return (images.float() / 255 for *_, (images, _) in harness.endless(split, size, seed))
 
 
 def train_vae(config: DecoderConfig, split: Split, *, seed: int, seconds: float, lr: float, kl: float) -> VAE:
-    """A VAE that was trained for so many seconds of this process."""
+    """VAE after a training of so many seconds."""
     torch.manual_seed(seed)
-    model = VAE(config, kl=kl)
-    optimizer, start = torch.optim.Adam(model.parameters()), time.process_time()
-    for images in batches(split, 64, seed):
-        progress = (time.process_time() - start) / seconds
-        if progress >= 1:
-            return model.eval()
-        for group in optimizer.param_groups:
-            group["lr"] = lr * 0.5 * (1 + np.cos(np.pi * progress))
-        optimizer.zero_grad()
-        model.loss(images, progress).backward()
-        optimizer.step()
-    raise AssertionError("the batches never end")
+    model, start = VAE(config, kl=kl), harness.clock()
+
+    def progress() -> float:
+        return min(1.0, (harness.clock() - start) / seconds)
+
+    batches = itertools.takewhile(lambda _: progress() < 1, images_of(split, 64, seed))
+    losses = (model.loss(images, progress()) for images in batches)
+    harness.descend(torch.optim.Adam(model.parameters()), losses, lambda _: lr * 0.5 * (1 + np.cos(np.pi * progress())))
+    return model.eval()
+
+
+def adam(
+    model: Any,
+    x: Tensor,
+    inputs: Sequence[Tensor],
+    cost: Callable[[Any, Tensor], Tensor],
+    *,
+    rate: float,
+    solver: eq.Solver,
+    steps: int = 50,
+) -> tuple[Tensor, int, int]:
+    """Latents after steps of Adam, each with a solve from zeros and a full adjoint solve; evaluations and products."""
+    x = x.requires_grad_()
+    optimizer, evals, vjps = torch.optim.Adam([x], lr=rate), 0, 0
+    with model.deq.using(solver=solver, gradient=eq.Implicit(solver=solver)):
+        for _ in range(steps):
+            solution = model.deq.solve(x, *inputs)
+            (x.grad,) = torch.autograd.grad(cost(solution.value, x).sum(), x)
+            optimizer.step()
+            evals, vjps = evals + solution.map.counts.evals, vjps + solution.map.counts.vjps
+    return x.detach(), evals, vjps
 
 
 class Features(nn.Module):
-    """A classifier of 28x28 images, whose last hidden layer is what distances are measured on."""
+    """Classifier of small images; distances are measured on its last hidden layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,17 +124,13 @@ class Features(nn.Module):
 
 
 def train_features(split: Split, steps: int) -> Features:
-    """The classifier after so many steps of 128 images."""
+    """Classifier after a training by steps of 128 images."""
     torch.manual_seed(0)
     model = Features()
     model(torch.zeros(1, 1, *next(split.batches(1))[0].shape[2:]))
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    stream = itertools.chain.from_iterable(split.batches(128, shuffle=(0, epoch)) for epoch in itertools.count())
-    for images, labels in itertools.islice(stream, steps):
-        loss = F.cross_entropy(model.last(model(images.float() / 255)), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    batches = (batch for *_, batch in itertools.islice(harness.endless(split, 128, 0), steps))
+    losses = (F.cross_entropy(model.last(model(images.float() / 255)), labels) for images, labels in batches)
+    harness.descend(torch.optim.Adam(model.parameters(), lr=2e-3), losses)
     return model.eval().requires_grad_(False)
 
 

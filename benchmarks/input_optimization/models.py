@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import equipoise as eq
+from benchmarks import harness
 from equipoise.constraints import Constraint, L2Ball
 from equipoise.inputs import Envelope, InputOptimizer
 
@@ -149,23 +150,24 @@ def train(
         steady: weight of `|J_z|^2 / n`, without which the layers cease to contract.
         rate: of Adam.
     """
-    optimizer = torch.optim.Adam(problem.weights, lr=rate)
     generator = torch.Generator().manual_seed(0)
     probes = torch.Generator().manual_seed(1)
     rows = len(problem.z0)
     batches = (part for _ in itertools.count() for part in torch.randperm(rows, generator=generator).split(64)[:-1])
     history = []
-    for index in itertools.islice(batches, steps):
-        batch = problem.rows(index)
-        value, z, x = loss(batch)
-        z = z.detach().requires_grad_()
-        out = problem.cell(z, x.detach(), *batch.inputs)
-        probe = torch.randn(out.shape, generator=probes)
-        (product,) = torch.autograd.grad(out, z, probe, create_graph=True)
-        optimizer.zero_grad()
-        (value + steady * product.square().mean()).backward()
-        optimizer.step()
-        history.append(float(value.detach()))
+
+    def losses() -> Iterator[Tensor]:
+        for index in itertools.islice(batches, steps):
+            batch = problem.rows(index)
+            value, z, x = loss(batch)
+            history.append(float(value.detach()))
+            z = z.detach().requires_grad_()
+            out = problem.cell(z, x.detach(), *batch.inputs)
+            probe = torch.randn(out.shape, generator=probes)
+            (product,) = torch.autograd.grad(out, z, probe, create_graph=True)
+            yield value + steady * product.square().mean()
+
+    harness.descend(torch.optim.Adam(problem.weights, lr=rate), losses())
     return history
 
 

@@ -1,10 +1,10 @@
-"""How well a shared inverse estimate inverts, in the direction that the outer loss asks about.
+"""Quality of a shared inverse estimate, in the direction of the outer gradient and elsewhere.
 
-    python -m benchmarks.inversion_quality.run [--quick] [--threads N] --json FILE [--plot PNG]
+    python -m benchmarks inversion_quality [--quick]
 
-Claim: with outer-problem awareness (OPA) the estimate that the forward solver holds is right in the prescribed
-direction, at a few more evaluations (L-BFGS) or products (adjoint Broyden), where without it it is right in the
-directions of its own steps alone.
+Claim: with outer-problem awareness (OPA) the estimate of the forward solver is right in the prescribed direction, at a
+few more evaluations (L-BFGS) or products (adjoint Broyden); without it, in the directions of its own steps alone.
+Evidence: `results/2026-11-25.json`: 100 runs of L-BFGS, and one training of the MDEQ; x86-64, one thread, torch 2.13.0.
 
 L-BFGS. The second figure of the SHINE paper: L2 logistic regression on a fifth of the breast-cancer data (113 samples,
 features divided by their deviations, sum of losses plus |z|^2 / 2), 100 starts ~ N(0, I) in one batch, each with a
@@ -17,44 +17,40 @@ prescribed direction, the Hessian times the last step ("krylov"), and another ra
 "nearly exact" searches (wolfe=9e-4, M_0 = I) are the published setting, "default" ones have wolfe=0.9 and M_0 = I. Ours
 probe after the first step, then after every fifth; the published runs after every fifth.
 
-MDEQ. The small model of the recipe mdeq-digits, trained with SHINE as the recipe says, and looked at on the way. On
+MDEQ. The small model of the recipe mdeq-digits, trained with SHINE as in the recipe, and measured on the way. On
 training images in evaluation mode, float64: cosine of w, as estimated from a forward solve with the settings of the
 recipe, with the exact w at the exact equilibrium; median over the images. The exact one comes from a solve to 1e-9; the
-largest residuals of both its solves are in the results, and images where a solve did not arrive are left out and
+largest residuals of both its solves are in the results, and images of which a solve did not converge are left out and
 counted. One seed.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
-import json
+import functools
+import itertools
 import math
-import pathlib
-import platform
-import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import matplotlib
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from sklearn.datasets import load_breast_cancer
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 import equipoise as eq
+from benchmarks import harness
+from benchmarks.inversion_quality.report import KINDS, table
 from equipoise import zoo
 from equipoise.core.function_map import DescentMap
 from equipoise.data import TensorSplit
-from equipoise.files import write_atomic
 from equipoise.train import StepInfo
 from equipoise.zoo import EquilibriumClassifier, MDEQCell
 
 # --- L-BFGS ---------------------------------------------------------------------------------------------------------
 
-KINDS = ("prescribed", "krylov", "random")
 NEARLY_EXACT = eq.LBFGS(max_steps=500, memory=60, rtol=0, atol=1e-6, wolfe=9e-4, scaled=False)
 DEFAULT = dataclasses.replace(NEARLY_EXACT, wolfe=0.9)
 SETTINGS = {
@@ -65,26 +61,10 @@ SETTINGS = {
     "default, OPA 5": dataclasses.replace(DEFAULT, outer_every=5),
     "default, OPA 1": dataclasses.replace(DEFAULT, outer_every=1, memory=200),
 }
-# Median and least cosine, median ratio and its range: the authors' solver with their settings, run again.
-PUBLISHED = {
-    ("OPA 5", "prescribed"): (0.99996, 0.9957, 1.0003, 0.990, 1.047),
-    ("OPA 5", "krylov"): (1.0, 1.0, 1.0, 1.0, 1.0),
-    ("OPA 5", "random"): (0.99865, 0.9913, 1.035, 1.009, 1.112),
-    ("OPA off", "prescribed"): (0.99909, 0.9882, 1.0325, 1.002, 1.125),
-    ("OPA 1", "prescribed"): (1.0, 0.9978, 1.0, 1.0, 1.113),
-}
 
 
-@dataclasses.dataclass(frozen=True)
-class Inversion:
-    """Of each run: cosine and ratio of norms, by kind of direction, and evaluations."""
-
-    cosine: dict[str, Tensor]
-    ratio: dict[str, Tensor]
-    evals: float
-
-
-def invert(solver: eq.LBFGS, runs: int) -> Inversion:
+def invert(solver: eq.LBFGS, runs: int) -> dict[str, Any]:
+    """Cosine and ratio of norms of each run, by direction, and mean evaluations."""
     x, y = load_breast_cancer(return_X_y=True)
     x, _, y, _ = train_test_split(x / x.std(0), 2.0 * y - 1, train_size=0.2, random_state=3)
     margins = torch.tensor(x * y[:, None])
@@ -100,12 +80,12 @@ def invert(solver: eq.LBFGS, runs: int) -> Inversion:
     p = torch.sigmoid(-solution.value @ margins.T)
     hessian = torch.einsum("bn,ni,nj->bij", p * (1 - p), margins, margins) + torch.eye(size, dtype=torch.float64)
     last = torch.bmm(hessian, pairs[0][:, -1, :, None])[..., 0]
-    cosine, ratio = {}, {}
+    found: dict[str, Any] = {"evals": float(solution.num_steps.double().mean()), "cosine": {}, "ratio": {}}
     for kind, u in zip(KINDS, (v, last, other), strict=True):
         estimate, exact = solution.inverse.mv(u), torch.linalg.solve(hessian, u)
-        cosine[kind] = F.cosine_similarity(estimate, exact)
-        ratio[kind] = estimate.norm(dim=1) / exact.norm(dim=1)
-    return Inversion(cosine, ratio, float(solution.num_steps.double().mean()))
+        found["cosine"][kind] = F.cosine_similarity(estimate, exact).tolist()
+        found["ratio"][kind] = (estimate.norm(dim=1) / exact.norm(dim=1)).tolist()
+    return found
 
 
 # --- MDEQ -----------------------------------------------------------------------------------------------------------
@@ -129,7 +109,7 @@ ESTIMATORS: dict[str, tuple[eq.Solver, eq.Gradient]] = {
 
 
 class Adjoint:
-    """A model at some moment of its training: the cotangent `w` of a batch's losses, by any solver and gradient."""
+    """Adjoint solution `w` for the losses of a batch, by any solver and gradient, at some step of a training."""
 
     def __init__(self, model: EquilibriumClassifier, images: Tensor, labels: Tensor) -> None:
         self.model = copy.deepcopy(model).double().eval().requires_grad_(False)
@@ -144,7 +124,7 @@ class Adjoint:
         return F.cross_entropy(self.model.head(z), self.labels[rows], reduction="none")
 
     def w(self, solver: eq.Solver, gradient: eq.Gradient) -> tuple[Tensor, eq.Solution]:
-        """The gradient of what is added to the map is `w` itself: `(B, D)`; and the forward solution."""
+        """Return `w` `(B, D)`, the gradient of a term added to the map, and the forward solution."""
         if isinstance(solver, eq.AdjointBroyden) and solver.outer_every is not None:
             solver = dataclasses.replace(solver, outer_loss=self.loss)
         added = [torch.zeros_like(level).requires_grad_() for level in self.z0]
@@ -159,7 +139,7 @@ class Adjoint:
 
 
 def look(model: EquilibriumClassifier, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """Cosines of all estimators, and what is known of the reference."""
+    """Cosines of all estimators, and residuals of the reference."""
     adjoint = Adjoint(model, images, labels)
     reports: list[eq.Solution] = []
     exact, solution = adjoint.w(TIGHT, eq.Implicit(solver=TIGHT, observe=reports.append))
@@ -181,8 +161,8 @@ def look(model: EquilibriumClassifier, images: Tensor, labels: Tensor) -> dict[s
     return figures
 
 
-def train(steps: list[int], count: int) -> dict[int, dict[str, float]]:
-    """Train as the recipe says and look at the given steps, on `count` of the training images."""
+def train(steps: Sequence[int], count: int) -> dict[str, dict[str, float]]:
+    """Train as in the recipe and measure at the given steps, on `count` of the training images."""
     torch.manual_seed(0)
     split = RECIPE.data.load().train
     assert isinstance(split, TensorSplit)
@@ -190,128 +170,38 @@ def train(steps: list[int], count: int) -> dict[int, dict[str, float]]:
     images = RECIPE.data.prepare(split.images)
     model = RECIPE.build()
     objective = RECIPE.objective(model)
-    optimizer = torch.optim.Adam(model.parameters(), lr=RECIPE.optimizer.lr)
     figures = {}
-    for step in range(max(steps) + 1):
-        if step in steps:
-            figures[step] = look(model, images[:count], labels[:count])
-            with torch.no_grad():
-                answers = copy.deepcopy(model).eval()(images[:count]).argmax(1)
-            figures[step]["accuracy"] = float((answers == labels[:count]).double().mean())
-        batch = torch.randint(len(images), (RECIPE.batch_size,))
-        loss, _ = objective(images[batch], labels[batch], StepInfo(step=step, epoch=0, seed=0))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+
+    def losses() -> Iterator[Tensor]:
+        for step in range(max(steps) + 1):
+            if step in steps:
+                figures[str(step)] = look(model, images[:count], labels[:count])
+                with torch.no_grad():
+                    predicted = copy.deepcopy(model).eval()(images[:count]).argmax(1)
+                figures[str(step)]["accuracy"] = float((predicted == labels[:count]).double().mean())
+            batch = torch.randint(len(images), (RECIPE.batch_size,))
+            yield objective(images[batch], labels[batch], StepInfo(step=step, epoch=0, seed=0))[0]
+
+    harness.descend(torch.optim.Adam(model.parameters(), lr=RECIPE.optimizer.lr), losses())
     return figures
 
 
-# --- results --------------------------------------------------------------------------------------------------------
+def summary(content: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """Median, least and largest values of the runs of L-BFGS, and the figures of the MDEQ."""
+    figures = {f"lbfgs/{name}/evals": found["evals"] for name, found in content.get("lbfgs", {}).items()}
+    for name, found in content.get("lbfgs", {}).items():
+        for kind, key in itertools.product(KINDS, ("cosine", "ratio")):
+            values = torch.tensor(found[key][kind], dtype=torch.float64)
+            for statistic in ("median", "min", "max"):
+                figures[f"lbfgs/{name}/{kind}/{key}_{statistic}"] = float(getattr(values, statistic)())
+    return figures | harness.flatten({"mdeq": content.get("mdeq", {})}), {}
 
 
-def five(inversion: Inversion, kind: str) -> tuple[float, float, float, float, float]:
-    cosine, ratio = inversion.cosine[kind], inversion.ratio[kind]
-    return tuple(map(float, (cosine.median(), cosine.min(), ratio.median(), ratio.min(), ratio.max())))  # type: ignore[return-value]
-
-
-def table(inversions: dict[str, Inversion]) -> str:
-    head = ("setting", "direction", "cosine: median", "least", "ratio: median", "least", "largest", "evals")
-    lines = ["{:<24}{:<12}{:>16}{:>10}{:>16}{:>8}{:>9}{:>8}".format(*head)]
-    row = "{:<24}{:<12}{:>16.7f}{:>10.5f}{:>16.4f}{:>8.3f}{:>9.3f}{:>8}"
-    for name, inversion in inversions.items():
-        for kind in KINDS:
-            lines.append(row.format(name, kind, *five(inversion, kind), f"{inversion.evals:.0f}"))
-    lines += [row.format(f"published, {name}", kind, *values, "") for (name, kind), values in PUBLISHED.items()]
-    return "\n".join(lines)
-
-
-def course(training: dict[int, dict[str, float]]) -> str:
-    lines = ["{:<34}".format("MDEQ: median cosine at step") + "".join(f"{step:>8}" for step in training)]
-    for name in ESTIMATORS:
-        lines.append(f"{name:<34}" + "".join(f"{found[f'{name}/cosine']:>8.4f}" for found in training.values()))
-    return "\n".join(lines)
-
-
-FLOOR = 1e-9  # cosines nearer to one are drawn there
-BLUE, ORANGE, GREEN, RED, GRAY, PURPLE = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#5b6673", "#a04f86"
-STYLE: Any = {
-    "font.size": 9.5,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.edgecolor": "#c3cad3",
-    "grid.color": "#e8ebef",
-    "legend.frameon": False,
-    "axes.titlesize": 10,
-}
-
-
-def plot(inversions: dict[str, Inversion], training: dict[int, dict[str, float]]) -> Figure:
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11.5, 4.0), layout="constrained", dpi=130)
-        left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
-        for axes, awareness in ((left, "OPA off"), (middle, "OPA 5")):
-            inversion = inversions[f"nearly exact, {awareness}"]
-            for kind, color, marker in zip(KINDS, (RED, BLUE, GRAY), "oDs", strict=True):
-                axes.scatter(
-                    inversion.ratio[kind], (1 - inversion.cosine[kind]).clamp_min(FLOOR),
-                    s=16, marker=marker, color=color, alpha=0.6, lw=0, label=kind,
-                )  # fmt: skip
-            axes.set(title=f"L-BFGS, {awareness}", xlabel="ratio of norms, estimate to exact", xlim=(0.94, 1.13))
-            axes.set(yscale="log", ylim=(FLOOR / 3, 0.03))
-            axes.invert_yaxis()
-            axes.minorticks_off()
-        left.set_ylabel("1 - cosine with the exact product, at least 1e-9")
-        left.legend(loc="upper right")
-        for (name, _), color in zip(ESTIMATORS.items(), (GRAY, ORANGE, BLUE, RED, PURPLE, GREEN), strict=True):
-            steps = list(training)
-            values = [training[step][f"{name}/cosine"] for step in steps]
-            # Two lines nearly hide behind others.
-            dashed = {"ls": "--", "zorder": 3} if name in ("SHINE, Broyden", "Neumann, 5 products") else {}
-            right.plot(steps, values, color=color, marker="o", ms=4, label=name, **dashed)
-        right.set(title="MDEQ on digits", xlabel="training step", ylabel="cosine with the exact adjoint, median")
-        right.set_ylim(top=1.005)
-        right.legend(loc="best", fontsize=8)
-    return figure
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="8 runs, and an untrained model on 4 images")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=pathlib.Path, required=True)
-    parser.add_argument("--plot", type=pathlib.Path)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    start = time.perf_counter()
-    runs = 8 if args.quick else 100
-    inversions = {name: invert(solver, runs) for name, solver in SETTINGS.items()}
-    print(table(inversions), flush=True)
-    training = train([0, 2], 4) if args.quick else train([0, 60, 100, 160, 240, 320, 440], 48)
-    print(course(training))
-    figures: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "device": platform.machine(),
-        "threads": args.threads,
-        "seeds": {"L-BFGS": 0, "MDEQ": 0},
-        "runs": runs,
-        "torch": torch.__version__,
-        "equipoise": eq.__version__,
-        "seconds": time.perf_counter() - start,
-    }
-    names = ("cosine_median", "cosine_min", "ratio_median", "ratio_min", "ratio_max")
-    for name, inversion in inversions.items():
-        figures[f"lbfgs/{name}/evals"] = inversion.evals
-        for kind in KINDS:
-            for key, value in zip(names, five(inversion, kind), strict=True):
-                figures[f"lbfgs/{name}/{kind}/{key}"] = value
-    for step, found in training.items():
-        figures |= {f"mdeq/{step}/{key}": value for key, value in found.items()}
-    write_atomic(args.json, (json.dumps(figures, indent=1) + "\n").encode())
-    if args.plot is not None:
-        plot(inversions, training).savefig(args.plot)
-
-
-if __name__ == "__main__":
-    main()
+def main(argv: Sequence[str] | None = None) -> None:
+    record = harness.Record(__name__, argv, quick="8 runs, and an untrained model on 4 images", summary=summary)
+    quick = record.args.quick
+    for name, solver in SETTINGS.items():
+        record.measure(functools.partial(invert, solver, 8 if quick else 100), "lbfgs", name)
+    looks = ([0, 2], 4) if quick else ([0, 60, 100, 160, 240, 320, 440], 48)
+    record.measure(functools.partial(train, *looks), "mdeq")
+    record.finish(table)

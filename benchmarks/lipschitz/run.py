@@ -1,24 +1,27 @@
-"""What a proof of convergence costs in accuracy, and what it saves in evaluations and time.
+"""Cost of a proof of convergence in accuracy, and its savings in evaluations and time.
 
-    python -m benchmarks.lipschitz.run [--quick] [--seeds N] [--workers N] [--show] --json FILE [--plot PNG]
+    python -m benchmarks lipschitz [--quick] [--seeds N] [--workers N]
 
-Claim of the paper (Sato and Iiduka 2026): up to 4.75 times faster than MDEQ with a minor loss of accuracy. One small
-MDEQ on Fashion-MNIST, the same widths, epochs, optimizer, data and tolerance (relative residual 1e-3) for all:
+Claim of the paper (Sato and Iiduka 2026): up to 4.75 times faster than MDEQ with a minor loss of accuracy.
+Evidence: `results/2026-11-26.json`: Fashion-MNIST, 3 seeds, two processes of one thread on two x86-64 cores, 116
+minutes, torch 2.13.0. Certified models take 0.26 to 0.40 of the time of a step, and lose no accuracy.
+
+One small MDEQ; widths, epochs, optimizer, data and tolerance (relative residual 1e-3) are the same for all:
 
     mdeq               the published layers; Broyden, at most 18 evaluations forward and 20 backward, as published;
                        the first 300 steps at fixed depth, without which it trains worse
     mdeq-jacobian      the same with the Jacobian penalty, weight 0.5 on a twentieth of the steps
-    mdeq-shine         the cheapest that we know for the published layers: eight forward evaluations, no adjoint solve
-    lipschitz-sS       ScaledLayers with slope S; where S is above 0.4 the cap of the convolutions is lowered until the
+    mdeq-shine         the cheapest known setting of the published layers: eight forward evaluations, no adjoint solve
+    lipschitz-sS       ScaledLayers with slope S; if S is above 0.4, the cap of the convolutions is lowered until the
                        constant of the settings is at most 0.99; Picard iteration
     tight-C            SLLLayers with ceiling C; Anderson acceleration with the safeguard that proves its rate
 
-Every figure is the mean over seeds, with its standard deviation under `details`:
+Every figure is the mean over seeds, with its standard deviation under `spread`:
 
     test_accuracy         of the trained model
     train_step_ratio      time of an optimizer step (loss, gradient, Adam) over that of `mdeq`, and
     inference_ratio       of a batch of test images: medians over batches on which the trained models take turns, in one
-                          process with one thread; without the penalty, which is for a twentieth of the steps
+                          process with one thread; without the penalty, which applies to a twentieth of the steps
     evals_forward         evaluations of the map for a training image, and
     evals_backward        products with its transposed Jacobian, in the adjoint solve alone
     evals_ratio           the sum of both over that of `mdeq`
@@ -26,36 +29,24 @@ Every figure is the mean over seeds, with its standard deviation under `details`
     certified_L           Lipschitz constant proved from the trained weights; null without a proof
     tightness             largest norm of the Jacobian found at 100 test images, over certified_L
     median_residual       relative, of the test images
-
-Results are written after each training; a run that was interrupted goes on where it was.
 """
 
 from __future__ import annotations
 
-import argparse
-import concurrent.futures
 import dataclasses
-import json
-import math
-import multiprocessing
-import os
+import functools
+import itertools
 import pathlib
-import platform
 import statistics
-import time
+from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, PercentFormatter
-from rich.console import Console
-from rich.table import Table
 
 import equipoise as eq
+from benchmarks import harness
+from benchmarks.lipschitz.report import BASELINE, summary, table
 from equipoise.data import Digits, FashionMNIST
-from equipoise.files import write_atomic
-from equipoise.report.figures import BLUE, GRAY, GREEN, INK, STYLE
 from equipoise.train import Adam, Objective, Pretraining, StepInfo, TrainConfig, fit
 from equipoise.train.device import to_device
 from equipoise.train.task import relative_residual
@@ -69,16 +60,16 @@ from equipoise.zoo import (
 )
 from equipoise.zoo.files import load
 
+CPU = torch.device("cpu")
 RTOL = 1e-3
 FORWARD, BACKWARD = 18, 20  # evaluations, as published
 TRAINED = StepInfo(step=2**40, epoch=0, seed=0)  # past all fixed-depth steps
-BASELINE = "mdeq"
 COUNTED = 5  # training batches on which evaluations are counted
 TIMED = 12  # batches on which the models take turns
 
 
 def base(quick: bool) -> TrainConfig:
-    """What all variants share."""
+    """Common settings of all variants."""
     if quick:
         model = dataclasses.replace(
             MDEQConfig.digits(), channels=(8, 8), head_channels=(4, 4), final_channels=16, dropout=0.0
@@ -146,13 +137,12 @@ def variants(quick: bool) -> dict[str, TrainConfig]:
 
 
 def train(name: str, seed: int, folder: pathlib.Path, quick: bool) -> dict[str, Any]:
-    """Train a variant and say what came out."""
-    torch.set_num_threads(1)
+    """Train a variant and measure it."""
     config = dataclasses.replace(variants(quick)[name], seed=seed)
     result = fit(config, run_dir=folder, resume=True)
     model = result.model.cpu().eval()
     splits = config.data.load()
-    images, _ = to_device(config, *next(splits.test.batches(100)), torch.device("cpu"))
+    images, _ = to_device(config, *next(splits.test.batches(100)), CPU)
     with torch.no_grad():
         _, solution = model.classify(images)
     try:
@@ -167,7 +157,7 @@ def train(name: str, seed: int, folder: pathlib.Path, quick: bool) -> dict[str, 
         certificate = {"certified_L": None}
     with torch.no_grad():
         residuals = [
-            relative_residual(model.classify(to_device(config, *batch, torch.device("cpu"))[0])[1])
+            relative_residual(model.classify(to_device(config, *batch, CPU)[0])[1])
             for batch in splits.test.batches(config.eval_batch_size)
         ]
     validation = [line["accuracy"] for line in result.history if line["split"] == "validation"]
@@ -190,11 +180,10 @@ def evaluations(model: EquilibriumClassifier, config: TrainConfig, seed: int) ->
     if isinstance(gradient, eq.Implicit):
         gradient = dataclasses.replace(gradient, observe=lambda s: backward.append(float(s.num_steps.double().mean())))
     objective = Objective(model, Classify()).train()
+    batches = config.data.load().train.batches(config.batch_size, shuffle=(seed, -1))
     with model.deq.using(gradient=gradient):
-        for number, batch in enumerate(config.data.load().train.batches(config.batch_size, shuffle=(seed, -1))):
-            if number == COUNTED:
-                break
-            loss, sums = objective(*to_device(config, *batch, torch.device("cpu")), TRAINED)
+        for batch in itertools.islice(batches, COUNTED):
+            loss, sums = objective(*to_device(config, *batch, CPU), TRAINED)
             torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
             forward.append(float(sums[3] / sums[0]))
     model.eval()
@@ -203,196 +192,52 @@ def evaluations(model: EquilibriumClassifier, config: TrainConfig, seed: int) ->
 
 def times(folders: dict[str, pathlib.Path], quick: bool) -> dict[str, dict[str, float]]:
     """Ratios to the baseline of a training step and of inference, with trained models in turn on the same batches."""
-    torch.set_num_threads(1)
     configs = variants(quick)
     models = {name: load(folder / "model.safetensors") for name, folder in folders.items()}
     for name, model in models.items():
         if configs[name].channels_last:
             model.to(memory_format=torch.channels_last)
-    names = list(models)
     config = configs[BASELINE]
     splits = config.data.load()
-    found: dict[str, dict[str, float]] = {name: {} for name in names}
+    found: dict[str, dict[str, float]] = {name: {} for name in models}
     for key, split, size in (
-        ("train_step_ratio", splits.train, config.batch_size),
-        ("inference_ratio", splits.test, 100 if quick else 250),
+        ("train_step", splits.train, config.batch_size),
+        ("inference", splits.test, 100 if quick else 250),
     ):
-        training = key == "train_step_ratio"
-        seconds: dict[str, list[float]] = {name: [] for name in names}
+        training = key == "train_step"
+        seconds: dict[str, list[float]] = {name: [] for name in models}
         objectives = {name: Objective(model, Classify()).train(training) for name, model in models.items()}
-        # So slow that the models stay what they are, and yet every kernel changes, which the caps must follow.
+        # So slow that the models stay unchanged, and yet every kernel changes, which the caps must follow.
         optimizers = {name: torch.optim.Adam(model.parameters(), lr=1e-6) for name, model in models.items()}
-        for number, batch in enumerate(split.batches(size, shuffle=(0, -2))):
-            if number > (2 if quick else TIMED):
-                break
-            images, labels = to_device(config, *batch, torch.device("cpu"))
-            shift = number % len(names)
-            for name in names[shift:] + names[:shift]:
-                start = time.process_time()
-                with torch.set_grad_enabled(training):
-                    loss, _ = objectives[name](images, labels, TRAINED if training else None)
-                if training:
-                    loss.backward()
-                    optimizers[name].step()
-                    optimizers[name].zero_grad()
-                if number:  # the first batch warms up
-                    seconds[name].append(time.process_time() - start)
-        for name in names:
-            ratios = [own / other for own, other in zip(seconds[name], seconds[BASELINE], strict=True)]
-            found[name][key] = statistics.median(ratios)
-            found[name][key.replace("ratio", "ms")] = 1000 * statistics.median(seconds[name])
+        batches = itertools.islice(split.batches(size, shuffle=(0, -2)), 1 + (2 if quick else TIMED))
+        for number, batch, name in harness.in_turn(models, (to_device(config, *batch, CPU) for batch in batches)):
+            start = harness.clock()
+            with torch.set_grad_enabled(training):
+                loss, _ = objectives[name](*batch, TRAINED if training else None)
+            if training:
+                loss.backward()
+                optimizers[name].step()
+                optimizers[name].zero_grad()
+            if number:  # the first batch warms up
+                seconds[name].append(harness.clock() - start)
+        for name in models:
+            found[name][f"{key}_ratio"] = harness.median_ratio(seconds[name], seconds[BASELINE])
+            found[name][f"{key}_ms"] = 1000 * statistics.median(seconds[name])
     return found
 
 
-def summary(record: dict[str, Any]) -> tuple[dict[str, float | None], dict[str, float]]:
-    """Means over seeds as `<variant>/<figure>`, and their standard deviations."""
-    means: dict[str, float | None] = {}
-    spreads: dict[str, float] = {}
-    runs: dict[str, dict[str, dict[str, Any]]] = {name: seeds for name, seeds in record["runs"].items() if seeds}
-    for name, seeds in runs.items():
-        rows = [run | record["times"].get(seed, {}).get(name, {}) for seed, run in seeds.items()]
-        means[f"{name}/seeds"] = len(rows)
-        for figure in dict.fromkeys(key for row in rows for key in row):
-            values = [row[figure] for row in rows if row.get(figure) is not None]
-            means[f"{name}/{figure}"] = statistics.fmean(values) if values else None
-            if len(values) > 1:
-                spreads[f"{name}/{figure}"] = statistics.stdev(values)
-    spent = {name: sum(means[f"{name}/evals_{way}"] or 0.0 for way in ("forward", "backward")) for name in runs}
-    for name in runs:
-        if BASELINE in runs:
-            means[f"{name}/evals_ratio"] = spent[name] / spent[BASELINE]
-    return means, spreads
-
-
-COLUMNS = {
-    "test_accuracy": "test accuracy",
-    "evals_forward": "evals forward",
-    "evals_backward": "backward",
-    "evals_ratio": "ratio",
-    "train_step_ratio": "step time",
-    "inference_ratio": "inference",
-    "converged_fraction": "converged",
-    "median_residual": "residual",
-    "certified_L": "certified L",
-    "tightness": "tightness",
-}
-
-
-def table(record: dict[str, Any]) -> Table:
-    """One line a variant; standard deviations of accuracies beside them."""
-    means, spreads = summary(record)
-    view = Table("variant", "seeds", *COLUMNS.values(), box=None, header_style="bold", pad_edge=False)
-    for name in (name for name, seeds in record["runs"].items() if seeds):
-        cells = []
-        for column in COLUMNS:
-            value, spread = means.get(f"{name}/{column}"), spreads.get(f"{name}/{column}")
-            if value is None:
-                cells.append("-")
-            elif column == "test_accuracy":
-                cells.append(f"{value:.4f}" + ("" if spread is None else f" ± {spread:.4f}"))
-            elif column == "median_residual":
-                cells.append(f"{value:.1e}")
-            else:
-                cells.append(f"{value:.1%}" if column == "converged_fraction" else f"{value:.3g}")
-        view.add_row(name, f"{means[f'{name}/seeds']:.0f}", *cells)
-    return view
-
-
-@matplotlib.rc_context(STYLE)
-def plot(record: dict[str, Any]) -> Figure:
-    """Accuracy against the time of a training step."""
-    means, spreads = summary(record)
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-    axes = figure.subplots()
-    families = {"mdeq": ("published layers", GRAY, "s"), "lipschitz": ("scaled layers, slope s", BLUE, "o")}
-    families["tight"] = ("SLL layers, ceiling of the budget", GREEN, "D")
-    for family, (label, color, marker) in families.items():
-        names = [n for n in record["runs"] if n.split("-")[0] == family and f"{n}/train_step_ratio" in means]
-        x, y = ([means[f"{name}/{key}"] or 0.0 for name in names] for key in ("train_step_ratio", "test_accuracy"))
-        spread = [spreads.get(f"{name}/test_accuracy", 0.0) for name in names]
-        axes.errorbar(x, y, spread, color=color, marker=marker, ls="none", label=label, capsize=3, elinewidth=0.9)
-        # The two kinds of layers lie among each other: one is named on the left, the other on the right.
-        for name, a, b in zip(names, x, y, strict=True):
-            text = name if family == "mdeq" else name.split("-")[1]
-            side, ha = (-6, "right") if family == "lipschitz" or 0.9 < a < 1 else (6, "left")
-            above = 5 if family == "tight" or b == max(y) else -12
-            axes.annotate(text, (a, b), (side, above), textcoords="offset points", color=color, fontsize=8.5, ha=ha)
-    axes.set_xlabel("time of a training step, over that of mdeq")
-    axes.set_ylabel("test accuracy")
-    axes.set_xscale("log")
-    axes.set_xlim(0.22, 1.4)
-    axes.xaxis.set_major_locator(FixedLocator([0.25, 0.3, 0.35, 0.4, 0.5, 0.7, 1]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
-    seeds = sorted({seed for runs in record["runs"].values() for seed in runs}, key=int)
-    axes.set_title(f"mean and standard deviation of seeds {', '.join(seeds)}", color=INK, fontsize=10, loc="left")
-    figure.legend(loc="outside lower center", ncols=3)
-    return figure
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="digits, six steps, one seed: seconds")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=2, help="processes that train, each with one thread")
-    parser.add_argument("--show", action="store_true", help="what FILE holds, finished or not; nothing is run")
-    parser.add_argument("--json", type=pathlib.Path, required=True)
-    parser.add_argument("--plot", type=pathlib.Path)
-    args = parser.parse_args()
-    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")  # of the processes that start below
-    seeds = 1 if args.quick else args.seeds
-    record: dict[str, Any] = json.loads(args.json.read_text()) if args.json.exists() else {}
-    if args.show and not record:
-        raise SystemExit(f"--show: {args.json} does not exist")
-    record = {"minutes": 0.0, "runs": {}, "times": {}} | record
-    if not args.show:
-        run(record, args.json, seeds, args.quick, 1 if args.quick else args.workers)
-    Console(width=170).print(table(record))
-    if args.plot:
-        plot(record).savefig(args.plot, dpi=160)
-
-
-def run(record: dict[str, Any], path: pathlib.Path, seeds: int, quick: bool, workers: int) -> None:
-    """Train what the record lacks, then time it; the record is written after each step."""
-    began, before = time.time(), record["minutes"]
-    names = list(variants(quick))
-    record["runs"] = {name: record["runs"].get(name, {}) for name in names}
-    place = path.with_suffix(".runs").absolute()
-    folders = {(name, seed): place / name / str(seed) for seed in range(seeds) for name in names}
-
-    def save() -> None:
-        means, spreads = summary(record)
-        facts = {
-            "date": time.strftime("%Y-%m-%d"),
-            "minutes": before + (time.time() - began) / 60,
-            "workers": workers,
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
-            "torch": torch.__version__,
-            "equipoise": eq.__version__,
-        }
-        record.update(facts)
-        content = {**facts, **means, "details": spreads, "runs": record["runs"], "times": record["times"]}
-        if any(isinstance(value, float) and not math.isfinite(value) for value in means.values()):
-            raise SystemExit(f"a figure is not finite: {means}")
-        write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
-
-    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        waiting = {}
-        for (name, seed), folder in folders.items():
-            if str(seed) not in record["runs"][name]:
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                waiting[pool.submit(train, name, seed, folder, quick)] = name, seed
-        for done in concurrent.futures.as_completed(waiting):
-            name, seed = waiting[done]
-            record["runs"][name][str(seed)] = found = done.result()
-            print(f"{time.strftime('%H:%M:%S')} {name}/{seed}: {found['test_accuracy']:.4f}", flush=True)
-            save()
-    for seed in range(seeds):
-        if str(seed) not in record["times"]:
-            record["times"][str(seed)] = times({name: folders[name, seed] for name in names}, quick)
-            save()
-
-
-if __name__ == "__main__":
-    main()
+def main(argv: Sequence[str] | None = None) -> None:
+    record = harness.Record(
+        __name__, argv, quick="digits, six steps, one seed: seconds", seeds=3, workers=2, summary=summary
+    )
+    quick = record.args.quick
+    folders = {s: {name: record.folder / name / str(s) for name in variants(quick)} for s in range(record.args.seeds)}
+    jobs = {}
+    for seed, places in folders.items():
+        for name, folder in places.items():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            jobs["runs", name, seed] = functools.partial(train, name, seed, folder, quick)
+    record.measure_all(jobs)
+    for seed, places in folders.items():
+        record.measure(functools.partial(times, places, quick), "times", seed)
+    record.finish(table)
