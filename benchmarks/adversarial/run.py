@@ -59,33 +59,8 @@ CPU = torch.device("cpu")
 METHODS = ("clean", "joint", "pgd", "pgd-tol")
 EXACT = eq.Picard(max_steps=100, rtol=1e-5)
 ATTACKED = eq.Picard(max_steps=60, rtol=1e-4)
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Extent of a run.
-
-    Args:
-        epochs: over the digits.
-        steps: on Fashion-MNIST.
-        images: of the test, at most.
-        restarts: of Foolbox's attack, and steps of it; then of the long one.
-    """
-
-    epochs: int = 4
-    steps: int = 40
-    images: int = 359
-    restarts: tuple[int, int] = (3, 50)
-    long: tuple[int, int] = (1, 200)
-
-
-QUICK = Settings(epochs=1, steps=2, images=20, restarts=(1, 3), long=(1, 4))
-
-
-def config_of(data: str, settings: Settings) -> TrainConfig:
-    if data == "digits":
-        return dataclasses.replace(zoo.jiio_adversarial(), epochs=settings.epochs)
-    return dataclasses.replace(zoo.jiio_adversarial_fashion_mnist(), stop_after=settings.steps)
+RECIPES = {"digits": zoo.jiio_adversarial, "fashion-mnist": zoo.jiio_adversarial_fashion_mnist}
+STEPS = {"digits": 44, "fashion-mnist": 40}  # of training: four epochs of the digits
 
 
 class Trained:
@@ -144,12 +119,11 @@ class Trained:
         self.seconds += harness.clock() - start
 
 
-def measure(data: str, seed: int, settings: Settings) -> dict[str, dict[str, float]]:
+def measure(data: str, seed: int, quick: bool) -> dict[str, dict[str, float]]:
     """Train by all methods in turn; costs and scores of each."""
-    config = config_of(data, settings)
+    config, total = RECIPES[data](), 2 if quick else STEPS[data]
     runs = {name: Trained(name, config, seed) for name in METHODS if name != "pgd" or data == "digits"}
     split = config.data.load().train
-    total = min(len(split) // config.batch_size * config.epochs, config.stop_after or 2**62)
     batches = itertools.islice(harness.endless(split, config.batch_size, seed), total)
     for step, (*_, batch) in enumerate(batches):
         x, labels = to_device(config, *batch, CPU)
@@ -160,7 +134,7 @@ def measure(data: str, seed: int, settings: Settings) -> dict[str, dict[str, flo
             "seconds": run.seconds,
             "evals": run.evals,
             "vjps": run.vjps,
-            **scores(config, run.model.eval(), seed, settings),
+            **scores(config, run.model.eval(), seed, quick),
         }
         for name, run in runs.items()
     }
@@ -179,9 +153,10 @@ def foolbox_accuracy(
     return 1 - float(fooled.double().mean())
 
 
-def scores(config: TrainConfig, model: EquilibriumClassifier, seed: int, settings: Settings) -> dict[str, float]:
+def scores(config: TrainConfig, model: EquilibriumClassifier, seed: int, quick: bool) -> dict[str, float]:
     """Accuracies of a trained model on test images, by attack."""
-    images, labels = next(iter(config.data.load().test.batches(settings.images)))
+    count, short, long = (20, (1, 3), (1, 4)) if quick else (359, (3, 50), (1, 200))  # images; restarts and steps
+    images, labels = next(iter(config.data.load().test.batches(count)))
     x, labels = to_device(config, images, labels, CPU)
     ball = L2Ball(radius=1.0, center=x, lower=0.0, upper=1.0)
     unverified = dataclasses.replace(ATTACK, verify_solver=None)
@@ -192,10 +167,10 @@ def scores(config: TrainConfig, model: EquilibriumClassifier, seed: int, setting
     few = x[:50], labels[:50]
     return {
         "accuracy": accuracy,
-        "foolbox": foolbox_accuracy(model, x, labels, *settings.restarts),
+        "foolbox": foolbox_accuracy(model, x, labels, *short),
         "joint_attack": robust,
-        "foolbox_long": foolbox_accuracy(model, *few, *settings.long),
-        "foolbox_radius_4": foolbox_accuracy(model, *few, *settings.restarts, radius=4.0),
+        "foolbox_long": foolbox_accuracy(model, *few, *long),
+        "foolbox_radius_4": foolbox_accuracy(model, *few, *short, radius=4.0),
     }
 
 
@@ -204,14 +179,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     record = harness.Record(
         __name__,
         argv,
-        quick="one epoch of digits, two steps of Fashion-MNIST, 20 test images",
+        quick="two steps of training, 20 test images",
         seeds=3,
         options={"--data": {"nargs": "+", "choices": data, "default": data}},
         free=["data"],
         packages=["foolbox"],
         summary=summary,
     )
-    settings = QUICK if record.args.quick else Settings()
     for seed, name in itertools.product(range(record.args.seeds), record.args.data):
-        record.measure(functools.partial(measure, name, seed, settings), "runs", name, seed)
+        record.measure(functools.partial(measure, name, seed, record.args.quick), "runs", name, seed)
     record.finish(table)

@@ -298,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     record = harness.Record(
         __name__,
         argv,
-        quick="digits in place of all data, six steps, one seed",
+        quick="digits in place of all data, six steps, one solver, one seed",
         seeds=3,
         workers=2,
         options={

@@ -172,11 +172,11 @@ def variants(data: str, settings: Settings) -> dict[str, Variant]:
     grid = [
         (model, name, penalized, SKIP[data])
         for model in ("vanilla", *skipping)
-        for name in (SOLVERS if dense else ("broyden", "vcab3"))
+        for name in ((SWEPT,) if settings.quick else SOLVERS if dense else ("broyden", "vcab3"))
         for penalized in ([False, True] if dense else [False])
     ]
     if data == "mnist":
-        others = [weight for weight in WEIGHTS if weight != SKIP[data]]
+        others = [MILD] if settings.quick else [weight for weight in WEIGHTS if weight != SKIP[data]]
         grid += [(model, SWEPT, False, weight) for model in skipping for weight in others]
     found = {}
     for model, name, penalized, weight in grid:

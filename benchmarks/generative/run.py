@@ -53,7 +53,6 @@ from equipoise.zoo import (
     EXPLAIN,
     Blur,
     Corruption,
-    DecoderConfig,
     Downsample,
     LatentDecoder,
     ObservationCost,
@@ -67,34 +66,8 @@ PLAIN = Anderson(max_steps=40, rtol=1e-4)
 RATES = {"jiio": (0.0125, 0.05, 0.2, 0.8), "adam": (0.1, 0.3, 1.0)}
 WEIGHTS = (0.0, 0.01, 0.1, 0.3)
 Settings = dict[str, tuple[float, float]]  # rate and weight by task and method
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """Recipe and extent of a run."""
-
-    config: TrainConfig
-    test: int = 2000
-    latents: int = 4000
-    components: int = 10
-    degraded: int = 48
-    tuned: int = 24
-    classifier: int = 600
-
-    @property
-    def model(self) -> DecoderConfig:
-        assert isinstance(self.config.model, DecoderConfig)
-        return self.config.model
-
-
-def sizes(quick: bool) -> Sizes:
-    config = zoo.jiio_generative()
-    if not quick:
-        return Sizes(config)
-    model = dataclasses.replace(Sizes(config).model, image_size=8, latent_size=4, width=16)
-    config = dataclasses.replace(config, data=Digits(validation_fraction=0.1, mean=(0.0,), std=(1.0,)), model=model)
-    config = dataclasses.replace(config, stop_after=6)
-    return Sizes(config, test=100, latents=100, components=2, degraded=4, tuned=4, classifier=5)
+SIZES = {"test": 2000, "latents": 4000, "components": 10, "degraded": 48, "tuned": 24, "classifier": 600, "trials": 99}
+QUICK = {"test": 100, "latents": 100, "components": 2, "degraded": 4, "tuned": 4, "classifier": 5, "trials": 2}
 
 
 def train(config: TrainConfig, split: Any, seed: int) -> tuple[LatentDecoder, float]:
@@ -130,36 +103,6 @@ def mixture_samples(latents: Tensor, count: int, components: int) -> Tensor:
     mixture = GaussianMixture(components, covariance_type="full", reg_covar=1e-4, random_state=0)
     drawn = torch.from_numpy(mixture.fit(latents.double().numpy()).sample(count)[0]).float()
     return drawn[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
-
-
-@torch.no_grad()
-def generative(model: LatentDecoder, vae: VAE, auto: VAE | None, data: Any, size: Sizes) -> tuple[dict[str, Any], Any]:
-    """Errors and distances, and pictures of both kinds."""
-    config = size.config
-    test, real, training, features = data
-    figures: dict[str, Any] = {}
-    with model.deq.using(solver=PLAIN), vae.decoder.deq.using(solver=PLAIN):
-        latents, joint = explained(model, test, config)
-        shown = {"jiio": model(latents), "vae": vae(test)}
-        shown["vae-jiio"] = vae.decoder(explained(vae.decoder, test, config)[0])
-        if auto is not None:
-            shown["autoencoder"] = auto(test)
-        for name, images in shown.items():
-            figures[f"{name}/mse"] = float((images - test).square().mean())
-            figures[f"{name}/frechet_reconstructions"] = frechet(features, images, real)
-        figures["jiio/joint_mse"] = float((joint - test).square().mean())
-        codes = explained(model, training, config)[0], vae.encode(training)[0]
-        drawn = [mixture_samples(x, len(test), size.components) for x in codes]
-        generator = torch.Generator().manual_seed(0)
-        samples = {
-            "jiio": model(drawn[0]),
-            "vae": vae.decoder(drawn[1]),
-            "vae-prior": vae.decoder(torch.randn(drawn[0].shape, generator=generator)),
-        }
-        for name, images in samples.items():
-            figures[f"{name}/frechet_samples"] = frechet(features, images, real)
-        figures["test-images/frechet_samples"] = frechet(features, test, real)
-    return figures, {"truth": test, **shown, **{f"{name} samples": t for name, t in samples.items()}}
 
 
 class Norm(torch.nn.Module):
@@ -204,43 +147,6 @@ def ssim(found: Tensor, truth: Tensor) -> float:
     return statistics.fmean(structural_similarity(a, b, data_range=1.0) for a, b in pairs)
 
 
-def inverse(
-    model: LatentDecoder, tuning: Tensor, test: Tensor, settings: Settings
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """PSNR and SSIM of both tasks, and pictures; settings that are not given are chosen on images for tuning."""
-    figures: dict[str, Any] = {}
-    pictures: dict[str, Any] = {}
-    side = test.shape[2]
-    for task, corruption in CORRUPTIONS.items():
-        seen, observed = corruption.observe(tuning)[0], corruption.observe(test)[0]
-        enlarged = torch.nn.functional.interpolate(observed, size=(side, side), mode="bicubic", align_corners=False)
-        figures[f"{task}/input/psnr"] = float(psnr(enlarged, test).mean())
-        figures[f"{task}/input/ssim"] = ssim(enlarged, test)
-        pictures |= {f"{task} truth": test, f"{task} input": enlarged}
-        for name, method in METHODS.items():
-            if f"{task}/{name}" not in settings:
-                scores = {}
-                for setting in itertools.product(RATES[name], WEIGHTS):
-                    found = decode(model, method(model, seen, corruption, *setting, side)[0])
-                    scores[setting] = float(psnr(found, tuning).mean())
-                settings[f"{task}/{name}"] = max(scores, key=scores.__getitem__)
-            best = settings[f"{task}/{name}"]
-            start = harness.clock()
-            x, evals, vjps = method(model, observed, corruption, *best, side)
-            seconds = harness.clock() - start
-            found = decode(model, x)
-            figures |= {
-                f"{task}/{name}/psnr": float(psnr(found, test).mean()),
-                f"{task}/{name}/ssim": ssim(found, test),
-                f"{task}/{name}/evals": evals,
-                f"{task}/{name}/vjps": vjps,
-                f"{task}/{name}/seconds": seconds,
-                f"{task}/{name}/setting": best,
-            }
-            pictures[f"{task} {name}"] = found
-    return figures, pictures
-
-
 @torch.no_grad()
 def decode(model: LatentDecoder, x: Tensor) -> Tensor:
     with model.deq.using(solver=PLAIN):
@@ -249,29 +155,94 @@ def decode(model: LatentDecoder, x: Tensor) -> Tensor:
 
 
 class Bench:
-    """Data and extent of a run, and the classifier whose features measure distances."""
+    """Recipe, images and extent of a run, and the classifier whose features measure distances."""
 
     def __init__(self, quick: bool) -> None:
-        self.size = size = sizes(quick)
-        self.splits = splits = size.config.data.load()
+        config, size = zoo.jiio_generative(), QUICK if quick else SIZES
+        if quick:
+            data = Digits(validation_fraction=0.1, mean=(0.0,), std=(1.0,))
+            model = dataclasses.replace(config.model, image_size=8, latent_size=4, width=16)
+            config = dataclasses.replace(config, data=data, model=model, stop_after=6)
+        self.config, self.size, splits = config, size, config.data.load()
+        self.training, self.features = splits.train, train_features(splits.train, size["classifier"])
         test, training = (next(s.batches(10_000))[0].float() / 255 for s in (splits.test, splits.train))
-        assert splits.validation is not None
-        self.validation = next(splits.validation.batches(size.tuned))[0].float() / 255
-        features = train_features(splits.train, size.classifier)
-        self.data = test[: size.test], test[-2 * size.test :], training[: size.latents], features
-        self.degraded = test[: size.degraded]
+        self.validation = next(splits.validation.batches(size["tuned"]))[0].float() / 255
+        self.images = test[: size["test"]], test[-2 * size["test"] :], training[: size["latents"]]
 
     def measure(self, seed: int, settings: Settings, pictures: pathlib.Path | None) -> dict[str, Any]:
         """Figures of one seed; its pictures are drawn if a folder for them is given."""
-        model, seconds = train(self.size.config, self.splits.train, seed)
-        rival = functools.partial(train_vae, self.size.model, self.splits.train, seed=seed, seconds=seconds, lr=1e-3)
+        model, seconds = train(self.config, self.training, seed)
+        rival = functools.partial(train_vae, self.config.model, self.training, seed=seed, seconds=seconds, lr=1e-3)
         vae, auto = rival(kl=1.0), rival(kl=0.0) if seed == 0 else None
-        found, images = generative(model, vae, auto, self.data, self.size)
-        solved, degraded = inverse(model, self.validation, self.degraded, settings)
+        found, images = self.generative(model, vae, auto)
+        solved, degraded = self.inverse(model, settings)
         if pictures is not None:
             draw(images | degraded, pictures)
         count = {f"{n}/parameters": sum(p.numel() for p in m.parameters()) for n, m in (("jiio", model), ("vae", vae))}
         return {"jiio/train_seconds": seconds, **count, **found, **solved}
+
+    @torch.no_grad()
+    def generative(self, model: LatentDecoder, vae: VAE, auto: VAE | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Errors and distances, and pictures of both kinds."""
+        config, (test, real, training) = self.config, self.images
+        figures: dict[str, Any] = {}
+        with model.deq.using(solver=PLAIN), vae.decoder.deq.using(solver=PLAIN):
+            latents, joint = explained(model, test, config)
+            shown = {"jiio": model(latents), "vae": vae(test)}
+            shown["vae-jiio"] = vae.decoder(explained(vae.decoder, test, config)[0])
+            if auto is not None:
+                shown["autoencoder"] = auto(test)
+            for name, images in shown.items():
+                figures[f"{name}/mse"] = float((images - test).square().mean())
+                figures[f"{name}/frechet_reconstructions"] = frechet(self.features, images, real)
+            figures["jiio/joint_mse"] = float((joint - test).square().mean())
+            codes = explained(model, training, config)[0], vae.encode(training)[0]
+            drawn = [mixture_samples(x, len(test), self.size["components"]) for x in codes]
+            generator = torch.Generator().manual_seed(0)
+            samples = {
+                "jiio": model(drawn[0]),
+                "vae": vae.decoder(drawn[1]),
+                "vae-prior": vae.decoder(torch.randn(drawn[0].shape, generator=generator)),
+            }
+            for name, images in samples.items():
+                figures[f"{name}/frechet_samples"] = frechet(self.features, images, real)
+            figures["test-images/frechet_samples"] = frechet(self.features, test, real)
+        return figures, {"truth": test, **shown, **{f"{name} samples": t for name, t in samples.items()}}
+
+    def inverse(self, model: LatentDecoder, settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
+        """PSNR and SSIM of both tasks, and pictures; settings that are not given are chosen on validation images."""
+        figures: dict[str, Any] = {}
+        pictures: dict[str, Any] = {}
+        tuning, test = self.validation, self.images[0][: self.size["degraded"]]
+        side = test.shape[2]
+        for task, corruption in CORRUPTIONS.items():
+            seen, observed = corruption.observe(tuning)[0], corruption.observe(test)[0]
+            enlarged = torch.nn.functional.interpolate(observed, size=(side, side), mode="bicubic", align_corners=False)
+            figures[f"{task}/input/psnr"] = float(psnr(enlarged, test).mean())
+            figures[f"{task}/input/ssim"] = ssim(enlarged, test)
+            pictures |= {f"{task} truth": test, f"{task} input": enlarged}
+            for name, method in METHODS.items():
+                if f"{task}/{name}" not in settings:
+                    scores = {}
+                    for setting in itertools.islice(itertools.product(RATES[name], WEIGHTS), self.size["trials"]):
+                        found = decode(model, method(model, seen, corruption, *setting, side)[0])
+                        scores[setting] = float(psnr(found, tuning).mean())
+                    settings[f"{task}/{name}"] = max(scores, key=scores.__getitem__)
+                best = settings[f"{task}/{name}"]
+                start = harness.clock()
+                x, evals, vjps = method(model, observed, corruption, *best, side)
+                seconds = harness.clock() - start
+                found = decode(model, x)
+                figures |= {
+                    f"{task}/{name}/psnr": float(psnr(found, test).mean()),
+                    f"{task}/{name}/ssim": ssim(found, test),
+                    f"{task}/{name}/evals": evals,
+                    f"{task}/{name}/vjps": vjps,
+                    f"{task}/{name}/seconds": seconds,
+                    f"{task}/{name}/setting": best,
+                }
+                pictures[f"{task} {name}"] = found
+        return figures, pictures
 
 
 def main(argv: Sequence[str] | None = None) -> None:
