@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import functools
 import importlib
 import importlib.metadata
 import itertools
@@ -125,7 +124,10 @@ class Record:
 
     def find(self, *keys: object) -> Any:
         """Return the entry under nested keys, or None."""
-        return functools.reduce(lambda place, key: (place or {}).get(str(key)), keys, self.content)
+        place: Any = self.content
+        for key in keys:
+            place = (place or {}).get(str(key))
+        return place
 
     def put(self, value: Any, *keys: object) -> None:
         """Store an entry under nested keys, write the file and report progress."""
@@ -143,7 +145,7 @@ class Record:
             self.put(call(), *keys)
         return self.find(*keys)
 
-    def measure_all(self, jobs: Mapping[tuple[object, ...], Callable[[], Any]]) -> None:
+    def measure_all(self, jobs: Mapping[Any, Callable[[], Any]]) -> None:
         """Measure by several processes what the record lacks; with one worker, here."""
         waiting = {keys: call for keys, call in jobs.items() if self.find(*keys) is None}
         if self.args.workers == 1:

@@ -114,6 +114,7 @@ def fashion_mnist() -> Setting:
             head_channels=(8,),
             final_channels=64,
         ),
+        task=Classify(),
         solver=eq.Broyden(max_steps=10, memory=10, rtol=1e-2),
         optimizer=Adam(lr=1e-2),
         epochs=1,

@@ -69,7 +69,7 @@ def reached(means: harness.Means, spreads: harness.Means) -> dict[str, list[str]
             return False
         return own >= reference - max(spreads.get(f"{name}/test_accuracy") or 0.0 for name in (key, other))
 
-    far, stateless, fast, sooner, few = ([] for _ in range(5))  # type: ignore[var-annotated]
+    far, stateless, fast, sooner, few = ([] for _ in range(5))
     for key in (key.removesuffix("/seeds") for key in means if key.endswith("/seeds")):
         data, _, name = key.partition("/")
         model, solver, penalized, _ = parts(name)

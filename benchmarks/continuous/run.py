@@ -65,7 +65,7 @@ from equipoise.data import Split, derive_seed, generator
 from equipoise.files import read_tensors, write_tensors
 from equipoise.train import StepInfo
 from equipoise.train.device import to_device
-from equipoise.zoo import EquilibriumClassifier
+from equipoise.zoo import Classify, EquilibriumClassifier
 
 COUNTED = 5  # training batches on which products are counted
 TRAINED = StepInfo(step=2**40, epoch=0, seed=0)  # past all fixed-depth steps, the skip weight not decayed
@@ -95,6 +95,7 @@ def train(data: str, name: str, seed: int, path: pathlib.Path, settings: Setting
     start, device = time.perf_counter(), torch.device(settings.device)
     variant = variants(data, settings)[name]
     config = variant.config
+    assert isinstance(config.task, Classify)
     model = build(variant, seed, device, method)
     goal, total = config.objective(model).train(), config.stop_after or 0
 

@@ -62,9 +62,7 @@ class Variant:
 class SmallFashionMNIST(FashionMNIST):
     """Fashion-MNIST at 14x14: means of 2x2 pixels."""
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return (1, 14, 14)
+    shape = (1, 14, 14)
 
     def load(self) -> Splits:
         whole = super().load()
@@ -192,8 +190,8 @@ def variants(data: str, settings: Settings) -> dict[str, Variant]:
                 name=full,
                 model=kind,
                 solver=solver(name, steps, rtol),
-                task=dataclasses.replace(
-                    config.task,
+                task=Classify(
+                    pretraining=config.task.pretraining,
                     skip=SkipPenalty(weight=0.0 if model == "vanilla" else weight),
                     penalty=JacobianPenalty(weight=JACOBIAN if penalized else 0.0),
                 ),

@@ -158,7 +158,8 @@ class Bench:
     """Recipe, images and extent of a run, and the classifier whose features measure distances."""
 
     def __init__(self, quick: bool) -> None:
-        config, size = zoo.jiio_generative(), QUICK if quick else SIZES
+        config: Any = zoo.jiio_generative()
+        size = QUICK if quick else SIZES
         if quick:
             data = Digits(validation_fraction=0.1, mean=(0.0,), std=(1.0,))
             model = dataclasses.replace(config.model, image_size=8, latent_size=4, width=16)
@@ -166,6 +167,7 @@ class Bench:
         self.config, self.size, splits = config, size, config.data.load()
         self.training, self.features = splits.train, train_features(splits.train, size["classifier"])
         test, training = (next(s.batches(10_000))[0].float() / 255 for s in (splits.test, splits.train))
+        assert splits.validation is not None
         self.validation = next(splits.validation.batches(size["tuned"]))[0].float() / 255
         self.images = test[: size["test"]], test[-2 * size["test"] :], training[: size["latents"]]
 

@@ -87,7 +87,7 @@ def data_of(name: str) -> ImageData:
 
 
 def config_of(data: ImageData, seed: int, steps: int, *, first_order: bool = False) -> TrainConfig:
-    config = zoo.jiio_inverse()
+    config: Any = zoo.jiio_inverse()
     if first_order:
         assert isinstance(config.gradient, eq.Implicit)
         config = dataclasses.replace(config, gradient=FirstOrder(solver=config.gradient.solver))
@@ -224,7 +224,8 @@ class Bench:
             "validation": pictures_of(splits.validation, 6 if args.quick else 60, 1),
             "test": pictures_of(splits.test, 6 if args.quick else args.images, 2),
         }
-        self.few, self.steps = (2, 2) if args.quick else (args.adam_images, args.steps)
+        self.few: int = 2 if args.quick else args.adam_images
+        self.steps: int = 2 if args.quick else args.steps
 
     def measure(self, seed: int) -> dict[str, Any]:
         """Scores of one seed; rivals are measured, and pictures are drawn, with seed 0."""
