@@ -1,9 +1,13 @@
-"""Runs that several tests compare with, done only once."""
+"""Runs that several tests compare with, done only once, and the command line."""
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
-from toy import Run
+import torch
+from console import Console
+from toy import Run, command_line
 
 from equipoise.train import Result, TrainConfig, fit
 
@@ -20,3 +24,20 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
         return done[config]
 
     return run
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path) -> pathlib.Path:
+    """The current folder of `console`; a module overrides it with its own runs."""
+    return tmp_path
+
+
+@pytest.fixture
+def console(
+    folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Console:
+    """The command line with the defaults of a user, in `folder`."""
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "110")
+    return Console(command_line, capsys)
