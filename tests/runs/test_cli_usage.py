@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from console import PREFIX, Console
 from PIL import Image
-from toy import CLASSES, contracting_toys, read_config
-from toy import command_line as main
+from toy import CLASSES, command_line, contracting_toys, read_config
 
 import equipoise as eq
 from equipoise import cli, report, zoo
@@ -30,21 +30,6 @@ from equipoise.zoo import Classify, JacobianPenalty, MDEQConfig, SkipPenalty
 
 COMMANDS = ("recipes", "train", "evaluate", "certify", "predict", "reconstruct", "report")
 LETTERS = {"True": "true", "False": "false", "None": "null"}
-
-
-@pytest.fixture(autouse=True)
-def _user_defaults(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.set_default_dtype(torch.float32)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "110")
-
-
-def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What a command line that works writes to stdout."""
-    code = main(arguments)
-    captured = capsys.readouterr()
-    assert (code, captured.err) == (0, ""), arguments
-    return captured.out
 
 
 def flags_of(plain: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -61,50 +46,45 @@ def flags_of(plain: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str
 
 
 @pytest.mark.slow
-def test_version_by_the_module_and_by_the_function(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version(console: Console) -> None:
     text = f"equipoise {eq.__version__}\n"
-    assert shown(capsys, "--version") == text
+    assert console.out("--version") == text
     called = subprocess.run([sys.executable, "-m", "equipoise", "--version"], capture_output=True, text=True)
     assert (called.returncode, called.stdout, called.stderr) == (0, text, "")
     (script,) = importlib.metadata.entry_points(group="console_scripts", name="equipoise")
     assert script.load() is cli.main
 
 
-def test_help_names_every_command_and_no_command_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
-    text = shown(capsys, "--help")
-    for command in COMMANDS:
-        assert re.search(rf"^  {command} +\w", text, re.MULTILINE), command
-    assert main([]) == 2
-    assert capsys.readouterr().out == text
+def test_help(console: Console) -> None:
+    text = console.out("--help")
+    assert all(re.search(rf"^  {command} +\w", text, re.MULTILINE) for command in COMMANDS)
+    assert console.out(code=2) == text
 
 
-def test_every_field_of_the_configuration_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
-    text = shown(capsys, "train", "--help")
-    for field in dataclasses.fields(TrainConfig):
-        if field.name != "name":
-            assert re.search(rf"^  --{field.name}[. ]", text, re.MULTILINE), field.name
-    task = shown(capsys, "train", "--task.help", "Classify")
+def test_help_of_train(console: Console) -> None:
+    text = console.out("train", "--help")
+    fields = {field.name for field in dataclasses.fields(TrainConfig)} - {"name"}
+    assert fields <= set(re.findall(r"^  --(\w+)[. ]", text, re.MULTILINE))
+    task = console.out("train", "--task.help", "Classify")
     for nested, where in ((LRSchedule, text), (Pretraining, task), (JacobianPenalty, task), (SkipPenalty, task)):
-        for field in dataclasses.fields(nested):
-            assert re.search(rf"^  --[\w.]+\.{field.name} ", where, re.MULTILINE), field.name
-    for line in text.splitlines():
-        if not line.startswith("  equipoise"):
-            assert len(line) <= 112, line
+        shown = set(re.findall(r"^  --[\w.]+\.(\w+) ", where, re.MULTILINE))
+        assert {field.name for field in dataclasses.fields(nested)} <= shown
+    assert max(len(line) for line in text.splitlines() if not line.startswith("  equipoise")) <= 112
     assert not re.search(r"\bNone\b", text)  # a flag is written null
     assert "mdeq-imagenet-xl" in text
     assert "[0.002" not in text.split("--optimizer ")[0]
     assert "In brackets: the values of mdeq-digits" in text
 
 
-def test_the_help_of_a_recipe_shows_its_own_values(capsys: pytest.CaptureFixture[str]) -> None:
-    text = shown(capsys, "train", "mdeq-fashion-mnist", "--help")
+def test_help_of_recipe(console: Console) -> None:
+    text = console.out("train", "mdeq-fashion-mnist", "--help")
     assert "In brackets: the values of mdeq-fashion-mnist" in text
     assert re.search(r"--epochs int .*\[5\]", text)
 
 
 @pytest.mark.parametrize("command", COMMANDS[2:])
-def test_commands_on_runs_have_a_help_without_a_run(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    text = shown(capsys, command, "--help")
+def test_help_of_commands(command: str, console: Console) -> None:
+    text = console.out(command, "--help")
     assert text.startswith(f"usage: equipoise {command} RUN")
     assert "examples:\n" in text
 
@@ -113,12 +93,12 @@ PYTHON_ONLY = ("observe", "outer_loss", "pairs")  # functions and tensors
 
 
 @pytest.mark.parametrize("family", [eq.Solver, eq.Gradient, Optimizer, ImageData, ModelConfig])
-def test_every_class_has_a_help_with_its_fields(family: type, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_classes(family: type, console: Console) -> None:
     flag = {ImageData: "data", ModelConfig: "model"}.get(family, family.__name__.lower())
     classes = members(family, zoo.CLASSES)
     assert len(classes) >= 2
     for name, cls in classes.items():
-        text = shown(capsys, "train", f"--{flag}.help", name)
+        text = console.out("train", f"--{flag}.help", name)
         for field in dataclasses.fields(cls):
             assert (f"--{flag}.{field.name} " in text) == (field.name not in PYTHON_ONLY), (name, field.name)
         assert "$" not in text.replace("$EQUIPOISE_DATA", ""), name  # no TeX
@@ -131,21 +111,16 @@ def parsed(text: str) -> TrainConfig:
     return found
 
 
-def examples(text: str) -> list[str]:
-    return [line.strip() for line in text.splitlines() if re.match(r"  (equipoise|torchrun) ", line)]
-
-
 @pytest.mark.slow
-def test_the_examples_of_all_help_texts_work(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_examples_of_help(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, console: Console
 ) -> None:
     """Evaluation and prediction run; training and reports, which have tests of their own, are only asked for.
 
     So has `reconstruct`, which needs a run of a decoder.
     """
-    lines = examples(shown(capsys, "--help"))
-    for command in COMMANDS:
-        lines += examples(shown(capsys, command, "--help"))
+    texts = [console.out(*command, "--help") for command in ((), *((command,) for command in COMMANDS))]
+    lines = [line for text in texts for line in re.findall(r"^  ((?:equipoise|torchrun) .*)", text, re.MULTILINE)]
     lines = [line for line in lines if not line.startswith("equipoise reconstruct")]
     assert len(lines) >= 18
     demo = contracting_toys()["tight"]  # one that is certified
@@ -165,9 +140,9 @@ def test_the_examples_of_all_help_texts_work(
         words = shlex.split(line)
         words = words[words.index("equipoise") + 1 :]
         if ">" in words:
-            pathlib.Path(words[-1]).write_text(shown(capsys, *words[:-2]))
+            pathlib.Path(words[-1]).write_text(console.out(*words[:-2]))
         else:
-            assert shown(capsys, *words), line
+            assert console.out(*words), line
     configs = [config for config, _ in asked]
     assert dataclasses.replace(zoo.mdeq_digits(), seed=1) in configs  # of the file that an example wrote
     assert demo in configs  # `--config runs/demo/config.yaml` and `--resume`
@@ -175,7 +150,7 @@ def test_the_examples_of_all_help_texts_work(
     assert [details["resume"] for _, details in asked].count(True) == 1
 
 
-def test_flags_reach_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_of_all_fields(console: Console) -> None:
     """A configuration in which no field is as in the recipe, given by flags alone."""
     base = zoo.mdeq_digits()
     target = TrainConfig(
@@ -249,16 +224,16 @@ def test_flags_reach_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     silent = {"--gradient.solver.patience"}
     assert [key for key in plain if plain[key] == before[key]] == ["name"]
     words = [word for pair in flags_of(plain) if pair[0] not in silent for word in pair]
-    text = shown(capsys, "train", "mdeq-digits", *words, "--print-config")
+    text = console.out("train", "mdeq-digits", *words, "--print-config")
     assert parsed(text) == target
     dashed = [word.replace("_", "-") if word.startswith("--") else word for word in words]
     joined = [f"{flag}={value}" for flag, value in zip(dashed[::2], dashed[1::2], strict=True)]
-    assert shown(capsys, "train", "mdeq-digits", "--print_config", *joined) == text
+    assert console.out("train", "mdeq-digits", "--print_config", *joined) == text
 
 
-def test_null_is_understood_inside_a_class_inside_a_class(capsys: pytest.CaptureFixture[str]) -> None:
+def test_null_in_nested_class(console: Console) -> None:
     words = ("--gradient", "Implicit", "--gradient.solver", "Broyden", "--gradient.solver.patience", "null")
-    shown(capsys, "train", "mdeq-digits", *words, "--print-config")
+    console.out("train", "mdeq-digits", *words, "--print-config")
 
 
 @pytest.mark.parametrize(
@@ -268,27 +243,27 @@ def test_null_is_understood_inside_a_class_inside_a_class(capsys: pytest.Capture
         for recipe in sorted(training.RECIPES)
     ],
 )
-def test_the_printed_configuration_is_the_recipe_and_prints_itself(
-    recipe: str, capsys: pytest.CaptureFixture[str]
+def test_print_config(
+    recipe: str, console: Console
 ) -> None:
-    text = shown(capsys, "train", recipe, "--print-config")
+    text = console.out("train", recipe, "--print-config")
     file = pathlib.Path("mine.yaml")
     file.write_text(text)
     assert read_config(file) == training.RECIPES[recipe]()
-    assert shown(capsys, "train", "--config", "mine.yaml", "--print_config") == text
-    assert recipe in shown(capsys, "recipes")
+    assert console.out("train", "--config", "mine.yaml", "--print_config") == text
+    assert recipe in console.out("recipes")
 
 
-def test_flags_go_over_the_file_and_the_file_over_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+def test_precedence(console: Console) -> None:
     pathlib.Path("part.yaml").write_text("epochs: 3\nseed: 4\noptimizer: {class_path: Adam, init_args: {lr: 1e-2}}\n")
-    text = shown(capsys, "train", "mdeq-digits", "--config", "part.yaml", "--seed", "5", "--print-config")
+    text = console.out("train", "mdeq-digits", "--config", "part.yaml", "--seed", "5", "--print-config")
     found = parsed(text)
     assert (found.epochs, found.seed, found.optimizer.lr, found.batch_size) == (3, 5, 0.01, 64)
 
 
-def test_another_class_keeps_what_all_classes_share(capsys: pytest.CaptureFixture[str]) -> None:
+def test_change_of_class(console: Console) -> None:
     words = ("--solver", "LBFGS", "--gradient", "Implicit", "--optimizer", "SGD", "--data", "Digits")
-    found = parsed(shown(capsys, "train", "mdeq-digits", *words, "--print-config"))
+    found = parsed(console.out("train", "mdeq-digits", *words, "--print-config"))
     assert found.solver == eq.LBFGS(max_steps=18, rtol=1e-2)
     assert found.optimizer == SGD(lr=2e-3)
     assert found.gradient == eq.Implicit()
@@ -346,12 +321,9 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_end_with_code_2_and_one_line(mistake: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes(mistake: str, console: Console) -> None:
     words, pattern = MISTAKES[mistake]
-    assert main(list(words)) == 2
-    captured = capsys.readouterr()
-    assert re.fullmatch(rf"equipoise: error: .*{pattern}.*\n", captured.err), captured.err
-    assert captured.out == ""
+    assert re.search(pattern, console.error(*words, code=2))
     assert not any(pathlib.Path().iterdir())
 
 
@@ -374,45 +346,37 @@ def test_mistakes_end_with_code_2_and_one_line(mistake: str, capsys: pytest.Capt
         ("\x00", "not valid YAML"),
     ],
 )
-def test_mistakes_in_a_file_end_with_code_2_and_one_line(
-    content: str, pattern: str, capsys: pytest.CaptureFixture[str]
+def test_mistakes_in_files(
+    content: str, pattern: str, console: Console
 ) -> None:
     pathlib.Path("bad.yaml").write_text(content)
-    assert main(["train", "mdeq-digits", "--config", "bad.yaml", "--print-config"]) == 2
-    captured = capsys.readouterr()
-    assert re.fullmatch(rf"equipoise: error: .*bad\.yaml.*{pattern}.*\n", captured.err), captured.err
-    assert captured.out == ""
+    said = console.error("train", "mdeq-digits", "--config", "bad.yaml", "--print-config", code=2)
+    assert re.search(rf"bad\.yaml.*{pattern}", said)
 
 
-def test_a_file_that_is_missing_or_a_folder_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_file(console: Console) -> None:
     for name, reason in (("nowhere.yaml", "No such file"), (".", "Is a directory")):
-        assert main(["train", "--config", name]) == 2
-        assert re.fullmatch(rf"equipoise: error: .*{re.escape(name)}: {reason}.*\n", capsys.readouterr().err)
+        assert f"{name}: {reason}" in console.error("train", "--config", name, code=2)
 
 
-def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+def test_debug(console: Console) -> None:
     with pytest.raises(ValueError, match="unknown flag --epoch"):
-        main(["--debug", "train", "mdeq-digits", "--epoch", "3"])
+        console.out("--debug", "train", "mdeq-digits", "--epoch", "3")
     with pytest.raises(ValueError, match="not a run folder"):
-        main(["evaluate", "nowhere", "--debug"])
-    assert main(["evaluate", "nowhere"]) == 1
-    assert capsys.readouterr().err == "equipoise: error: nowhere is not a run folder: it has no config.yaml\n"
+        console.out("evaluate", "nowhere", "--debug")
+    assert console.error("evaluate", "nowhere") == "nowhere is not a run folder: it has no config.yaml"
 
 
-def test_a_bug_is_told_in_one_line_with_its_kind(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_unexpected_error(
+    monkeypatch: pytest.MonkeyPatch, console: Console
 ) -> None:
-    def broken(*_: object) -> int:
-        raise RuntimeError("first\nsecond")
-
-    monkeypatch.setattr(training, "recipes", broken)
-    assert main(["recipes"]) == 1
-    assert capsys.readouterr().err == "equipoise: error: RuntimeError: first second (--debug shows the traceback)\n"
+    monkeypatch.setattr(training, "recipes", lambda *_: (_ for _ in ()).throw(RuntimeError("first\nsecond")))
+    assert console.error("recipes") == "RuntimeError: first second (--debug shows the traceback)"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("missing", ["rich", "docstring_parser", "lightning_fabric", "sklearn"])
-def test_a_missing_package_is_named_with_the_extra_that_brings_it(missing: str, tmp_path: pathlib.Path) -> None:
+def test_missing_package(missing: str, tmp_path: pathlib.Path) -> None:
     """In a process of its own, where nothing is imported yet."""
     program = f"""
 import sys
@@ -423,5 +387,5 @@ sys.exit(main(["train", "mdeq-digits", "--run-dir", "run"]))
     called = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert called.returncode == 1
     extra = "data" if missing == "sklearn" else "train"
-    assert re.fullmatch(rf"equipoise: error: .*pip install 'equipoise\[.*{extra}.*\]'\n", called.stderr), called.stderr
+    assert re.fullmatch(rf"{PREFIX}.*pip install 'equipoise\[.*{extra}.*\]'\n", called.stderr), called.stderr
     assert not (tmp_path / "run").exists()
