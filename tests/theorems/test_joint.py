@@ -1,4 +1,4 @@
-"""Joint state: equilibrium, adjoint and optimized input as one fixed point, in blocks of different scale; closed forms."""
+"""Joint state: equilibrium, adjoint and optimized input as one fixed point; blocks of different scale."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import pickle
+import re
 import shutil
 import stat
 from collections.abc import Callable
@@ -20,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from toy import MODEL, PLAIN, Interrupt
+from toy import MODEL, PLAIN
 
 import equipoise as eq
 from equipoise import files, train
@@ -60,9 +61,7 @@ def saved(tmp_path: pathlib.Path) -> pathlib.Path:
     ],
     ids=["Anderson", "Broyden", "Picard"],
 )
-def test_a_model_comes_back_as_it_was(
-    solver: eq.Solver, gradient: eq.Gradient, dtype: torch.dtype, tmp_path: pathlib.Path
-) -> None:
+def test_round_trip(solver: eq.Solver, gradient: eq.Gradient, dtype: torch.dtype, tmp_path: pathlib.Path) -> None:
     model = make_model(solver=solver, gradient=gradient).to(dtype).train()
     about = {"classes": ["one", "zwei", "три"], "note": None}
     checkpoint.save(model, tmp_path / "model", about=about)
@@ -70,15 +69,11 @@ def test_a_model_comes_back_as_it_was(
     loaded = load(tmp_path / "model")
     assert not loaded.training
     assert (loaded.config, loaded.deq.solver, loaded.deq.gradient) == (MODEL, solver, gradient)
-    assert loaded.state_dict().keys() == model.state_dict().keys()
-    for name, value in model.state_dict().items():
-        found = loaded.state_dict()[name]
-        assert found.dtype == value.dtype, name
-        assert torch.equal(found, value), name
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
     assert checkpoint.describe(tmp_path / "model")["about"] == about
 
 
-def test_a_watcher_is_left_out_of_the_file_and_what_changes_a_result_is_refused(tmp_path: pathlib.Path) -> None:
+def test_python_fields(tmp_path: pathlib.Path) -> None:
     train.save(make_model(gradient=eq.Implicit(observe=print)), tmp_path / "model")
     assert load(tmp_path / "model").deq.gradient == eq.Implicit()
     aware = eq.LBFGS(outer_every=3, outer_loss=lambda z, rows: z[0].flatten(1).sum(1))
@@ -97,58 +92,50 @@ def test_a_watcher_is_left_out_of_the_file_and_what_changes_a_result_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def rewritten(path: pathlib.Path, change: Callable[[dict[str, Any]], Any]) -> bytes:
-    """The file with other facts, and a checksum that fits."""
-    tensors, facts = files.read_tensors(path)
-    changed = change(facts)
-    files.write_tensors(path, tensors, facts if changed is None else changed)
-    return path.read_bytes()
-
-
-DAMAGES: dict[str, tuple[Callable[[pathlib.Path], bytes], str]] = {
-    "empty": (lambda path: b"", "truncated, damaged or no safetensors file"),
-    "cut in the header": (lambda path: path.read_bytes()[:200], "truncated, damaged"),
-    "cut by a byte": (lambda path: path.read_bytes()[:-1], "truncated, damaged"),
-    "longer by a byte": (lambda path: path.read_bytes() + b"\0", "truncated, damaged"),
-    "a bit flipped": (lambda path: path.read_bytes()[:-3] + b"\x01" + path.read_bytes()[-2:], "checksum is wrong"),
-    "text": (lambda path: b"hello, world, this is not a model", "pickled checkpoints are never read"),
-    "of a run": (lambda path: rewritten(path, lambda f: f.update(kind="state")), "is no saved model but 'state'"),
+DAMAGED_BYTES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "empty": (lambda raw: b"", "truncated, damaged or no safetensors file"),
+    "cut in the header": (lambda raw: raw[:200], "truncated, damaged"),
+    "cut by a byte": (lambda raw: raw[:-1], "truncated, damaged"),
+    "longer by a byte": (lambda raw: raw + b"\0", "truncated, damaged"),
+    "a bit flipped": (lambda raw: raw[:-3] + b"\x01" + raw[-2:], "checksum is wrong"),
+    "text": (lambda raw: b"hello, world, this is not a model", "pickled checkpoints are never read"),
+}
+DAMAGED_FACTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "of a run": (lambda f: f.update(kind="state"), "is no saved model but 'state'"),
     "unknown class": (
-        lambda path: rewritten(path, lambda f: f["config"].update(class_path="MDEQConfg")),
+        lambda f: f["config"].update(class_path="MDEQConfg"),
         "unknown class 'MDEQConfg'; did you mean 'MDEQConfig'",
     ),
-    "class that is no name": (
-        lambda path: rewritten(path, lambda f: f["config"].update(class_path=[])),
-        "does not describe",
-    ),
-    "without a solver": (lambda path: rewritten(path, lambda f: f.pop("solver") and None), "solver"),
+    "class that is no name": (lambda f: f["config"].update(class_path=[]), "does not describe"),
+    "without a solver": (lambda f: f.pop("solver"), "solver"),
     "unknown solver": (
-        lambda path: rewritten(path, lambda f: f["solver"].update(class_path="os.system")),
+        lambda f: f["solver"].update(class_path="os.system"),
         "unknown class 'os.system'; known: AdjointBroyden, Anderson",
     ),
     "unknown field": (
-        lambda path: rewritten(path, lambda f: f["config"]["init_args"].update(chanels=[8, 8])),
+        lambda f: f["config"]["init_args"].update(chanels=[8, 8]),
         "unknown key 'model.chanels'; did you mean 'channels'",
     ),
     "field out of range": (
-        lambda path: rewritten(path, lambda f: f["config"]["init_args"].update(expansion=0)),
+        lambda f: f["config"]["init_args"].update(expansion=0),
         "model.expansion=0: must be >= 1",
     ),
-    "other shape": (
-        lambda path: rewritten(path, lambda f: f["config"]["init_args"].update(num_classes=4)),
-        "size mismatch",
-    ),
+    "other shape": (lambda f: f["config"]["init_args"].update(num_classes=4), "size mismatch"),
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_files_are_refused_with_the_reason(damage: str, saved: pathlib.Path) -> None:
-    change, reason = DAMAGES[damage]
-    saved.write_bytes(change(saved))
-    with pytest.raises(CheckpointError) as raised:
+@pytest.mark.parametrize("damage", [*DAMAGED_BYTES, *DAMAGED_FACTS])
+def test_damage(damage: str, saved: pathlib.Path) -> None:
+    if damage in DAMAGED_BYTES:
+        cut, reason = DAMAGED_BYTES[damage]
+        saved.write_bytes(cut(saved.read_bytes()))
+    else:
+        change, reason = DAMAGED_FACTS[damage]
+        tensors, facts = files.read_tensors(saved)
+        change(facts)
+        files.write_tensors(saved, tensors, facts)
+    with pytest.raises(CheckpointError, match=f"(?s){re.escape(str(saved))}.*{re.escape(reason)}"):
         load(saved)
-    assert reason in str(raised.value)
-    assert str(saved) in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -161,20 +148,20 @@ def test_damaged_files_are_refused_with_the_reason(damage: str, saved: pathlib.P
         ({"equipoise": "{}"}, "its checksum is wrong"),
     ],
 )
-def test_foreign_tensors_are_refused(metadata: dict[str, str] | None, reason: str, tmp_path: pathlib.Path) -> None:
+def test_foreign_tensors(metadata: dict[str, str] | None, reason: str, tmp_path: pathlib.Path) -> None:
     save_file({"weight": torch.zeros(3)}, tmp_path / "foreign", metadata)
     with pytest.raises(CheckpointError, match=reason):
         load(tmp_path / "foreign")
 
 
-def test_equal_content_gives_equal_files(saved: pathlib.Path) -> None:
+def test_determinism(saved: pathlib.Path) -> None:
     before = saved.read_bytes()
     for _ in range(8):  # random order would be seen with a chance of 1 - 2^-8
         files.write_tensors(saved, *files.read_tensors(saved))
         assert saved.read_bytes() == before
 
 
-def test_missing_files_are_named(tmp_path: pathlib.Path) -> None:
+def test_missing_files(tmp_path: pathlib.Path) -> None:
     with pytest.raises(CheckpointError, match=r"nothing.* does not exist"):
         load(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match=r"is not a file"):
@@ -182,17 +169,16 @@ def test_missing_files_are_named(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("archive", [False, True], ids=["pickle", "torch.save"])
-def test_a_pickle_is_refused_and_not_run(archive: bool, tmp_path: pathlib.Path) -> None:
+def test_pickles(archive: bool, tmp_path: pathlib.Path) -> None:
     class Bomb:
         def __reduce__(self) -> tuple[Any, tuple[str, str]]:
             return open, (str(tmp_path / "exploded"), "w")
 
     path = tmp_path / "model.safetensors"
     torch.save(Bomb(), path) if archive else path.write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(CheckpointError, match="pickled checkpoints are never read"):
-        load(path)
-    with pytest.raises(CheckpointError, match="pickled checkpoints are never read"):
-        checkpoint.describe(path)
+    for read in (load, checkpoint.describe):
+        with pytest.raises(CheckpointError, match="pickled checkpoints are never read"):
+            read(path)
     assert not (tmp_path / "exploded").exists()
     if not archive:
         pickle.loads(path.read_bytes()).close()
@@ -204,9 +190,7 @@ def no_space(*_: object) -> None:
 
 
 @pytest.mark.parametrize("moment", ["write", "fsync", "replace"])
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
-    moment: str, saved: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_write(moment: str, saved: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = saved.read_bytes()
     if moment == "write":
 
@@ -227,9 +211,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
     assert load(saved).deq.solver == eq.Picard()
 
 
-def test_a_file_has_its_name_only_when_all_of_it_is_on_the_disk(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_atomic_write(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, events = tmp_path / "file", []
     synced, replaced = os.fsync, os.replace
 
@@ -246,12 +228,8 @@ def test_a_file_has_its_name_only_when_all_of_it_is_on_the_disk(
     assert path.read_bytes() == b"x" * 12345
 
 
-def test_a_run_below_a_file_or_on_a_full_disk_is_one_clear_error(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_on_full_disk(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(OSError, match=r"Not a directory.*file"):
-        fit(PLAIN, run_dir=tmp_path / "file" / "run")
     with pytest.raises(OSError, match=r"File exists.*file|Not a directory.*file"):
         fit(PLAIN, run_dir=tmp_path / "file")
     with pytest.raises(OSError, match=r"Not a directory"):
@@ -262,20 +240,12 @@ def test_a_run_below_a_file_or_on_a_full_disk_is_one_clear_error(
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_a_run_keeps_its_last_two_checkpoints(tmp_path: pathlib.Path) -> None:
-    fit(dataclasses.replace(PLAIN, checkpoint_every=1), run_dir=tmp_path, observer=Interrupt())
-    assert [path.name for path in checkpoint.states(tmp_path / "checkpoints")] == [
-        "step-000000008.safetensors",
-        "step-000000007.safetensors",
-    ]
-
-
 @pytest.mark.parametrize(
     "optimizer",
     [Adam(weight_decay=0.1), AdamW(weight_decay=0.1), SGD(lr=0.1), SGD(lr=0.1, momentum=0.0)],
     ids=["Adam", "AdamW", "momentum", "plain"],
 )
-def test_an_optimizer_goes_on_as_if_it_had_not_been_saved(optimizer: Optimizer, tmp_path: pathlib.Path) -> None:
+def test_optimizer(optimizer: Optimizer, tmp_path: pathlib.Path) -> None:
     gradients = torch.randn(8, 3, 4)
     one, two = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3, 4))
     first, second = optimizer.build([one]), optimizer.build([two])
@@ -293,30 +263,28 @@ def test_an_optimizer_goes_on_as_if_it_had_not_been_saved(optimizer: Optimizer, 
 
 
 @pytest.mark.parametrize("decay", [0.3, 0.999])
-def test_the_moving_average_has_its_closed_form(decay: float) -> None:
-    module = nn.BatchNorm1d(2)
-    steps = 30
-    values = np.random.default_rng(0).normal(size=(steps + 1, 2))
-    module.weight.data.copy_(torch.from_numpy(values[0]))
+def test_moving_average(decay: float) -> None:
+    module, steps = nn.BatchNorm1d(2), 30
+    values = torch.from_numpy(np.random.default_rng(0).normal(size=(steps + 1, 2)))
+    module.weight.data.copy_(values[0])
     average = Average(module, decay)
     for step in range(steps):
-        module.weight.data.copy_(torch.from_numpy(values[step + 1]))
+        module.weight.data.copy_(values[step + 1])
         module.num_batches_tracked.fill_(10 + step)
         average.update(module, step)
     kept = np.minimum(decay, (1 + np.arange(steps)) / (10 + np.arange(steps)))
     shares = np.append(1.0, 1 - kept) * np.append(np.cumprod(kept[::-1])[::-1], 1.0)
     assert shares.sum() == pytest.approx(1.0, abs=1e-12)
-    np.testing.assert_allclose(average.values["weight"].numpy(), shares @ values, rtol=1e-12)
+    mean = torch.from_numpy(shares) @ values
     assert int(average.values["num_batches_tracked"]) == 10 + steps - 1
-    average.swap(module)
-    np.testing.assert_allclose(module.weight.detach().numpy(), shares @ values, rtol=1e-12)
-    np.testing.assert_array_equal(average.values["weight"].numpy(), values[-1])
-    average.swap(module)
-    np.testing.assert_array_equal(module.weight.detach().numpy(), values[-1])
+    for expected in ((values[-1], mean), (mean, values[-1])):
+        torch.testing.assert_close((module.weight.detach(), average.values["weight"]), expected, rtol=1e-12, atol=0)
+        average.swap(module)
+    torch.testing.assert_close(module.weight.detach(), values[-1], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["mdeq", "lipschitz"])
-def test_models_of_version_0_1(name: str) -> None:
+def test_models_of_0_1(name: str) -> None:
     path = FILES / f"{name}-0.1.0.safetensors"
     images = torch.linspace(-1, 1, 32, dtype=torch.float32).view(2, 1, 4, 4)
     with torch.no_grad():
@@ -324,7 +292,7 @@ def test_models_of_version_0_1(name: str) -> None:
     assert torch.equal(logits, torch.tensor(checkpoint.describe(path)["about"]["logits"], dtype=torch.float32))
 
 
-def test_what_0_1_alone_can_read_says_so(tmp_path: pathlib.Path) -> None:
+def test_files_of_0_1_alone(tmp_path: pathlib.Path) -> None:
     with pytest.raises(CheckpointError, match=r"unknown key 'solver\.guard'; .* Equipoise 0\.1\.0 wrote it; that vers"):
         load(FILES / "broyden-0.1.0.safetensors")
     shutil.copy(FILES / "config-0.1.0.yaml", tmp_path / "config.yaml")
@@ -335,7 +303,7 @@ def test_what_0_1_alone_can_read_says_so(tmp_path: pathlib.Path) -> None:
         fit(PLAIN, run_dir=tmp_path, resume=True)
 
 
-def test_files_build_only_the_classes_that_are_given(saved: pathlib.Path) -> None:
+def test_given_classes(saved: pathlib.Path) -> None:
     with pytest.raises(CheckpointError, match=r"unknown class 'equipoise\.zoo\.MDEQConfig'; did you mean 'Dense"):
         load(saved, classes=[cls for cls in CLASSES if cls is not MDEQConfig])
 
