@@ -11,10 +11,11 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from toy import ENVIRONMENT, MODEL, PLAIN, Toy, command, timeless
+from torch import nn
+from toy import ENVIRONMENT, MODEL, GroupNorm, PLAIN, Toy, command, timeless
 
 from equipoise.data import derive_seed, generator
-from equipoise.train import SGD, TrainConfig, checkpoint, evaluate
+from equipoise.train import SGD, TrainConfig, checkpoint, evaluate, fit
 from equipoise.train.run_folder import read_lines
 from equipoise.zoo import MDEQClassifier
 from equipoise.zoo.files import load
@@ -31,8 +32,6 @@ CONFIG = dataclasses.replace(
 )
 """Three steps in each of two epochs; seven images for validation, fifteen for the test: no process gets half."""
 TWO = dataclasses.replace(CONFIG, devices=2, strategy="ddp")
-TRAINED = [name for name, _ in MDEQClassifier(MODEL).named_parameters()]
-
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
@@ -88,15 +87,15 @@ def by_hand(steps: int) -> tuple[dict[str, torch.Tensor], list[float]]:
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("together") / "run"
-    launch(TWO, folder)
+    launch(TWO, folder, torchrun=True)
     return folder
 
 
-def test_two_processes_take_the_steps_of_one(together: pathlib.Path) -> None:
+def test_steps(together: pathlib.Path) -> None:
     weights, losses = by_hand(6)
     found = state(together)
-    for name in TRAINED:
-        torch.testing.assert_close(found.tensors[f"model.{name}"], weights[name], rtol=1e-6, atol=1e-9, msg=name)
+    found = {name: found.tensors[f"model.{name}"] for name in weights}
+    torch.testing.assert_close(found, weights, rtol=1e-6, atol=1e-9)
     lines = read_lines(together)
     counts = [(line["kind"], line["split"], line["step"], line["count"]) for line in lines]
     assert counts == [
@@ -112,7 +111,7 @@ def test_two_processes_take_the_steps_of_one(together: pathlib.Path) -> None:
     assert train == pytest.approx(means, rel=1e-5)
 
 
-def test_the_result_is_that_of_the_saved_model(together: pathlib.Path) -> None:
+def test_result(together: pathlib.Path) -> None:
     found = json.loads((together / "result.json").read_text())
     assert found["world_size"] == 2
     model = load(together / "model.safetensors")
@@ -123,28 +122,36 @@ def test_the_result_is_that_of_the_saved_model(together: pathlib.Path) -> None:
     assert found["mean_steps"] == pytest.approx(again["mean_steps"])
 
 
-@pytest.mark.parametrize("torchrun", [False, True], ids=["launched by Fabric", "launched by torchrun"])
-def test_two_processes_that_were_killed_go_on(torchrun: bool, together: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    for step in ("2", "6"):
+def assert_close(found: checkpoint.State, expected: checkpoint.State, **near: float) -> None:
+    for name, value in expected.tensors.items():
+        torch.testing.assert_close(found.tensors[name], value, **near, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("torchrun", "kills"),
+    [
+        pytest.param(False, ["6"], id="launched by Fabric"),
+        pytest.param(False, ["2", "6"], id="twice", marks=pytest.mark.extended),
+        pytest.param(True, ["2", "6"], id="launched by torchrun", marks=pytest.mark.extended),
+    ],
+)
+def test_killed(torchrun: bool, kills: list[str], together: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    for step in kills:
         assert launch(TWO, tmp_path / "run", torchrun, TOY_DIES=step) != 0
     assert state(tmp_path / "run").facts["progress"]["step"] == 5
     launch(TWO, tmp_path / "run", torchrun)
-    found, expected = state(tmp_path / "run"), state(together)
-    for name, value in expected.tensors.items():
-        torch.testing.assert_close(found.tensors[name], value, rtol=1e-9, atol=1e-12, msg=name)
+    assert_close(state(tmp_path / "run"), state(together), rtol=1e-9, atol=1e-12)
     ours, theirs = (timeless(read_lines(folder)) for folder in (tmp_path / "run", together))
     for one, other in zip(ours, theirs, strict=True):
-        for key, value in other.items():
-            assert one[key] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), key
+        assert one == {k: pytest.approx(v, rel=1e-6) if isinstance(v, float) else v for k, v in other.items()}
 
 
-def test_without_batch_statistics_two_processes_equal_one(tmp_path: pathlib.Path) -> None:
-    model = dataclasses.replace(MODEL, dropout=0.0)
-    for count, config in enumerate((CONFIG, TWO), 1):
-        launch(dataclasses.replace(config, model=model), tmp_path / str(count), TOY_ALONE="1")
-    one, two = state(tmp_path / "1"), state(tmp_path / "2")
-    for name, value in one.tensors.items():
-        torch.testing.assert_close(two.tensors[name], value, rtol=1e-6, atol=1e-9, msg=name)
+def test_without_batch_statistics(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then two processes equal one."""
+    one, two = (dataclasses.replace(each, model=dataclasses.replace(MODEL, dropout=0.0)) for each in (CONFIG, TWO))
+    launch(two, tmp_path / "2", TOY_ALONE="1")
+    monkeypatch.setattr(nn, "BatchNorm2d", GroupNorm)
+    fit(one, run_dir=tmp_path / "1")
+    assert_close(state(tmp_path / "2"), state(tmp_path / "1"), rtol=1e-6, atol=1e-9)
     for ours, theirs in zip(read_lines(tmp_path / "1"), read_lines(tmp_path / "2"), strict=True):
-        assert ours["count"] == theirs["count"]
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert (ours["count"], ours["loss"]) == (theirs["count"], pytest.approx(theirs["loss"], rel=1e-5))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import pathlib
+from unittest import mock
 from typing import Any
 
 import pytest
@@ -36,22 +38,20 @@ def saved(tmp_path: pathlib.Path) -> pathlib.Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", TOYS)
-def test_a_run_ends_with_a_proof_that_its_test_images_obey(kind: str, whole: Run) -> None:
+def test_proof_of_a_run(kind: str, whole: Run) -> None:
     config = TOYS[kind]
     result = whole(config)
     certificate = eq.certify(result.model)
     found = json.loads((result.run_dir / "result.json").read_text())
     assert found == result.test
-    assert 0 < found["measured_lipschitz"] <= found["certified_lipschitz"] == certificate.norm < 1
-    assert found["tightness"] == found["measured_lipschitz"] / found["certified_lipschitz"]
-    assert found["not_certified"] is None
-    assert config.eval_solver is not None
-    assert found["predicted_evaluations"] == certificate.evaluations_of(config.eval_solver)
-    assert found["converged"] == 1
-    assert 1 < found["mean_steps"] <= found["predicted_evaluations"] <= config.eval_solver.max_steps
+    bound, steps = certificate.norm, certificate.evaluations_of(config.eval_solver)
+    assert 0 < found["measured_lipschitz"] <= bound < 1
+    expected = (bound, found["measured_lipschitz"] / bound, None, steps, 1)
+    names = ("certified_lipschitz", "tightness", "not_certified", "predicted_evaluations", "converged")
+    assert tuple(found[name] for name in names) == expected
+    assert 1 < found["mean_steps"] <= steps <= config.eval_solver.max_steps
     stored = checkpoint.describe(result.run_dir / "model.safetensors")["certificate"]
-    assert stored["reason"] is None
-    assert stored["evaluation"] == json.loads(json.dumps(certificate.as_dict()))
+    assert (stored["reason"], stored["evaluation"]) == (None, json.loads(json.dumps(certificate.as_dict())))
     assert stored["training"]["norm"] == eq.certify(result.model, training=True).norm >= certificate.norm
     split = config.data.load().test
     again = evaluate(load(result.run_dir / "model.safetensors"), split, config)
@@ -61,7 +61,7 @@ def test_a_run_ends_with_a_proof_that_its_test_images_obey(kind: str, whole: Run
         evaluate(result.model, split, config, solver=strict)
 
 
-def test_a_run_of_a_plain_model_says_that_nothing_is_proved(whole: Run) -> None:
+def test_plain_model(whole: Run) -> None:
     found = whole(PLAIN).test
     assert [found[name] for name in FACTS[:-1]] == [None] * 4
     assert found["not_certified"].startswith(
@@ -71,13 +71,45 @@ def test_a_run_of_a_plain_model_says_that_nothing_is_proved(whole: Run) -> None:
     assert summarize(found) == f"not certified: {found['not_certified'].partition('; ')[0]})"
 
 
-def test_the_line_names_bound_tightness_and_evaluations() -> None:
-    facts = dict(zip(FACTS, (0.73, 27, 0.41, 0.56, None), strict=True))
-    assert summarize(facts) == "contracts: L = 0.73 (measured 0.41, 56% tight), at most 27 evaluations"
-    assert summarize(facts, 18).endswith("at most 27 evaluations, cut at 18")
-    assert summarize(facts, 27) == summarize(facts)
-    unmeasured = {**facts, "measured_lipschitz": None, "predicted_evaluations": None}
-    assert summarize(unmeasured) == "contracts: L = 0.73, and the solver promises nothing"
+FACTS_OF = dict(zip(FACTS, (0.73, 27, 0.41, 0.56, None), strict=True))
+CONTRACTS = "contracts: L = 0.73 (measured 0.41, 56% tight), at most 27 evaluations"
+
+
+@pytest.mark.parametrize(
+    ("facts", "cut", "line"),
+    [
+        (FACTS_OF, (), CONTRACTS),
+        (FACTS_OF, (18,), f"{CONTRACTS}, cut at 18"),
+        (FACTS_OF, (27,), CONTRACTS),
+        (
+            {**FACTS_OF, "measured_lipschitz": None, "predicted_evaluations": None},
+            (),
+            "contracts: L = 0.73, and the solver promises nothing",
+        ),
+        (  # a bound is rounded up
+            {**dict.fromkeys(FACTS), "certified_lipschitz": 0.99961, "predicted_evaluations": 3},
+            (),
+            "contracts: L = 0.9997, at most 3 evaluations",
+        ),
+        (
+            {"not_certified": "Cell has no method block_matrix(training) that bounds it; define one"},
+            (),
+            "not certified: Cell has no method block_matrix(training) that bounds it",
+        ),
+        (
+            {"not_certified": "its layers may expand (cap=1.2; lower it)"},
+            (),
+            "not certified: its layers may expand (cap=1.2)",
+        ),
+        (
+            {"not_certified": "bf16-mixed rounds more than a proof allows"},
+            (),
+            "not certified: bf16-mixed rounds more than a proof allows",
+        ),
+    ],
+)
+def test_summary(facts: dict[str, Any], cut: tuple[int, ...], line: str) -> None:
+    assert summarize(facts, *cut) == line
 
 
 @pytest.mark.parametrize(
@@ -92,29 +124,29 @@ def test_the_line_names_bound_tightness_and_evaluations() -> None:
         (eq.Broyden(), None),
     ],
 )
-def test_evaluations_are_predicted_where_a_solver_has_a_proof(solver: eq.Solver, expected: int | None) -> None:
+def test_predicted_evaluations(solver: eq.Solver, expected: int | None) -> None:
     half = eq.Certificate(block_matrix=((0.5,),), training=False, norm=0.5, radius=0.5, weights=(1.0,))
     assert half.evaluations_of(solver) == expected
     assert dataclasses.replace(half, norm=1.5, radius=1.25).evaluations_of(solver) is None
 
 
-def test_proving_leaves_a_model_in_training_as_it_is() -> None:
+def test_training_mode() -> None:
     model = MDEQClassifier(TOYS["scaled"].model).train()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = copy.deepcopy(model.state_dict())
     proof = prove(model)
     assert model.training
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name]), name
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert proof.evaluation is not None
     assert proof.evaluation == eq.certify(model.eval()) == eq.certify(model)
 
 
 def rewrite(path: pathlib.Path, **changes: Any) -> None:
+    """Change facts, or drop those that are None."""
     tensors, facts = files.read_tensors(path)
-    files.write_tensors(path, tensors, {**facts, **changes})
+    files.write_tensors(path, tensors, {k: v for k, v in {**facts, **changes}.items() if v is not None})
 
 
-def test_a_file_whose_weights_prove_less_than_it_claims_is_refused(saved: pathlib.Path) -> None:
+def test_false_claims(saved: pathlib.Path) -> None:
     facts = checkpoint.describe(saved)
     claimed = facts["certificate"]["evaluation"]["norm"]
     assert load(saved).config.contraction == TOYS["scaled"].model.contraction
@@ -135,7 +167,7 @@ def test_a_file_whose_weights_prove_less_than_it_claims_is_refused(saved: pathli
         load(saved)
 
 
-def test_a_file_whose_solver_was_told_a_smaller_constant_is_refused(saved: pathlib.Path) -> None:
+def test_false_constants(saved: pathlib.Path) -> None:
     rewrite(saved, solver=to_plain(eq.Picard(lipschitz=0.01)))
     with pytest.raises(CheckpointError, match=r"is not what it says: the solver of the DEQ was given lipschitz=0\.01"):
         load(saved)
@@ -144,16 +176,13 @@ def test_a_file_whose_solver_was_told_a_smaller_constant_is_refused(saved: pathl
         train.save(model, saved)
 
 
-def test_files_without_a_certificate_are_still_read(tmp_path: pathlib.Path) -> None:
+def test_files_without_certificate(tmp_path: pathlib.Path) -> None:
     """As versions before certificates wrote them, without `contraction` in the configuration, too."""
     train.save(MDEQClassifier(FULL.model), tmp_path / "model")
-    tensors, facts = files.read_tensors(tmp_path / "model")
-    del facts["certificate"], facts["config"]["init_args"]["contraction"]
-    files.write_tensors(tmp_path / "model", tensors, facts)
+    config = checkpoint.describe(tmp_path / "model")["config"]
+    del config["init_args"]["contraction"]
+    rewrite(tmp_path / "model", certificate=None, config=config)
     assert load(tmp_path / "model").config == FULL.model
-    plain = to_plain(PLAIN)
-    del plain["model"]["init_args"]["contraction"]
-    assert from_plain(TrainConfig, plain, CLASSES) == PLAIN
 
 
 def claiming(**changes: Any) -> TrainConfig:
@@ -179,7 +208,7 @@ def claiming(**changes: Any) -> TrainConfig:
         ),
     ],
 )
-def test_a_run_does_not_start_with_a_constant_that_its_layers_may_exceed(
+def test_claims_of_configurations(
     config: TrainConfig, message: str, tmp_path: pathlib.Path
 ) -> None:
     with pytest.raises(CertificateError, match=message):
@@ -187,21 +216,19 @@ def test_a_run_does_not_start_with_a_constant_that_its_layers_may_exceed(
     assert not (tmp_path / "run").exists()
 
 
-def test_dropout_counts_in_training_alone() -> None:
+def test_dropout() -> None:
     config = zoo.contracting(PLAIN, ScaledLayers())
     assert PLAIN.model.dropout > 0
-    assert config.eval_solver is not None
-    evaluated = getattr(config.eval_solver, "lipschitz")  # noqa: B009, a field of the two solvers of the policy alone
+    evaluated = config.eval_solver.lipschitz  # type: ignore[attr-defined]
     check_claims(config)
-    with pytest.raises(CertificateError, match=r"^solver.lipschitz"):
-        check_claims(dataclasses.replace(config, solver=dataclasses.replace(config.solver, lipschitz=evaluated)))
-    lower = dataclasses.replace(config.eval_solver, lipschitz=0.99 * evaluated)
-    with pytest.raises(CertificateError, match=r"^eval_solver.lipschitz"):
-        check_claims(dataclasses.replace(config, eval_solver=lower))
+    for field, constant in (("solver", evaluated), ("eval_solver", 0.99 * evaluated)):
+        solver = dataclasses.replace(getattr(config, field), lipschitz=constant)
+        with pytest.raises(CertificateError, match=rf"^{field}.lipschitz"):
+            check_claims(dataclasses.replace(config, **{field: solver}))
 
 
 @pytest.mark.slow
-def test_power_iteration_meets_the_bound_of_the_trained_weights_every_epoch(
+def test_renewal(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not of their moving average, and without validation images, too."""
@@ -216,36 +243,30 @@ def test_power_iteration_meets_the_bound_of_the_trained_weights_every_epoch(
     assert any(torch.equal(kernel, trained) for kernel in seen)
 
 
-def test_what_a_parametrisation_remembers_is_copied_and_not_averaged() -> None:
+def test_average_of_buffers() -> None:
     model = MDEQClassifier(TOYS["scaled"].model)
     average = Average(model, 0.9)
-    kernel, vector, slack = (
-        f"deq.cell.blocks.0.conv1.parametrizations.weight.{name}" for name in ("original", "0.vector", "0.slack")
-    )
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    names = [f"deq.cell.blocks.0.conv1.parametrizations.weight.{name}" for name in ("original", "0.vector", "0.slack")]
+    before = copy.deepcopy(model.state_dict())
     with torch.no_grad():
-        for name in (kernel, vector, slack):
+        for name in names:
             model.state_dict()[name].mul_(2)
     average.update(model, 10**6)
-    torch.testing.assert_close(average.values[kernel], 1.1 * before[kernel])
-    for name in (vector, slack):
-        assert torch.equal(average.values[name], 2 * before[name])
+    for name, factor in zip(names, (1.1, 2, 2), strict=True):  # what is not learned is copied
+        torch.testing.assert_close(average.values[name], factor * before[name])
 
 
 @pytest.mark.slow
-def test_a_proof_that_fails_at_the_end_does_not_cost_the_model(
+def test_failed_proof(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
-        raise CertificateError("nothing is proved")
-
-    monkeypatch.setattr(loop, "certified", fail)
+    monkeypatch.setattr(loop, "certified", mock.Mock(side_effect=CertificateError("nothing is proved")))
     with pytest.raises(CertificateError, match="nothing is proved"):
         fit(dataclasses.replace(TOYS["tight"], stop_after=1), run_dir=tmp_path)
     assert eq.certify(load(tmp_path / "model.safetensors")).contracts
 
 
-def test_a_model_in_half_precision_is_told_so() -> None:
+def test_half_precision() -> None:
     model = MDEQClassifier(TOYS["scaled"].model).bfloat16().eval()
     assert model(torch.zeros(2, 1, 4, 4, dtype=torch.bfloat16)).isfinite().all()
     with pytest.raises(CertificateError, match=r"original is torch.bfloat16, which rounds more .* use model.float\(\)"):
@@ -253,24 +274,23 @@ def test_a_model_in_half_precision_is_told_so() -> None:
     assert eq.certify(model.float()).contracts
 
 
-def test_layers_are_part_of_the_configuration(tmp_path: pathlib.Path) -> None:
-    config = dataclasses.replace(TOYS["tight"], model=dataclasses.replace(TOYS["tight"].model))
-    plain = to_plain(config)
-    assert plain["model"]["init_args"]["contraction"]["class_path"] == "equipoise.zoo.SLLLayers"
-    assert from_plain(TrainConfig, plain, CLASSES) == config
-    plain["model"]["init_args"]["contraction"]["init_args"]["cieling"] = 0.5
-    with pytest.raises(ValueError, match=r"unknown key 'model.contraction.cieling'; did you mean 'ceiling'"):
+@pytest.mark.parametrize(
+    ("class_path", "fields", "message"),
+    [
+        ("SLLLayers", {"cieling": 0.5}, r"unknown key 'model.contraction.cieling'; did you mean 'ceiling'"),
+        ("SLLLayer", {}, r"model.contraction: unknown class 'SLLLayer'; did you mean 'SLLLayers'"),
+        ("SLLLayers", {"ceiling": 1.0}, r"ceiling=1\.0\)?: must be > 0 and < 1"),
+    ],
+)
+def test_layers_in_files(class_path: str, fields: dict[str, float], message: str) -> None:
+    plain = to_plain(TOYS["tight"])
+    assert from_plain(TrainConfig, plain, CLASSES) == TOYS["tight"]
+    plain["model"]["init_args"]["contraction"] = {"class_path": class_path, "init_args": fields}
+    with pytest.raises(ValueError, match=message):
         from_plain(TrainConfig, plain, CLASSES)
-    plain["model"]["init_args"]["contraction"] = {"class_path": "SLLLayer", "init_args": {}}
-    with pytest.raises(ValueError, match=r"model.contraction: unknown class 'SLLLayer'; did you mean 'SLLLayers'"):
-        from_plain(TrainConfig, plain, CLASSES)
-    plain["model"]["init_args"]["contraction"] = {"class_path": "SLLLayers", "init_args": {"ceiling": 1.0}}
-    with pytest.raises(ValueError, match=r"ceiling=1\.0: must be > 0 and < 1"):
-        from_plain(TrainConfig, plain, CLASSES)
-    assert isinstance(config.model.contraction, SLLLayers)
 
 
-def test_a_model_with_the_solver_of_its_certificate_is_saved(tmp_path: pathlib.Path) -> None:
+def test_solver_of_the_certificate(tmp_path: pathlib.Path) -> None:
     """The constant is that of evaluation; with dropout the weights prove less, which is no reason to lose the model."""
     config = dataclasses.replace(zoo.lipschitz_digits().model, dropout=0.3)
     model = MDEQClassifier(config).eval()
@@ -281,7 +301,7 @@ def test_a_model_with_the_solver_of_its_certificate_is_saved(tmp_path: pathlib.P
     assert load(tmp_path / "model").deq.solver == model.deq.solver
 
 
-def test_nothing_is_promised_in_bf16() -> None:
+def test_bf16() -> None:
     config = dataclasses.replace(TOYS["scaled"], precision="bf16-mixed")
     model = MDEQClassifier(config.model, solver=config.solver).float().eval()
     found = certified(model, config.data.load().test, config, torch.device("cpu"))
@@ -289,21 +309,3 @@ def test_nothing_is_promised_in_bf16() -> None:
     assert "bf16" in found["not_certified"]
 
 
-def test_a_bound_is_rounded_up() -> None:
-    facts = dict.fromkeys(FACTS) | {"certified_lipschitz": 0.99961, "predicted_evaluations": 3}
-    assert "L = 0.9997" in summarize(facts)
-
-
-@pytest.mark.parametrize(
-    ("reason", "line"),
-    [
-        (
-            "Cell has no method block_matrix(training) that bounds it; define one",
-            "(training) that bounds it",
-        ),
-        ("its layers may expand (cap=1.2; lower it)", "may expand (cap=1.2)"),
-        ("bf16-mixed rounds more than a proof allows", "more than a proof allows"),
-    ],
-)
-def test_the_line_of_what_is_not_certified_closes_its_parentheses(reason: str, line: str) -> None:
-    assert summarize({"not_certified": reason}).endswith(line)

@@ -41,14 +41,13 @@ TIGHT_RUN = dataclasses.replace(contracting_toys()["tight"], ema_decay=None)
 
 
 def assert_same(found: Result, expected: Result) -> None:
-    for name, value in expected.model.state_dict().items():
-        assert torch.equal(found.model.state_dict()[name], value), name
+    state = expected.model.state_dict()
+    torch.testing.assert_close(found.model.state_dict(), state, rtol=0, atol=0)
+    saved = checkpoint.read_tensors(found.run_dir / "model.safetensors")[0]
+    torch.testing.assert_close({name: saved[name] for name in state}, state, rtol=0, atol=0)
+    assert found.test["test_loss"] == expected.test["test_loss"]
     assert timeless(found.history) == timeless(expected.history)
-    assert timeless([found.test])[0].items() >= {"test_loss": expected.test["test_loss"]}.items()
     assert timeless(read_lines(found.run_dir)) == timeless(read_lines(expected.run_dir))
-    tensors, _ = checkpoint.read_tensors(found.run_dir / "model.safetensors")
-    for name, value in expected.model.state_dict().items():
-        assert torch.equal(tensors[name], value), name
 
 
 def interrupt(config: TrainConfig, run_dir: pathlib.Path, step: int, *, resume: bool = False) -> None:
@@ -68,7 +67,7 @@ def interrupt(config: TrainConfig, run_dir: pathlib.Path, step: int, *, resume: 
         pytest.param(TIGHT_RUN, (6,), id="layers that contract, after an evaluation"),
     ],
 )
-def test_resumed_is_uninterrupted(
+def test_resume(
     config: TrainConfig, steps: tuple[int, ...], whole: Run, tmp_path: pathlib.Path
 ) -> None:
     expected = whole(config)
@@ -78,7 +77,7 @@ def test_resumed_is_uninterrupted(
     assert_same(fit(config, run_dir=tmp_path / "parts", resume=True), expected)
 
 
-def test_a_finished_run_is_only_evaluated_again(whole: Run, tmp_path: pathlib.Path) -> None:
+def test_finished_run(whole: Run, tmp_path: pathlib.Path) -> None:
     expected = whole(FULL)
     shutil.copytree(expected.run_dir, tmp_path / "second")
     observer = Interrupt(step=8)
@@ -88,45 +87,42 @@ def test_a_finished_run_is_only_evaluated_again(whole: Run, tmp_path: pathlib.Pa
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "pickle"])
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
-    damage: str, whole: Run, tmp_path: pathlib.Path
-) -> None:
-    expected = whole(FULL)
+def test_damaged_checkpoint(damage: str, whole: Run, tmp_path: pathlib.Path) -> None:
+    """It is named, and the checkpoint before it is used."""
     interrupt(FULL, tmp_path / "parts", 7)
     newest, before = checkpoint.states(tmp_path / "parts" / "checkpoints")
-    content = bytearray(newest.read_bytes())
-    content[-5] ^= 1
-    damaged = {
-        "truncated": content[:-100],
-        "empty": b"",
-        "flipped": content,
-        "pickle": pickle.dumps(Bomb(tmp_path / "exploded")),
-    }[damage]
-    newest.write_bytes(damaged)
+    assert before.name == "step-000000005.safetensors"
+    content = newest.read_bytes()
+    newest.write_bytes(
+        {
+            "truncated": content[:-100],
+            "empty": b"",
+            "flipped": content[:-5] + bytes([content[-5] ^ 1]) + content[-4:],
+            "pickle": pickle.dumps(Bomb(tmp_path / "exploded")),
+        }[damage]
+    )
     observer = Interrupt()
-    found = fit(FULL, run_dir=tmp_path / "parts", resume=True, observer=observer)
-    assert_same(found, expected)
+    assert_same(fit(FULL, run_dir=tmp_path / "parts", resume=True, observer=observer), whole(FULL))
     problem, resumed = observer.notes
     assert newest.name in problem
     assert "The checkpoint before it is used" in problem
-    assert before.name == "step-000000005.safetensors"
     assert resumed == "resumed at step 5 of 8"
     assert not (tmp_path / "exploded").exists()
 
 
-def test_without_a_whole_checkpoint_a_run_starts_again_and_says_so(whole: Run, tmp_path: pathlib.Path) -> None:
-    expected = whole(FULL)
+def test_no_checkpoint(whole: Run, tmp_path: pathlib.Path) -> None:
+    """Without a whole checkpoint a run starts again, and says so."""
     interrupt(FULL, tmp_path / "parts", 7)
     for path in checkpoint.states(tmp_path / "parts" / "checkpoints"):
         path.write_bytes(path.read_bytes()[:1000])
     observer = Interrupt()
-    assert_same(fit(FULL, run_dir=tmp_path / "parts", resume=True, observer=observer), expected)
+    assert_same(fit(FULL, run_dir=tmp_path / "parts", resume=True, observer=observer), whole(FULL))
     assert len(observer.notes) == 3
     assert "starting from the beginning" in observer.notes[-1]
     assert not any("is used" in note for note in observer.notes)
 
 
-def test_resuming_unpickles_nothing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_unpickled(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt(FULL, tmp_path, 7)
 
     def refuse(*_: object, **__: object) -> None:
@@ -135,15 +131,14 @@ def test_resuming_unpickles_nothing(tmp_path: pathlib.Path, monkeypatch: pytest.
     for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
         monkeypatch.setattr(module, name, refuse)
     fit(FULL, run_dir=tmp_path, resume=True)
-    for path in (*tmp_path.rglob("*.safetensors"), *tmp_path.glob("*.json*")):
-        assert not path.read_bytes().startswith((b"PK", b"\x80")), path  # zip archives of torch.save, and pickles
+    written = [path.read_bytes() for path in (*tmp_path.rglob("*.safetensors"), *tmp_path.glob("*.json*"))]
+    assert not any(content.startswith((b"PK", b"\x80")) for content in written)  # zip archives, and pickles
 
 
 @pytest.mark.parametrize("call", [3, 6])
-def test_a_disk_that_fills_up_stops_the_run_which_goes_on_when_there_is_room(
+def test_full_disk(
     call: int, whole: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = whole(FULL)
     synced, calls = os.fsync, iter(range(1000))
 
     def full(descriptor: int) -> None:
@@ -158,10 +153,10 @@ def test_a_disk_that_fills_up_stops_the_run_which_goes_on_when_there_is_room(
     assert raised.value.__context__ is None
     assert not list(tmp_path.rglob("*.tmp"))
     assert all(checkpoint.read_tensors(path) for path in checkpoint.states(tmp_path / "parts" / "checkpoints"))
-    assert_same(fit(FULL, run_dir=tmp_path / "parts", resume=True), expected)
+    assert_same(fit(FULL, run_dir=tmp_path / "parts", resume=True), whole(FULL))
 
 
-def test_a_folder_with_a_run_is_not_overwritten_unasked(tmp_path: pathlib.Path) -> None:
+def test_existing_run(tmp_path: pathlib.Path) -> None:
     interrupt(FULL, tmp_path, 4)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(RunError, match=r"already holds a run; continue it with --resume, replace it with --overwrite"):
@@ -177,20 +172,24 @@ def test_a_folder_with_a_run_is_not_overwritten_unasked(tmp_path: pathlib.Path) 
     replaced = fit(PLAIN, run_dir=tmp_path, overwrite=True)
     assert read_config(tmp_path / "config.yaml") == PLAIN
     assert {line["step"] for line in replaced.history} == {4, 8}
-    assert [path.name for path in checkpoint.states(tmp_path / "checkpoints")] == [
-        "step-000000008.safetensors",
-        "step-000000004.safetensors",
-    ]
+    names = [path.name for path in checkpoint.states(tmp_path / "checkpoints")]
+    assert names == ["step-000000008.safetensors", "step-000000004.safetensors"]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_killed_at_twenty_random_moments(tmp_path: pathlib.Path) -> None:
-    config = dataclasses.replace(FULL, epochs=50, data=Toy(crop_padding=1, flip=True))
-    expected = fit(config, run_dir=tmp_path / "whole")
-    chance = random.Random(20)
-    folder, reached = tmp_path / "parts", []
-    for _ in range(20):
+def names_in(folder: pathlib.Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if "events" not in path.name}
+
+
+@pytest.mark.parametrize(
+    ("kills", "epochs"),
+    [(3, 8), pytest.param(20, 50, marks=[pytest.mark.extended, pytest.mark.timeout(900)])],
+)
+def test_kills(kills: int, epochs: int, tmp_path: pathlib.Path) -> None:
+    """Processes that are killed at random moments lose no more than a checkpoint."""
+    config = dataclasses.replace(FULL, epochs=epochs, data=Toy(crop_padding=1, flip=True))
+    expected, folder = fit(config, run_dir=tmp_path / "whole"), tmp_path / "parts"
+    chance, reached = random.Random(20), set()
+    for _ in range(kills):
         process = subprocess.Popen(command(config, folder), env=ENVIRONMENT, stdout=subprocess.PIPE)
         assert process.stdout is not None
         with process.stdout:
@@ -201,15 +200,10 @@ def test_killed_at_twenty_random_moments(tmp_path: pathlib.Path) -> None:
         states = checkpoint.states(folder / "checkpoints")
         assert all(checkpoint.read_tensors(path) for path in states)  # whatever has its final name is whole
         assert read_config(folder / "config.yaml") == config
-        reached.append(states[0].name if states else "")
-    assert len(set(reached)) > 10
-    subprocess.run(command(config, folder), env=ENVIRONMENT, check=True)
-    found = fit(config, run_dir=folder, resume=True)
-    assert_same(found, expected)
-    assert {path.name for path in folder.iterdir()} == {path.name for path in expected.run_dir.iterdir()}
-    assert {p.name for p in (folder / "checkpoints").iterdir()} == {
-        p.name for p in (expected.run_dir / "checkpoints").iterdir()
-    }
+        reached.add(states[0].name if states else "")
+    assert len(reached) > kills // 2
+    assert_same(fit(config, run_dir=folder, resume=True), expected)
+    assert names_in(folder) == names_in(expected.run_dir)
 
 
 class Bomb:

@@ -463,7 +463,7 @@ def test_short_stream(tmp_path: pathlib.Path) -> None:
     data, _, _ = imagenet(tmp_path)
     data = dataclasses.replace(data, streaming=True, num_train=12, num_workers=2)
     assert len(list(dataclasses.replace(data, num_workers=0).load().train.batches(7, shuffle=(0, 0)))) == 1
-    with pytest.raises(DataError, match=r"the stream does not state its number of training images; give --data.num_train"):
+    with pytest.raises(DataError, match=r"does not state its number of training images; give --data.num_train"):
         dataclasses.replace(data, num_train=None).load()
     with pytest.raises(DataError, match=r"fills no batch; lower batch_size or data.num_workers"):
         next(data.load().train.batches(7, shuffle=(0, 0)))

@@ -220,3 +220,19 @@ def test_lists() -> None:
     found = from_plain(TrainConfig, to_plain(dataclasses.replace(FULL, data=Toy(mean=[0.4], std=[0.3]))), CLASSES)
     assert found.data == Toy()
     assert isinstance(found.data.mean, tuple)
+
+
+@pytest.mark.parametrize("warmup", [0, 7])
+def test_schedule(warmup: int) -> None:
+    peak, total = 0.3, 40
+    schedule = LRSchedule(warmup_steps=warmup, final_lr=0.01)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total - warmup, eta_min=0.01)
+    expected = [peak * (k + 1) / warmup for k in range(warmup)]
+    for _ in range(total - warmup + 1):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        cosine.step()
+    assert [schedule.lr(k, total, peak) for k in range(total + 1)] == pytest.approx(expected, rel=1e-10)
+    assert schedule.lr(total, total, peak) == pytest.approx(0.01)
+    assert LRSchedule(warmup_steps=50).lr(30, 40, peak) == pytest.approx(peak * 31 / 50)
