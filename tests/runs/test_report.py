@@ -354,7 +354,7 @@ def test_damaged_run(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name the run folder first"),
+        ([], "arguments are required: RUN; usage: equipoise report RUN"),
         (["nowhere"], "nowhere is not a run folder"),
         (["RUN", "--images", "0"], "--images 0: must be >= 1"),
         (["RUN", "--image", "3"], "unknown flag --image"),
