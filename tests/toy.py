@@ -9,11 +9,11 @@ import os
 import pathlib
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import equipoise as eq
 from equipoise import cli, zoo
@@ -163,3 +163,21 @@ def command(config: TrainConfig, run_dir: pathlib.Path) -> list[str]:
 WORKER = pathlib.Path(__file__).with_name("worker.py")
 PATHS = [str(pathlib.Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(PATHS), "OMP_NUM_THREADS": "1"}
+
+
+def difference(value: Callable[[], Tensor], weights: Sequence[Tensor], directions: Sequence[Tensor], h: float) -> float:
+    """The derivative of `value()` along directions in the weights, by a central difference."""
+
+    def moved(step: float) -> float:
+        with torch.no_grad():
+            torch._foreach_add_(list(weights), list(directions), alpha=step)
+            found = value().item()
+            torch._foreach_add_(list(weights), list(directions), alpha=-step)
+        return found
+
+    return (moved(h) - moved(-h)) / (2 * h)
+
+
+def directions(weights: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
+    source = torch.Generator().manual_seed(seed)
+    return [torch.randn(weight.shape, generator=source) for weight in weights]

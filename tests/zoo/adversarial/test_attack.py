@@ -63,7 +63,7 @@ def ascent(model: EquilibriumClassifier, x: Tensor, labels: Tensor, radius: floa
     return best
 
 
-def test_it_finds_what_gradient_ascent_finds_and_stays_in_ball_and_box() -> None:
+def test_gradient_ascent() -> None:
     model, (x, labels) = dense(), batch()
     solution = attack(
         model,
@@ -74,8 +74,7 @@ def test_it_finds_what_gradient_ascent_finds_and_stays_in_ball_and_box() -> None
     )
     changed = solution.value[2]
     assert (changed - x).flatten(1).norm(dim=1).max() <= 0.8 * (1 + 1e-6)
-    assert changed.min() >= 0
-    assert changed.max() <= 1
+    torch.testing.assert_close(changed, changed.clamp(0, 1), rtol=0, atol=0)
     found, clean = loss(model, changed, labels), loss(model, x, labels)
     assert solution.cost is not None
     torch.testing.assert_close(F.softplus(-solution.cost), found, rtol=1e-3, atol=1e-4)
@@ -85,7 +84,7 @@ def test_it_finds_what_gradient_ascent_finds_and_stays_in_ball_and_box() -> None
     assert found.mean() > reference.mean() * 0.98
 
 
-def test_a_classifier_that_is_sure_of_itself_is_misled_too() -> None:
+def test_steep_classifier() -> None:
     model, (x, _) = dense(), batch()
     with torch.no_grad():
         model.head.weight.mul_(300)
@@ -97,7 +96,7 @@ def test_a_classifier_that_is_sure_of_itself_is_misled_too() -> None:
         assert (model(changed).argmax(1) != labels).double().mean() > 0.8
 
 
-def test_the_largest_change_of_a_pixel_is_a_ball_too() -> None:
+def test_largest_change() -> None:
     model, (x, labels) = dense(), batch()
     ball = LInfBall(radius=0.1, center=x, lower=0.0, upper=1.0)
     changed = attack(model, x, labels, constraint=ball, optimizer=replace(ATTACK, scheme=Joint())).value[2]
@@ -105,7 +104,7 @@ def test_the_largest_change_of_a_pixel_is_a_ball_too() -> None:
     assert (loss(model, changed, labels) > loss(model, x, labels)).all()
 
 
-def test_pixels_are_normalized_as_the_data_is() -> None:
+def test_normalization() -> None:
     model, (x, labels) = dense(), batch()
     folded = copy.deepcopy(model)
     with torch.no_grad():  # W (x - 0.3) / 0.5 + b
@@ -116,16 +115,16 @@ def test_pixels_are_normalized_as_the_data_is() -> None:
     torch.testing.assert_close(one, attack(folded, x, labels, constraint=ball).value[2])
 
 
-def test_a_sample_is_attacked_alike_in_any_batch() -> None:
+def test_batch_independence() -> None:
     model, (x, labels) = dense(), batch(6)
     whole = attack(model, x, labels, constraint=L2Ball(radius=0.5, center=x)).value[2]
-    for row in range(6):
-        alone = x[row : row + 1]
-        one = attack(model, alone, labels[row : row + 1], constraint=L2Ball(radius=0.5, center=alone)).value[2]
-        torch.testing.assert_close(one, whole[row : row + 1])
+    for row in range(0, 6, 2):
+        part = slice(row, row + 1)
+        one = attack(model, x[part], labels[part], constraint=L2Ball(radius=0.5, center=x[part])).value[2]
+        torch.testing.assert_close(one, whole[part])
 
 
-def test_the_gradient_of_the_worst_loss_is_that_at_the_worst_image() -> None:
+def test_gradient_at_the_worst_image() -> None:
     model, (x, labels) = dense(), batch()
     parameters = list(model.parameters())
     ball = L2Ball(radius=0.05, center=x, lower=0.0, upper=1.0)
@@ -137,15 +136,14 @@ def test_the_gradient_of_the_worst_loss_is_that_at_the_worst_image() -> None:
     implicit = eq.Implicit(solver=eq.GMRES(max_steps=60, rtol=0.0, atol=1e-10))
     with model.deq.using(gradient=implicit):  # Danskin: the image counts as a constant
         expected = torch.autograd.grad(F.cross_entropy(model(changed.detach()), labels), parameters)
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_statistics_and_modes_are_left_alone() -> None:
+def test_statistics_and_modes() -> None:
     torch.manual_seed(0)
     model = MDEQClassifier(MDEQConfig.digits()).train()
     model.head.eval()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = copy.deepcopy(model.state_dict())
     modes = [part.training for part in model.modules()]
     x, labels = torch.rand(3, 1, 8, 8), torch.arange(3)
     ball = L2Ball(radius=0.5, center=x, lower=0.0, upper=1.0)
@@ -154,11 +152,10 @@ def test_statistics_and_modes_are_left_alone() -> None:
     )
     assert solution.value[2].shape == x.shape
     assert [part.training for part in model.modules()] == modes
-    for name, value in model.state_dict().items():
-        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
-def test_images_of_another_shape_are_named() -> None:
+def test_wrong_shape() -> None:
     model, (x, labels) = dense(), batch()
     with pytest.raises(ValueError, match="does not broadcast to x0's"):
         attack(model, x, labels, constraint=L2Ball(radius=1.0, center=torch.rand(3, 1, 4, 4)))
