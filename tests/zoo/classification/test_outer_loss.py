@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -32,9 +33,7 @@ def model(**fields: Any) -> MDEQClassifier:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_the_solver_is_told_the_loss_of_each_sample_of_the_frozen_head(
-    smoothing: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_outer_loss(smoothing: float, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[Any, Tensor, Tensor]] = []
     gradient = eq.Point.loss_gradient
 
@@ -53,16 +52,15 @@ def test_the_solver_is_told_the_loss_of_each_sample_of_the_frozen_head(
     loss.backward()
     assert len(told) == 2  # after two and four steps of the five
     assert classifier.training
-    statistics = {k: v for k, v in classifier.head.state_dict().items() if "num_batches" in k}
-    assert {int(v) for v in statistics.values()} == {1}, "the head's own pass, and no other, is learned from"
+    batches = {int(v) for k, v in classifier.head.state_dict().items() if "num_batches" in k}
+    assert batches == {1}, "the head's own pass, and no other, is learned from"
     fresh = model().eval()
     for z, rows, value in told:
-        logits = fresh.head(z)
-        expected = nn.functional.cross_entropy(logits, LABELS[rows], label_smoothing=smoothing, reduction="none")
+        expected = nn.functional.cross_entropy(fresh.head(z), LABELS[rows], label_smoothing=smoothing, reduction="none")
         torch.testing.assert_close(value, expected)
 
 
-def test_the_inverse_is_exact_from_the_left_where_the_loss_leads() -> None:
+def test_inverse() -> None:
     """The direction of the last outer-aware update of the solve of a model, against the Jacobian."""
     classifier = model(dropout=0.0).double()
     for norm in classifier.head.modules():  # the head's own pass, which follows, must not change what is compared
@@ -71,17 +69,10 @@ def test_the_inverse_is_exact_from_the_left_where_the_loss_leads() -> None:
     objective = Objective(classifier, Classify())
     captured: list[eq.Solution[Any]] = []
     classify = classifier.classify
-
-    def spied(images: Tensor) -> Any:
-        logits, solution = classify(images)
-        captured.append(solution)
-        return logits, solution
-
-    classifier.classify = spied  # type: ignore[method-assign]
-    classifier.deq.solver = eq.AdjointBroyden(max_steps=60, memory=120, rtol=1e-9, outer_every=1)
-    objective(*batch(), StepInfo(0, 0, 0))
-    classifier.deq.solver = dataclasses.replace(classifier.deq.solver, outer_every=None)
-    objective(*batch(), StepInfo(0, 0, 0))
+    classifier.classify = lambda images: (captured.append((found := classify(images))[1]), found)[1]  # type: ignore
+    for outer_every in (1, None):
+        classifier.deq.solver = eq.AdjointBroyden(max_steps=60, memory=120, rtol=1e-9, outer_every=outer_every)
+        objective(*batch(), StepInfo(0, 0, 0))
     errors = []
     for solution in captured:
         solution.raise_for_status()
@@ -97,67 +88,47 @@ def test_the_inverse_is_exact_from_the_left_where_the_loss_leads() -> None:
     assert errors[0] < 1e-3 < errors[1]
 
 
-def test_neither_in_evaluation_nor_in_fixed_depth_steps_nor_without_cadence(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[None] = []
-    gradient = eq.Point.loss_gradient
-
-    def noted(self: eq.Point, loss: Any) -> Tensor:
-        calls.append(None)
-        return gradient(self, loss)
-
-    monkeypatch.setattr(eq.Point, "loss_gradient", noted)
+def test_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in evaluation nor in fixed-depth steps nor without `outer_every`."""
+    gradient = mock.Mock(side_effect=eq.Point.loss_gradient)
+    monkeypatch.setattr(eq.Point, "loss_gradient", lambda *given: gradient(*given))
     objective = Objective(model(), Classify(pretraining=Pretraining(steps=1, depth=2)))
     objective(*batch(), StepInfo(0, 0, 0))
     with torch.no_grad():
         objective.eval()(*batch())
     objective.train().model.deq.solver = dataclasses.replace(AWARE, outer_every=None)
     objective(*batch(), StepInfo(1, 0, 0))
-    assert not calls
+    assert gradient.call_count == 0
     objective.model.deq.solver = AWARE
     objective(*batch(), StepInfo(1, 0, 0))
-    assert len(calls) == 2
-    assert objective.model.deq.solver is AWARE
+    assert (gradient.call_count, objective.model.deq.solver) == (2, AWARE)
 
 
-def test_the_loss_is_no_part_of_a_configuration() -> None:
+def test_plain_data() -> None:
     solver = dataclasses.replace(AWARE, outer_loss=lambda z, rows: z.sum(1))
     assert from_plain(eq.Solver, to_plain(solver), [eq.AdjointBroyden]) == AWARE
 
 
 @pytest.mark.slow
-def test_a_run_logs_is_resumed_bit_for_bit_and_evaluated(tmp_path: pathlib.Path) -> None:
+def test_runs(tmp_path: pathlib.Path) -> None:
     config = dataclasses.replace(FULL, solver=AWARE, gradient=eq.Shine(fallback_ratio=1.8))
     whole = fit(config, run_dir=tmp_path / "whole")
     with pytest.raises(Interrupted):
         fit(config, run_dir=tmp_path / "parts", observer=Interrupt(3))
     resumed = fit(config, run_dir=tmp_path / "parts", resume=True)
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(resumed.model.state_dict()[name], value), name
+    torch.testing.assert_close(resumed.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
     assert timeless(read_lines(resumed.run_dir)) == timeless(read_lines(whole.run_dir))
     assert evaluate(whole.model, config.data.load().test, config)["accuracy"] == whole.test["test_accuracy"]
-    plain = fit(
-        dataclasses.replace(config, solver=dataclasses.replace(AWARE, outer_every=None)), run_dir=tmp_path / "no"
-    )
+    solver = dataclasses.replace(AWARE, outer_every=None)
+    plain = fit(dataclasses.replace(config, solver=solver), run_dir=tmp_path / "no")
     assert plain.history[-1]["loss"] != whole.history[-1]["loss"], "the updates must have changed something"
 
 
-@pytest.mark.slow
-def test_the_command_line_sets_the_cadence(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.set_default_dtype(torch.float32)
-    monkeypatch.chdir(tmp_path)
-    pathlib.Path("toy.yaml").write_text(config_yaml(PLAIN))
-    arguments = [
-        "--config",
-        "toy.yaml",
-        "--solver",
-        "AdjointBroyden",
-        "--solver.outer_every",
-        "2",
-        "--gradient",
-        "Shine",
-    ]
-    assert main(["train", *arguments, "--run-dir", "run", "--no-report"]) == 0
-    solver = read_config("run/config.yaml").solver
+def test_command_line(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "toy.yaml").write_text(config_yaml(PLAIN))
+    words = ["--solver", "AdjointBroyden", "--solver.outer_every", "2", "--gradient", "Shine", "--print-config"]
+    assert main(["train", "--config", str(tmp_path / "toy.yaml"), *words]) == 0
+    (tmp_path / "toy.yaml").write_text(capsys.readouterr().out)
+    solver = read_config(tmp_path / "toy.yaml").solver
     assert isinstance(solver, eq.AdjointBroyden)
     assert (solver.outer_every, solver.outer_loss) == (2, None)
-    assert main(["evaluate", "run"]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -19,10 +20,11 @@ def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def test_parameters_of_the_published_dense_models() -> None:
-    assert count(DenseClassifier(MNIST)) == 134_538
-    assert count(DenseClassifier(dataclasses.replace(MNIST, explicit_steps=1))) == 134_538
-    assert count(DenseClassifier(dataclasses.replace(MNIST, predictor=True))) == 151_050
+@pytest.mark.parametrize(
+    ("fields", "expected"), [({}, 134_538), ({"explicit_steps": 1}, 134_538), ({"predictor": True}, 151_050)]
+)
+def test_published_counts(fields: dict[str, Any], expected: int) -> None:
+    assert count(DenseClassifier(dataclasses.replace(MNIST, **fields))) == expected
 
 
 @pytest.mark.parametrize(
@@ -30,13 +32,13 @@ def test_parameters_of_the_published_dense_models() -> None:
     [(MDEQConfig.cifar10_tiny(), 36_672), (MDEQConfig.cifar10_large(), 554_816)],
     ids=["tiny", "large"],
 )
-def test_parameters_of_the_published_predictors(config: MDEQConfig, expected: int) -> None:
+def test_published_predictors(config: MDEQConfig, expected: int) -> None:
     """With a length for each weight-normalized filter, which the published count leaves out."""
     assert count(MDEQPredictor(config)) == expected
 
 
 @pytest.mark.parametrize("channels", [(8,), (8, 8), (8, 12, 16), (4, 8, 16, 32)])
-def test_the_predictor_gives_a_state(channels: tuple[int, ...]) -> None:
+def test_predictor(channels: tuple[int, ...]) -> None:
     config = dataclasses.replace(
         DIGITS, image_size=16, channels=channels, head_channels=channels, predictor=True, dropout=0.2
     )
@@ -48,7 +50,7 @@ def test_the_predictor_gives_a_state(channels: tuple[int, ...]) -> None:
     assert first.grad is None, "the equilibrium does not depend on where the solve began"
 
 
-def test_the_dense_model_is_its_formula() -> None:
+def test_formula() -> None:
     model = DenseClassifier(
         dataclasses.replace(MNIST, width=6, image_size=3), solver=eq.Picard(max_steps=200, rtol=1e-14)
     )
@@ -60,22 +62,21 @@ def test_the_dense_model_is_its_formula() -> None:
     z = torch.zeros(4, 6)
     for _ in range(300):
         z = torch.relu(z @ model.deq.cell.state.weight.T) + torch.relu(u @ model.deq.cell.injection.weight.T)
-    torch.testing.assert_close(solution.value, z)
-    torch.testing.assert_close(logits, z @ model.head.weight.T + model.head.bias)
+    expected = (z, z @ model.head.weight.T + model.head.bias)
+    torch.testing.assert_close((solution.value, logits), expected)
 
 
-def test_the_dense_model_is_certified_where_its_matrix_contracts() -> None:
+def test_certificate() -> None:
     model = DenseClassifier(dataclasses.replace(MNIST, width=8)).eval()
     weight = model.deq.cell.state.weight
     for norm in (0.7, 1.5):
         with torch.no_grad():
             weight.mul_(norm / torch.linalg.matrix_norm(weight, 2))
         certificate = eq.certify(model)
-        assert certificate.norm == pytest.approx(norm)
-        assert certificate.contracts == (norm < 1)
+        assert (certificate.norm, certificate.contracts) == (pytest.approx(norm), norm < 1)
 
 
-def test_a_cap_scales_the_matrix_down_and_never_up() -> None:
+def test_cap() -> None:
     config = dataclasses.replace(MNIST, width=8, cap=0.6)
     assert config.lipschitz_limit(training=True) == 0.6
     model = DenseClassifier(config).eval()
@@ -93,26 +94,30 @@ def test_a_cap_scales_the_matrix_down_and_never_up() -> None:
     torch.testing.assert_close(stored.grad, weight.grad)
 
 
-def test_skip_and_skip_reg_begin_where_they_say() -> None:
+def test_starts() -> None:
     x = torch.randn(2, 1, 8, 8)
-    model = MDEQClassifier(dataclasses.replace(DIGITS, explicit_steps=1)).eval()
-    u = model.stem(x)
-    solution = model.deq.solve(u)
-    for start, step in zip(solution.start, model.deq.cell(model.deq.cell.zeros(u), u), strict=True):
-        torch.testing.assert_close(start, step)
-    predicted = MDEQClassifier(dataclasses.replace(DIGITS, predictor=True)).eval()
-    for start, guess in zip(predicted.deq.solve(u).start, predicted.deq.init(u), strict=True):
-        torch.testing.assert_close(start, guess)
+    for fields in ({"explicit_steps": 1}, {"predictor": True}):
+        model = MDEQClassifier(dataclasses.replace(DIGITS, **fields)).eval()
+        u, cell = model.stem(x), model.deq.cell
+        expected = model.deq.init(u) if "predictor" in fields else cell(cell.zeros(u), u)
+        torch.testing.assert_close(tuple(model.deq.solve(u).start), tuple(expected))
 
 
-def test_misuse_is_named_with_its_remedy() -> None:
-    with pytest.raises(ValueError, match="width=0: must be >= 1"):
-        dataclasses.replace(MNIST, width=0)
-    with pytest.raises(ValueError, match=r"cap=-0\.5: must be > 0, or None for no cap"):
-        dataclasses.replace(MNIST, cap=-0.5)
-    with pytest.raises(ValueError, match="explicit_steps=-1: must be >= 0"):
-        dataclasses.replace(MNIST, explicit_steps=-1)
-    with pytest.raises(ValueError, match=r"predictor=true has no use with model\.contraction"):
-        dataclasses.replace(DIGITS, predictor=True, contraction=ScaledLayers())
+@pytest.mark.parametrize(
+    ("config", "fields", "message"),
+    [
+        (MNIST, {"width": 0}, "width=0: must be >= 1"),
+        (MNIST, {"cap": -0.5}, r"cap=-0\.5: must be > 0, or None for no cap"),
+        (MNIST, {"explicit_steps": -1}, "explicit_steps=-1: must be >= 0"),
+        (
+            DIGITS,
+            {"predictor": True, "contraction": ScaledLayers()},
+            r"predictor=true has no use with model\.contraction",
+        ),
+    ],
+)
+def test_refusals(config: Any, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(config, **fields)
     with pytest.raises(ValueError, match=r"images must have shape \(B, 1, 28, 28\)"):
         DenseClassifier(MNIST)(torch.zeros(2, 3, 28, 28))

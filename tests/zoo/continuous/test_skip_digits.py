@@ -75,15 +75,21 @@ def outcome(name: str) -> Outcome:
 # 11.5, 12.6; 3.7, 2.0, at accuracies of 0.981; 0.981, 0.978; 0.981, 0.978. Half the epochs show it, too.
 @pytest.mark.parametrize(
     ("name", "least", "most"),
-    [("vanilla", 11, 17), ("skip 0.01", 10, 14), ("skip reg 0.01", 10, 14.5), ("skip 5", 3, 4.5), ("skip reg 5", 2, 3)],
+    [
+        ("vanilla", 11, 17),
+        pytest.param("skip 0.01", 10, 14, marks=pytest.mark.extended),
+        pytest.param("skip reg 0.01", 10, 14.5, marks=pytest.mark.extended),
+        ("skip 5", 3, 4.5),
+        ("skip reg 5", 2, 3),
+    ],
 )
-def test_evaluations_fall_and_the_accuracy_is_kept(name: str, least: float, most: float) -> None:
+def test_evaluations(name: str, least: float, most: float) -> None:
     found = outcome(name)
     assert least <= found.evaluations <= most, found
     assert found.accuracy > max(0.96, outcome("vanilla").accuracy - 0.02), found
 
 
-def test_the_adjoint_is_easier_too_by_the_jacobian_alone() -> None:
+def test_products() -> None:
     """The tolerance is relative, so products fall since J is small: to 5.0 and 1.0 from 9.7 after 12 epochs."""
     vanilla, skip, skip_reg = (outcome(name).products for name in ("vanilla", "skip 5", "skip reg 5"))
     assert vanilla > 7

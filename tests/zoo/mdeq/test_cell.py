@@ -87,7 +87,7 @@ def plain_cell(weights: dict[str, Tensor], config: MDEQConfig, z: tuple[Tensor, 
 
 @pytest.mark.parametrize("post_norm_affine", [False, True])
 @pytest.mark.parametrize("num_levels", [1, 2, 3])
-def test_cell_equals_the_formulas_written_out(num_levels: int, post_norm_affine: bool) -> None:
+def test_formulas(num_levels: int, post_norm_affine: bool) -> None:
     config = dataclasses.replace(
         SMALL,
         channels=SMALL.channels[:num_levels],
@@ -96,21 +96,21 @@ def test_cell_equals_the_formulas_written_out(num_levels: int, post_norm_affine:
     )
     cell = make_cell(config)
     z, u = make_state(config)
-    for ours, plain in zip(cell(z, u), plain_cell(cell.state_dict(), config, z, u), strict=True):
-        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    expected = plain_cell(cell.state_dict(), config, z, u)
+    torch.testing.assert_close(cell(z, u), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_cell_returns_the_state_shapes_contiguous_and_leaves_its_arguments_alone() -> None:
+def test_shapes_and_arguments() -> None:
     cell = make_cell()
     z, u = make_state(SMALL)
-    before = [tensor.clone() for tensor in (*z, u)]
+    before = copy.deepcopy((*z, u))
     out = cell(z, u)
     assert [tuple(level.shape) for level in out] == [(3, 4, 8, 8), (3, 8, 4, 4), (3, 12, 2, 2)]
     assert all(level.is_contiguous() for level in out)
-    assert all(torch.equal(old, new) for old, new in zip(before, (*z, u), strict=True))
+    torch.testing.assert_close((*z, u), before, rtol=0, atol=0)
 
 
-def test_channels_last_and_strided_states_give_the_same_map() -> None:
+def test_memory_layouts() -> None:
     cell = make_cell()
     z, u = make_state(SMALL)
     expected = cell(z, u)
@@ -120,29 +120,26 @@ def test_channels_last_and_strided_states_give_the_same_map() -> None:
     assert not views[0].is_contiguous()
     last = tuple(level.contiguous(memory_format=torch.channels_last) for level in z)
     for state, net in ((views, cell), (last, cell), (last, cell.to(memory_format=torch.channels_last))):
-        for ours, other in zip(expected, net(state, u), strict=True):
-            torch.testing.assert_close(ours, other, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(net(state, u), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_a_sample_does_not_feel_its_batch_mates() -> None:
+def test_batch_independence() -> None:
     cell = make_cell().train()
     z, u = make_state(SMALL, batch=4)
     together = cell(z, u)
     for k in range(4):
         alone = cell(tuple(level[k : k + 1] for level in z), u[k : k + 1])
-        for level, single in zip(together, alone, strict=True):
-            torch.testing.assert_close(level[k : k + 1], single, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(alone, tuple(level[k : k + 1] for level in together), rtol=1e-12, atol=1e-12)
 
 
-def test_norms_inside_the_map_are_group_norms_with_the_published_groups() -> None:
+def test_norms() -> None:
     cell = MDEQCell(MDEQConfig.cifar10_large())
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in cell.modules())
     groups = {name: m.num_groups for name, m in cell.named_modules() if isinstance(m, nn.GroupNorm)}
-    assert {name for name, number in groups.items() if number != 8} == {f"post.{i}.2" for i in range(4)}
-    assert {groups[f"post.{i}.2"] for i in range(4)} == {4}
+    assert {name: number for name, number in groups.items() if number != 8} == {f"post.{i}.2": 4 for i in range(4)}
 
 
-def test_dropout_mask_is_fixed_during_a_solve_and_its_backward_and_new_in_the_next() -> None:
+def test_dropout_masks() -> None:
     config = dataclasses.replace(SMALL, dropout=0.5)
     cell = make_cell(config)
     seen: list[Tensor] = []
@@ -187,12 +184,11 @@ def test_initialization() -> None:
                 assert abs(layer.weight.mean().item()) < 0.002
                 plain += 1
         elif isinstance(layer, (nn.GroupNorm, nn.BatchNorm2d)) and layer.affine:
-            assert (layer.weight == 1).all()
-            assert (layer.bias == 0).all()
+            assert bool((layer.weight == 1).all() & (layer.bias == 0).all())
     assert plain == 4  # two in the fusion, two in the stem
 
 
-def test_zeros_have_the_shape_dtype_and_device_of_the_injection() -> None:
+def test_zeros() -> None:
     cell = make_cell()
     for dtype in (torch.float32, torch.float64):
         z = cell.zeros(torch.ones(2, 4, 16, 16, dtype=dtype))
@@ -202,7 +198,7 @@ def test_zeros_have_the_shape_dtype_and_device_of_the_injection() -> None:
 
 @pytest.mark.parametrize("num_downsamplings", [0, 1, 2, 3])
 @pytest.mark.parametrize("num_levels", [1, 2, 3])
-def test_stem_gives_the_finest_level(num_levels: int, num_downsamplings: int) -> None:
+def test_stem(num_levels: int, num_downsamplings: int) -> None:
     config = MDEQConfig(
         image_size=32,
         num_classes=2,
@@ -241,17 +237,16 @@ def test_published_state_sizes() -> None:
         ({"head_channels": (2, 2, 0)}, r"head_channels=\(2, 2, 0\): must be >= 1"),
     ],
 )
-def test_misconfiguration_names_field_value_and_remedy(changes: dict[str, object], words: str) -> None:
+def test_refusals(changes: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         dataclasses.replace(SMALL, **changes)  # type: ignore[arg-type]
 
 
-def test_configurations_are_values() -> None:
+def test_values() -> None:
+    """Configurations are values."""
     listed = dataclasses.replace(SMALL, channels=[4, 8, 12], head_channels=[2, 2, 3])  # type: ignore[arg-type]
-    assert listed == SMALL
-    assert hash(listed) == hash(SMALL)
-    assert MDEQConfig(**dataclasses.asdict(SMALL)) == SMALL
-    assert copy.deepcopy(SMALL) == SMALL
+    assert (listed, hash(listed)) == (SMALL, hash(SMALL))
+    assert MDEQConfig(**dataclasses.asdict(SMALL)) == copy.deepcopy(SMALL) == SMALL
     with pytest.raises(dataclasses.FrozenInstanceError):
         SMALL.dropout = 0.5  # type: ignore[misc]
     with pytest.raises(TypeError):
