@@ -176,6 +176,34 @@ def test_call_user() -> None:
 # --- what a map does to the caller's modules -------------------------------------------------------------------------
 
 
+class Rows(eq.Map):
+    """A map of one's own: `call` and `select` alone; each row has its own slope."""
+
+    def __init__(self, slopes: Tensor, counts: Any = None) -> None:
+        super().__init__(counts, droppable=True)
+        self.slopes = slopes
+
+    def call(self, z: Tensor) -> Tensor:
+        self.counts.evals += 1
+        return self.slopes[:, None] * z + 1
+
+    def select(self, index: Tensor) -> Rows:
+        return Rows(self.slopes[index], self.counts)
+
+
+def test_protocol() -> None:
+    slopes = torch.tensor([0.1, 0.5, 0.9, -0.9])
+    f, z0 = Rows(slopes), torch.zeros(4, 3)
+    solution = eq.Picard(max_steps=500, rtol=1e-8).solve(f, z0).raise_for_status()
+    torch.testing.assert_close(solution.value, (1 / (1 - slopes))[:, None].expand(4, 3), rtol=1e-6, atol=0)
+    assert f.counts.evals == solution.num_evals == solution.num_steps.max()
+    assert f.project(z0) is z0
+    with pytest.raises(ValueError, match="Rows keeps no graph: use a solver without vjp"):
+        eq.AdjointBroyden().solve(f, z0)
+    with pytest.raises(RuntimeError, match="Rows has flat states only"):
+        f.loss_gradient(lambda z, rows: z.sum(1), z0, torch.arange(4))
+
+
 class Noisy(SeededLayer):
     def forward(self, z: Tensor) -> Tensor:
         assert self.seeds is not None
