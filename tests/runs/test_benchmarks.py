@@ -49,7 +49,9 @@ def run(tmp_path: pathlib.Path) -> Iterator[Run]:
 def test_solver_cost(run: Run) -> None:
     figures = run("solver_cost", needs=("torchdeq",))["figures"]
     for method in ("picard", "anderson", "broyden"):
-        assert {f"tanh/{method}/{key}" for key in ("forward_ratio", "evals", "seconds", "peak_states")} <= figures.keys()
+        assert {
+            f"tanh/{method}/{key}" for key in ("forward_ratio", "evals", "seconds", "peak_states")
+        } <= figures.keys()
     for method in ("implicit", "shine", "jacobian-free"):
         assert {f"tanh/{method}/{key}" for key in ("backward_ratio", "seconds", "cosine")} <= figures.keys()
     for method in ("torchdeq-picard", "torchdeq-anderson", "torchdeq-broyden"):

@@ -130,7 +130,11 @@ LAYERS = "--model.contraction"
             2,
             "model.contraction.weights is 'softmx'; choose one of 'softmax', 'uniform'",
         ),
-        ((*DIGITS, LAYERS, "SLLLayers", f"{LAYERS}.ceiling", "much"), 2, "model.contraction.ceiling must be float, got 'much'"),
+        (
+            (*DIGITS, LAYERS, "SLLLayers", f"{LAYERS}.ceiling", "much"),
+            2,
+            "model.contraction.ceiling must be float, got 'much'",
+        ),
         (
             (*DIGITS, LAYERS, "SLLLayers"),
             2,

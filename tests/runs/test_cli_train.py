@@ -131,9 +131,7 @@ def test_full_disk(
     with monkeypatch.context() as patch:
         patch.setattr(os, call, full)
         errors = console.both(*toy, "--run-dir", "run", code=1)[1]
-    assert errors.endswith(
-        "run: No space left on device; make room, then equipoise train --run-dir run --resume\n"
-    )
+    assert errors.endswith("run: No space left on device; make room, then equipoise train --run-dir run --resume\n")
     assert [path.name for path in pathlib.Path("run/checkpoints").iterdir()] == ["step-000000004.safetensors"]
     assert not list(pathlib.Path("run").glob(".*"))
     console.out("train", "--run-dir", "run", "--resume", "--no-report")

@@ -14,11 +14,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from console import PREFIX, Console
 from PIL import Image
-from toy import CLASSES, command_line, contracting_toys, read_config
+from toy import CLASSES, contracting_toys, read_config
 
 import equipoise as eq
 from equipoise import cli, report, zoo
@@ -112,9 +111,7 @@ def parsed(text: str) -> TrainConfig:
 
 
 @pytest.mark.slow
-def test_examples_of_help(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, console: Console
-) -> None:
+def test_examples_of_help(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, console: Console) -> None:
     """Evaluation and prediction run; training and reports, which have tests of their own, are only asked for.
 
     So has `reconstruct`, which needs a run of a decoder.
@@ -243,9 +240,7 @@ def test_null_in_nested_class(console: Console) -> None:
         for recipe in sorted(training.RECIPES)
     ],
 )
-def test_print_config(
-    recipe: str, console: Console
-) -> None:
+def test_print_config(recipe: str, console: Console) -> None:
     text = console.out("train", recipe, "--print-config")
     file = pathlib.Path("mine.yaml")
     file.write_text(text)
@@ -346,9 +341,7 @@ def test_mistakes(mistake: str, console: Console) -> None:
         ("\x00", "not valid YAML"),
     ],
 )
-def test_mistakes_in_files(
-    content: str, pattern: str, console: Console
-) -> None:
+def test_mistakes_in_files(content: str, pattern: str, console: Console) -> None:
     pathlib.Path("bad.yaml").write_text(content)
     said = console.error("train", "mdeq-digits", "--config", "bad.yaml", "--print-config", code=2)
     assert re.search(rf"bad\.yaml.*{pattern}", said)
@@ -367,9 +360,7 @@ def test_debug(console: Console) -> None:
     assert console.error("evaluate", "nowhere") == "nowhere is not a run folder: it has no config.yaml"
 
 
-def test_unexpected_error(
-    monkeypatch: pytest.MonkeyPatch, console: Console
-) -> None:
+def test_unexpected_error(monkeypatch: pytest.MonkeyPatch, console: Console) -> None:
     monkeypatch.setattr(training, "recipes", lambda *_: (_ for _ in ()).throw(RuntimeError("first\nsecond")))
     assert console.error("recipes") == "RuntimeError: first second (--debug shows the traceback)"
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from toy import ENVIRONMENT, MODEL, GroupNorm, PLAIN, Toy, command, timeless
+from toy import ENVIRONMENT, MODEL, PLAIN, GroupNorm, Toy, command, timeless
 
 from equipoise.data import derive_seed, generator
 from equipoise.train import SGD, TrainConfig, checkpoint, evaluate, fit

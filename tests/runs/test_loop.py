@@ -20,16 +20,13 @@ from equipoise.data import derive_seed, generator
 from equipoise.nn import jacobian_penalty
 from equipoise.train import (
     SGD,
-    LRSchedule,
     NonFiniteLoss,
     Objective,
     Observer,
-    Pretraining,
     StepInfo,
     checkpoint,
     evaluate,
     fit,
-    loop,
 )
 from equipoise.train.run_folder import read_lines
 from equipoise.train.task import COMMON
@@ -159,9 +156,7 @@ def test_penalty_schedule() -> None:
 
 
 @pytest.mark.parametrize(("native", "notes"), [(True, 0), (False, 1)])
-def test_emulated_bf16(
-    native: bool, notes: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_emulated_bf16(native: bool, notes: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     observer = Interrupt()
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512" if native else "AVX2")
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
@@ -176,7 +171,14 @@ def test_files(precision: Any, tmp_path: pathlib.Path) -> None:
         ema_decay=0.5, tensorboard=True,
     )  # fmt: skip
     result = fit(config, run_dir=tmp_path)
-    assert {path.name.split(".")[0] for path in tmp_path.iterdir()} == {"config", "metrics", "result", "model", "checkpoints", "events"}
+    assert {path.name.split(".")[0] for path in tmp_path.iterdir()} == {
+        "config",
+        "metrics",
+        "result",
+        "model",
+        "checkpoints",
+        "events",
+    }
     found = json.loads((tmp_path / "result.json").read_text())
     assert found == result.test
     assert (found["seconds"] > 0, 0 < found["backward_share"] < 1) == (True, True)
@@ -281,9 +283,7 @@ def test_large_learning_rate(tmp_path: pathlib.Path) -> None:
         ({"model": dataclasses.replace(MODEL, num_classes=4)}, "the data has 3 classes and model.num_classes=4"),
     ],
 )
-def test_refusals(
-    change: dict[str, Any], message: str, tmp_path: pathlib.Path
-) -> None:
+def test_refusals(change: dict[str, Any], message: str, tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=message):
         fit(dataclasses.replace(PLAIN, **change), run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -292,7 +292,9 @@ def test_refusals(
 def test_observer(tmp_path: pathlib.Path) -> None:
     heard: list[Any] = []
     names = ("started", "stepped", "logged", "evaluating", "finished")
-    ears = {name: lambda self, *given, name=name, **named: heard.append((name, *given, *named.values())) for name in names}
+    ears = {
+        name: lambda self, *given, name=name, **named: heard.append((name, *given, *named.values())) for name in names
+    }
     config = dataclasses.replace(PLAIN, stop_after=2)
     result = fit(config, run_dir=tmp_path, observer=type("Ears", (Observer,), ears)())
     told = [(name, *(each.get("step") if isinstance(each, dict) else each for each in given)) for name, *given in heard]

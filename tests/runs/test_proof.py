@@ -6,8 +6,8 @@ import copy
 import dataclasses
 import json
 import pathlib
-from unittest import mock
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from equipoise.train.average import Average
 from equipoise.train.evaluation import certified
 from equipoise.train.proof import FACTS, check_claims, prove, summarize
 from equipoise.train.serialize import from_plain, to_plain
-from equipoise.zoo import MDEQClassifier, ScaledLayers, SLLLayers
+from equipoise.zoo import MDEQClassifier, ScaledLayers
 from equipoise.zoo.files import load
 
 TOYS = contracting_toys()
@@ -208,9 +208,7 @@ def claiming(**changes: Any) -> TrainConfig:
         ),
     ],
 )
-def test_claims_of_configurations(
-    config: TrainConfig, message: str, tmp_path: pathlib.Path
-) -> None:
+def test_claims_of_configurations(config: TrainConfig, message: str, tmp_path: pathlib.Path) -> None:
     with pytest.raises(CertificateError, match=message):
         fit(config, run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -228,9 +226,7 @@ def test_dropout() -> None:
 
 
 @pytest.mark.slow
-def test_renewal(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_renewal(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not of their moving average, and without validation images, too."""
     seen: list[torch.Tensor] = []
     renew = _Cap.renew
@@ -257,9 +253,7 @@ def test_average_of_buffers() -> None:
 
 
 @pytest.mark.slow
-def test_failed_proof(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_proof(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "certified", mock.Mock(side_effect=CertificateError("nothing is proved")))
     with pytest.raises(CertificateError, match="nothing is proved"):
         fit(dataclasses.replace(TOYS["tight"], stop_after=1), run_dir=tmp_path)
@@ -307,5 +301,3 @@ def test_bf16() -> None:
     found = certified(model, config.data.load().test, config, torch.device("cpu"))
     assert found["certified_lipschitz"] is None
     assert "bf16" in found["not_certified"]
-
-

@@ -360,9 +360,7 @@ def test_damaged_run(
         (["RUN", "--image", "3"], "unknown flag --image"),
     ],
 )
-def test_usage_errors(
-    run: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_usage_errors(run: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", *(str(run) if argument == "RUN" else argument for argument in arguments)]) in (1, 2)
     assert message in capsys.readouterr().err
 
@@ -429,9 +427,7 @@ parent.document.title = JSON.stringify(found);
 
 @pytest.mark.parametrize("width", [1200, 420])
 @pytest.mark.parametrize("classes", ["digits", "evil"])
-def test_browser(
-    run: Path, tmp_path: Path, width: int, classes: str
-) -> None:
+def test_browser(run: Path, tmp_path: Path, width: int, classes: str) -> None:
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("needs Chromium")

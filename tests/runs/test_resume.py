@@ -67,9 +67,7 @@ def interrupt(config: TrainConfig, run_dir: pathlib.Path, step: int, *, resume: 
         pytest.param(TIGHT_RUN, (6,), id="layers that contract, after an evaluation"),
     ],
 )
-def test_resume(
-    config: TrainConfig, steps: tuple[int, ...], whole: Run, tmp_path: pathlib.Path
-) -> None:
+def test_resume(config: TrainConfig, steps: tuple[int, ...], whole: Run, tmp_path: pathlib.Path) -> None:
     expected = whole(config)
     for count, step in enumerate(steps):
         interrupt(config, tmp_path / "parts", step, resume=count > 0)
@@ -136,9 +134,7 @@ def test_nothing_is_unpickled(tmp_path: pathlib.Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("call", [3, 6])
-def test_full_disk(
-    call: int, whole: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk(call: int, whole: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced, calls = os.fsync, iter(range(1000))
 
     def full(descriptor: int) -> None:

@@ -189,9 +189,7 @@ def test_closed_folder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("moment", ["at the start", "at the end"])
-def test_full_disk(
-    moment: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_full_disk(moment: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     written = os.fsync
     calls = []
 
@@ -208,9 +206,7 @@ def test_full_disk(
     assert left == (set() if moment == "at the start" else {"config.json", "history.jsonl"})
 
 
-def test_interrupt(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from equipoise.cli import tune
 
     log = tune._Run.log
@@ -228,9 +224,7 @@ def test_interrupt(
 
 
 @pytest.mark.parametrize("words", [("predict", "run", "new.csv"), ("evaluate", "run"), ("report", "run")])
-def test_other_commands(
-    words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_commands(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     pathlib.Path("rows.csv").write_text(CSV)
     result_of(capsys, "rows.csv", "--max-steps", "1", "--run-dir", "run")
     assert main(list(words)) == 1
