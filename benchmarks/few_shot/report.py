@@ -43,7 +43,7 @@ def picture(images: Tensor, labels: Tensor, after: Tensor) -> Figure:
     figure = Figure(figsize=(10, 2.6), layout="constrained", dpi=110)
     axes = figure.subplots(3, 10, height_ratios=[1, 0.6, 0.6])
     for column, number in enumerate([*range(5), *(5 + 5 * label for label in range(5))]):
-        axes[0, column].imshow(255 - images[number], cmap="gray", vmin=0, vmax=255)
+        axes[0, column].imshow((255 - images[number]).numpy(), cmap="gray", vmin=0, vmax=255)
         axes[0, column].set_title(
             f"class {'ABCDE'[column]}" if column < 5 else f"a new {'ABCDE'[column - 5]}", fontsize=9
         )

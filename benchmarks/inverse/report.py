@@ -36,7 +36,7 @@ def draw(shown: dict[str, Tensor]) -> Figure:
     axes = figure.subplots(count, len(shown), squeeze=False)
     for column, (key, images) in zip(axes.T, shown.items(), strict=True):
         for axis, image in zip(column, images, strict=True):
-            axis.imshow(image[0], cmap="gray", vmin=0, vmax=1)
+            axis.imshow(image[0].numpy(), cmap="gray", vmin=0, vmax=1)
             axis.axis("off")
         column[0].set_title(key.replace("/", "\n"), fontsize=8)
     figure.tight_layout(pad=0.3)
