@@ -1,7 +1,5 @@
 """Arguments, machine facts, records, clocks, means and tables of all benchmarks."""
 
-from __future__ import annotations
-
 import argparse
 import concurrent.futures
 import importlib

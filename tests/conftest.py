@@ -1,7 +1,5 @@
 """Shared settings of the tests: double precision, fixed seeds, and no silent skips where CI promises the data."""
 
-from __future__ import annotations
-
 import os
 import random
 from collections.abc import Iterator

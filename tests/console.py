@@ -1,7 +1,5 @@
 """The command line, called in this process, with the classes of the toys."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Problems of input optimization with known answers."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any

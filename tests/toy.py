@@ -1,7 +1,5 @@
 """A data set and a model so small that a whole training run takes half a second; also a program for other processes."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json

@@ -1,7 +1,5 @@
 """Table of the adversarial benchmark."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from benchmarks import harness

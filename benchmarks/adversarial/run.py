@@ -33,8 +33,6 @@ Settings were chosen on validation images carved out of the training images. Fig
 deviations under `spread`. `--seeds N` means seeds 0 to N - 1.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools

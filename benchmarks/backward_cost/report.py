@@ -1,7 +1,5 @@
 """Table and figure of the benchmark of backward cost."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import matplotlib

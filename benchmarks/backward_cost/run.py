@@ -41,8 +41,6 @@ to the same gradient: their full solves are timed and not trained.
 Run folders lie beside FILE, and an interrupted training continues. CIFAR-10 is the recipe `mdeq-cifar10-tiny`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools

@@ -1,7 +1,5 @@
 """Text sets of the papers: 20 Newsgroups, glosses of WordNet and real-sim, prepared as published."""
 
-from __future__ import annotations
-
 import functools
 import os
 from collections.abc import Callable, Sequence

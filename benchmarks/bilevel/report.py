@@ -1,7 +1,5 @@
 """Tables and figure of the bilevel benchmark."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Searches for penalties: grid, random, scikit-learn and Optuna."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Sequence

@@ -40,8 +40,6 @@ CG also evaluates its first and its last residual, one product each. All gradien
 rule instead, with up to 1,800 gradients.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math

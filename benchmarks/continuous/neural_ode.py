@@ -3,8 +3,6 @@
 Source: Pal, Edelman and Rackauckas (2022), whose baseline this is; integrated by torchdiffeq.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Tables and figure of the benchmark of continuous and skip DEQs."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import matplotlib

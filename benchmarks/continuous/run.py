@@ -39,8 +39,6 @@ Trainings and timings can be run on different machines, because weights lie in F
 resume, or take both over with --add. Each training and each timing records its machine.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools

@@ -1,7 +1,5 @@
 """Data, models and variants of the continuous benchmark."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from typing import ClassVar

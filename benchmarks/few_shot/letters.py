@@ -3,8 +3,6 @@
 They are no handwriting: never report them as Omniglot.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import unicodedata
 from collections import defaultdict

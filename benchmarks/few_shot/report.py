@@ -1,7 +1,5 @@
 """Table of the few-shot benchmark, and a picture of a task."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from matplotlib.figure import Figure

@@ -1,7 +1,5 @@
 """Rivals of few-shot learning by optimized inputs: first-order MAML, prototypes, pixels."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

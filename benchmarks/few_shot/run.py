@@ -22,8 +22,6 @@ Keys are <method>/<seed>/<ways>-way-<shots>-shot/accuracy, and interval, half th
 <method>/<seed>/one_shot_runs_error. Weights are kept in FILE.runs.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools

@@ -1,7 +1,5 @@
 """Table of the generative benchmark, and image grids."""
 
-from __future__ import annotations
-
 import pathlib
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Rivals of the generative benchmark: a variational autoencoder, and Adam on latents; distances on features."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any

@@ -26,8 +26,6 @@ read once, at the end.
                               interpolation
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools

@@ -1,7 +1,5 @@
 """Ways to optimize an input, each from zero state and adjoint, that count their work."""
 
-from __future__ import annotations
-
 import abc
 import dataclasses
 import itertools

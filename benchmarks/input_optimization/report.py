@@ -1,7 +1,5 @@
 """Tables of the benchmark of input optimization."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from benchmarks import harness

@@ -38,8 +38,6 @@ null: the goal was not reached within 284 rounds (100 of `optimize_inputs` and o
 the methods anew, by the steps and rounds in FILE.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools

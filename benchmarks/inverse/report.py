@@ -1,7 +1,5 @@
 """Table of the benchmark of inverse problems, and a picture of its answers."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from matplotlib.figure import Figure

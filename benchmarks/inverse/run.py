@@ -26,8 +26,6 @@ at most: a hole within a black ground is filled without error, and its PSNR is i
 deviations under `spread`.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import functools

@@ -24,8 +24,6 @@ largest residuals of both its solves are in the results, and images of which a s
 counted. One seed.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import functools

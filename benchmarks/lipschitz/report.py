@@ -1,7 +1,5 @@
 """Table and figure of the benchmark of certified models."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import matplotlib

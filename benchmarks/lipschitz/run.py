@@ -31,8 +31,6 @@ Every figure is the mean over seeds, with its standard deviation under `spread`:
     median_residual       relative, of the test images
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools

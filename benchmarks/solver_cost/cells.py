@@ -3,8 +3,6 @@
 Each factory returns `(cell, inputs, z0)` for `fixed_point(cell, z0, *inputs)`, from a fixed seed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """torchdeq 0.1.0, with the configurations of its solvers that are measured."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any

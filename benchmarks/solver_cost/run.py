@@ -24,8 +24,6 @@ torchdeq is run in the configuration of each of its solvers that was fastest her
 with a ridge of 1e-8 and the memory of ours.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import statistics

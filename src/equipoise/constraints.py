@@ -1,7 +1,5 @@
 """Constraints on optimized inputs: convex sets with a projection, and penalties with a proximal operator."""
 
-from __future__ import annotations
-
 import abc
 import copy
 import dataclasses

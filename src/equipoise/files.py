@@ -1,7 +1,5 @@
 """Files that survive: atomic writing, tensors with facts, the folder of the data. Nothing that is read can run code."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

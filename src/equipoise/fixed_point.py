@@ -1,7 +1,5 @@
 """Fixed points from map, solver and gradient: the entry to the core."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar

@@ -1,7 +1,5 @@
 """Laws of every gradient; a new one joins by one line in `CASES`."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import gc

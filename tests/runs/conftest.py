@@ -1,7 +1,5 @@
 """Runs that several tests compare with, done only once, and the command line."""
 
-from __future__ import annotations
-
 import pathlib
 
 import pytest

@@ -1,7 +1,5 @@
 """Benchmarks run in their quick setting, and reports read the committed records; times are not judged."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import os

@@ -1,7 +1,5 @@
 """`equipoise attack`: changed images, table, picture and refusals."""
 
-from __future__ import annotations
-
 import dataclasses
 import pathlib
 

@@ -1,7 +1,5 @@
 """`equipoise certify`: proofs, observations and exit codes, and the proofs that other commands print."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import pathlib

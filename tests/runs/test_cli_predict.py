@@ -1,7 +1,5 @@
 """`equipoise evaluate` and `equipoise predict` on a tiny run: images, answers and refusals."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import pathlib

@@ -1,7 +1,5 @@
 """`equipoise reconstruct`: answers, pictures and refusals."""
 
-from __future__ import annotations
-
 import dataclasses
 import pathlib
 

@@ -1,7 +1,5 @@
 """`equipoise train` from end to end: run folders, interruptions, refusals and the display."""
 
-from __future__ import annotations
-
 import builtins
 import dataclasses
 import errno

@@ -1,7 +1,5 @@
 """The command line before anything runs: help texts, flags for every field, and what is said to mistakes."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.metadata
 import pathlib

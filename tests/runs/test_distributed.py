@@ -1,7 +1,5 @@
 """Two processes train, log and resume like one that is given both halves of each batch."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import pathlib

@@ -1,7 +1,5 @@
 """Code blocks of README and docs, and the examples in docstrings."""
 
-from __future__ import annotations
-
 import doctest
 import importlib
 import pathlib

@@ -1,7 +1,5 @@
 """What only an accelerator shows: the answers of the host, mixed precision, compiled cells, whole runs."""
 
-from __future__ import annotations
-
 import dataclasses
 import pathlib
 

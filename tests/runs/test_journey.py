@@ -1,7 +1,5 @@
 """One run from training to prediction, through the command line alone."""
 
-from __future__ import annotations
-
 import json
 import pathlib
 import re

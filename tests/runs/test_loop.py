@@ -1,7 +1,5 @@
 """The training loop against one written by hand, its objective, its logs and files, and runs that go wrong."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

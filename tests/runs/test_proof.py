@@ -1,7 +1,5 @@
 """What is proved about a run: stored with it, checked when it is loaded and evaluated, and true of what is observed."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """Report of a run: numbers of the log, no network, escaped names."""
 
-from __future__ import annotations
-
 import dataclasses
 import html
 import json

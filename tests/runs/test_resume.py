@@ -1,7 +1,5 @@
 """A run that was interrupted, by whatever, and resumed gives what it would have given: bit for bit."""
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import os

@@ -1,7 +1,5 @@
 """Text sets of the bilevel benchmark: their preparation, and errors for missing and damaged files."""
 
-from __future__ import annotations
-
 import codecs
 import os
 import pathlib

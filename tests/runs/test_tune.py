@@ -1,7 +1,5 @@
 """`equipoise tune`: help, runs from end to end and their folders, errors and interrupts."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

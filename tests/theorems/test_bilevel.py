@@ -1,7 +1,5 @@
 """Penalties of logistic regression on real data, found by hypergradients, against SciPy on exact inner solves."""
 
-from __future__ import annotations
-
 import functools
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """Broyden's methods on the problems of the published runs."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from problems import toy

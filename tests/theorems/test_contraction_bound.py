@@ -1,7 +1,5 @@
 """Certified contraction: with a proved Lipschitz constant, the stop bounds the error and not only the residual."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

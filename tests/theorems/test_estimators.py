@@ -1,7 +1,5 @@
 """Estimators against scikit-learn at the penalty found, grids of penalties, closed forms and SciPy."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable

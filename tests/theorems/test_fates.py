@@ -1,7 +1,5 @@
 """Where methods of fixed points and roots fail, and what following the flow costs there: fates and counts, recorded."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Flow to a steady state: z -> -3z + b, where Picard iteration diverges, by an integrator with steps per sample."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn

@@ -4,8 +4,6 @@ The names C7, C8, C10 are those of the checks in the specification of joint infe
 counts are in tests/unit/inputs/test_rows.py.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import statistics
 

@@ -1,7 +1,5 @@
 """Joint state: equilibrium, adjoint and optimized input as one fixed point; blocks of different scale."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

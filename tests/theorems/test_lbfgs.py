@@ -1,7 +1,5 @@
 """L-BFGS: its counts against SciPy's, and the published quality of an inverse that knows of an outer loss."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 

@@ -4,8 +4,6 @@ The inner problem is `sum_i log(1 + exp(-m_i(z))) + e^l |z|^2 / 2` with margins 
 row; the held-out loss `L` has no penalty. Then `dL/dl = -e^l z . q` where `H q = grad L`, `H` the Hessian.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

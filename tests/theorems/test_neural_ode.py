@@ -1,7 +1,5 @@
 """The Neural ODE of the benchmarks: its flow, its gradients, its counts."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """SHINE, its refinement and its outer-aware form: the figures of the published re-runs, and what theorems promise."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import Any

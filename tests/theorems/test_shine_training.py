@@ -1,7 +1,5 @@
 """SHINE and its relatives where they are used: the gradient of a classifier of digits, and its accuracy."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

@@ -1,7 +1,5 @@
 """scikit-learn's acceptance test of estimators."""
 
-from __future__ import annotations
-
 import unittest
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Integration steps: orders of accuracy, the flow of torchdiffeq, regions of stability."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import warnings

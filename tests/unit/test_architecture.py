@@ -1,7 +1,5 @@
 """The package map: imports point down and form no circle, heavy dependencies stay at the edges."""
 
-from __future__ import annotations
-
 import ast
 import graphlib
 import pathlib

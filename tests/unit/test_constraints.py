@@ -1,7 +1,5 @@
 """Projections against independent oracles: SciPy's constrained minimizer, Dykstra's algorithm and closed forms."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """History of an outer optimization: its steps, its counts and its best point."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable

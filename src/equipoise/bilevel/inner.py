@@ -1,7 +1,5 @@
 """Inner problems of bilevel optimization: the state minimizes a loss or is a fixed point."""
 
-from __future__ import annotations
-
 import abc
 import dataclasses
 from collections.abc import Callable, Sequence

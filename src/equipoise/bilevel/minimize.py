@@ -1,7 +1,5 @@
 """Outer loop: evaluate, accept or reject, propose the next hyperparameters."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Evaluation of a bilevel problem at one point: inner solve, outer loss and hypergradient."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Sequence

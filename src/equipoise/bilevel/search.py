@@ -1,7 +1,5 @@
 """Baselines: grid search and random search."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any

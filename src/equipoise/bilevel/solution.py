@@ -1,7 +1,5 @@
 """Result of a bilevel optimization: best point, status, counts and steps."""
 
-from __future__ import annotations
-
 import dataclasses
 import enum
 from typing import Any

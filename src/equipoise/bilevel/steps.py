@@ -1,7 +1,5 @@
 """Step rules of the outer loop: the protocol, and the rule of HOAG."""
 
-from __future__ import annotations
-
 import abc
 import dataclasses
 import math

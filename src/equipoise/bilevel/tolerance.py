@@ -1,7 +1,5 @@
 """Tolerance schedule of the inner solves."""
 
-from __future__ import annotations
-
 import dataclasses
 
 LEAST = 1e-12  # double precision reaches no smaller relative residual

@@ -1,7 +1,5 @@
 """Default step rule: a convex quadratic model within a box and a trust region."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

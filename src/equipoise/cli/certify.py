@@ -1,7 +1,5 @@
 """`equipoise certify`: certificate of the map of a run, and measurements at images."""
 
-from __future__ import annotations
-
 import json
 import math
 import sys

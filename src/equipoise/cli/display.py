@@ -1,7 +1,5 @@
 """Output of the command line: live progress on a terminal, plain lines elsewhere, tables at the end."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`equipoise evaluate`: loss, scores and solver statistics of a run on a split."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

@@ -1,7 +1,5 @@
 """Commands: `equipoise recipes | train | evaluate | certify | predict | attack | reconstruct | tune | report`."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """`equipoise predict`: classes of image files."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Sequence

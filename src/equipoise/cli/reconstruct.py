@@ -1,7 +1,5 @@
 """`equipoise reconstruct`: recovery of a corrupted image by the decoder of a run."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

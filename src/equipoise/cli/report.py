@@ -1,7 +1,5 @@
 """`equipoise report`: a page about a run."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from rich.console import Console

@@ -1,7 +1,5 @@
 """Run folders on the command line: their configuration, their model and the options of a command on them."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses

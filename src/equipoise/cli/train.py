@@ -1,7 +1,5 @@
 """`equipoise train` and `equipoise recipes`."""
 
-from __future__ import annotations
-
 import argparse
 import errno
 import shlex

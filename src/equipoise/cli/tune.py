@@ -1,7 +1,5 @@
 """`equipoise tune`: fit a linear model to a table, with penalties found by gradient."""
 
-from __future__ import annotations
-
 import argparse
 import io
 import json

@@ -1,7 +1,5 @@
 """Lipschitz constants of layers and chains of layers, in the Euclidean norm of one sample."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -4,8 +4,6 @@ Each layer has a method `lipschitz_bound(training)`; the function `lipschitz_bou
 a chain. A map made of such layers can contract, and `equipoise.certify` proves it.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, Literal
 

@@ -3,8 +3,6 @@
 The norm of the reshaped kernel is not the norm of the convolution: for a 3x3 kernel it can be three times too small.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

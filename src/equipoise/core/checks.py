@@ -1,7 +1,5 @@
 """Checks of configurations."""
 
-from __future__ import annotations
-
 import operator
 import re
 

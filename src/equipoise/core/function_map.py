@@ -1,7 +1,5 @@
 """Maps of user functions: the only callers of user code, so they count, check and set modes."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools

@@ -4,8 +4,6 @@ A data source is a frozen dataclass, part of the configuration; `load` returns i
 function of the seed and of the position in the run, so a run can be continued anywhere.
 """
 
-from __future__ import annotations
-
 import abc
 import dataclasses
 import hashlib

@@ -1,7 +1,5 @@
 """Readers of image files and folders of them."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Images read by Hugging Face `datasets`: the hub, local parquet files, image folders, streams."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import itertools

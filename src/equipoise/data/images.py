@@ -1,7 +1,5 @@
 """Images: augmentation, scaling, validation split."""
 
-from __future__ import annotations
-
 import abc
 import dataclasses
 from typing import ClassVar

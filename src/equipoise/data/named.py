@@ -1,7 +1,5 @@
 """Named data sets: digits and clothes."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch

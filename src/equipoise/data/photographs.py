@@ -1,7 +1,5 @@
 """Patches of the photographs that scikit-image and scikit-learn ship."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import ClassVar
 

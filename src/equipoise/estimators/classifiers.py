@@ -1,7 +1,5 @@
 """Classifiers: logistic regression, binary and multinomial, and nonlinear least squares."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any

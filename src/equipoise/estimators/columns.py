@@ -1,7 +1,5 @@
 """Moments of columns: the units of penalties and the scales of the state."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

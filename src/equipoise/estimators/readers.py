@@ -1,7 +1,5 @@
 """Readers of files of rows: libsvm text, npz, CSV and parquet. They refuse damaged files."""
 
-from __future__ import annotations
-
 import csv
 import json
 import zipfile

@@ -1,7 +1,5 @@
 """Files of fitted estimators: coefficients as safetensors, the rest as JSON. Reading one runs no code of it."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

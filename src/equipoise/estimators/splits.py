@@ -1,7 +1,5 @@
 """Training and validation splits: random rows held out, or the folds of a splitter."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The interface of gradient estimators."""
 
-from __future__ import annotations
-
 import abc
 import dataclasses
 from typing import ClassVar

@@ -1,7 +1,5 @@
 """Gradients by the implicit function theorem: solve the adjoint system."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import ClassVar

@@ -1,7 +1,5 @@
 """SHINE: the forward quasi-Newton inverse, shared with the backward pass."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import ClassVar

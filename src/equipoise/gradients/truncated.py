@@ -1,7 +1,5 @@
 """Gradients from a truncated series: Jacobian-free, Neumann and phantom."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Backpropagation through applications of the map."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import ClassVar
 

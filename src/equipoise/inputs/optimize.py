@@ -1,7 +1,5 @@
 """Optimization of inputs of an equilibrium, together with the equilibrium."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Update schemes: the number and order of the steps of state, adjoint and input in one round."""
 
-from __future__ import annotations
-
 import abc
 import dataclasses
 from typing import ClassVar, Protocol

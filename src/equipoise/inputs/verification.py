@@ -1,7 +1,5 @@
 """Verification of optimized inputs: the equilibrium at the answer, and claims that do not hold there."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch

@@ -1,7 +1,5 @@
 """Dropout with one mask per sample and solve."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """A context in which modules are evaluated without effect on them, say the head of an outer loss."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """Layers that are safe inside a fixed point."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize

@@ -1,7 +1,5 @@
 """Penalties and probes of the Jacobian at an equilibrium."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

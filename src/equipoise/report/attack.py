@@ -1,7 +1,5 @@
 """Picture of an attack: images, perturbations, and predictions before and after."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

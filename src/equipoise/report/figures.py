@@ -1,7 +1,5 @@
 """Figures of a report, in one style."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Report page: facts, figures and examples in one HTML file that needs no network."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json

@@ -1,7 +1,5 @@
 """Predictions of a classifier on test images, with the record of each solve."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 

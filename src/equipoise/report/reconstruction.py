@@ -1,7 +1,5 @@
 """Picture of a reconstruction: observation, reconstruction, and the truth where it is known."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

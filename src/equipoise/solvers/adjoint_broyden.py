@@ -1,7 +1,5 @@
 """Adjoint Broyden's method: secant conditions on products with the transposed Jacobian."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """Anderson acceleration."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch

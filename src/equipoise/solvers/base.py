@@ -1,7 +1,5 @@
 """The solver protocol and the only loop: evaluate a point, judge it, let the solver propose the next one."""
 
-from __future__ import annotations
-
 import abc
 import dataclasses
 import numbers

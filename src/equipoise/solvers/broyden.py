@@ -1,7 +1,5 @@
 """Limited-memory "good" Broyden method, of which only the steps are stored."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """Conjugate gradients for affine maps, such as symmetric adjoint systems."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import ClassVar
 

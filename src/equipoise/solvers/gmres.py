@@ -1,7 +1,5 @@
 """GMRES for affine maps, such as adjoint systems."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import ClassVar
 

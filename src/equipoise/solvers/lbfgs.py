@@ -1,7 +1,5 @@
 """Limited-memory BFGS with a strong-Wolfe line search; each trial is one evaluation."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar

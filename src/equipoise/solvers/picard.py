@@ -1,7 +1,5 @@
 """Damped Picard iteration."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Probes: evaluations from which products with the matrix of an affine map are read."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Integration of the flow `dz/dt = f(z) - z` to its steady state."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import ClassVar

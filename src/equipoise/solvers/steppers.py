@@ -1,7 +1,5 @@
 """Integration methods of `SteadyState`, one evaluation at a time; each row has its own step size."""
 
-from __future__ import annotations
-
 import abc
 import dataclasses
 from typing import ClassVar

@@ -1,7 +1,5 @@
 """Moving average of the weights."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """Files of training: models with their configuration, resumable checkpoints. Nothing that is read can run code."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from collections.abc import Mapping

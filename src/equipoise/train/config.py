@@ -1,7 +1,5 @@
 """Complete configuration of a training run."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any, Literal
 

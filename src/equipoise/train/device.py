@@ -1,7 +1,5 @@
 """Devices: Lightning Fabric, transfer of batches, isolated random state, time in backward."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import platform

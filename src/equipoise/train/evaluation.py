@@ -1,7 +1,5 @@
 """Evaluation of a model on a split, and the facts of a result."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Training loop on Lightning Fabric."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

@@ -1,7 +1,5 @@
 """Interface of model configurations."""
 
-from __future__ import annotations
-
 import abc
 import dataclasses
 from typing import Any

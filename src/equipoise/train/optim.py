@@ -1,7 +1,5 @@
 """Optimizers and the learning-rate schedule."""
 
-from __future__ import annotations
-
 import abc
 import dataclasses
 import math

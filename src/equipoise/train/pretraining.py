@@ -1,7 +1,5 @@
 """Fixed-depth pretraining."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from equipoise.core.checks import check_ranges

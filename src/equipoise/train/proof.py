@@ -1,7 +1,5 @@
 """Certificates of a model, for its file, its result and its reports."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import math

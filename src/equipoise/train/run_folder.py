@@ -1,7 +1,5 @@
 """Folder of a run: configuration, log, checkpoints and result."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import itertools

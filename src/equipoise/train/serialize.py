@@ -1,7 +1,5 @@
 """Configurations as plain data: dataclasses to JSON types and back, no module is imported because a file names it."""
 
-from __future__ import annotations
-
 import abc
 import collections.abc
 import contextlib

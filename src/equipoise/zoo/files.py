@@ -1,7 +1,5 @@
 """Files of the zoo: saved models and configurations, built from known classes alone."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Models of square images: their configuration, and the check that the data fits."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from equipoise.core.checks import check_ranges

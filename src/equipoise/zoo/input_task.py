@@ -1,7 +1,5 @@
 """Tasks that optimize inputs of the equilibrium, such as latents, contexts or attacked images."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from equipoise.core.checks import check_ranges

@@ -1,7 +1,5 @@
 """Error estimates, history and best point, on evaluations written by hand."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

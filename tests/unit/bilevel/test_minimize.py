@@ -1,7 +1,5 @@
 """Bilevel optimization of quadratic problems, with hypergradients and optima in closed form."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable
@@ -279,7 +277,7 @@ def test_carried_pairs() -> None:
 
 def test_inner_solver() -> None:
     """Tolerance, probes and pairs of the inner solver at each step."""
-    seen: list[Recorder] = []
+    seen: list[Any] = []
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Recorder(eq.LBFGS):

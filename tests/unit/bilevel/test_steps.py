@@ -1,7 +1,5 @@
 """Step rules and tolerances: their formulas, and functions with known minima."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Capped convolutions: caps against dense matrices, cached bounds against changes of the kernel."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 

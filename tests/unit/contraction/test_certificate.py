@@ -1,7 +1,5 @@
 """Certificates: proofs against searches, dense algebra and simulations; refusals and their messages."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Layers with known constants: formulas, and constants against dense Jacobians."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Norms of convolutions: against singular values of their dense matrices, zero-padded and circular."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

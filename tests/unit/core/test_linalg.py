@@ -1,7 +1,5 @@
 """Inverse estimates and batched products, against dense algebra."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

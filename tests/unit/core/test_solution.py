@@ -1,7 +1,5 @@
 """Solutions: statuses, and the error that names them."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

@@ -1,7 +1,5 @@
 """States: laying flat and giving the structure back are inverse to each other; what does not fit is named."""
 
-from __future__ import annotations
-
 import functools
 import math
 import types

@@ -1,7 +1,5 @@
 """Data: splits that do not overlap, readers that refuse damage, order and augmentation that can be repeated."""
 
-from __future__ import annotations
-
 import dataclasses
 import gzip
 import io

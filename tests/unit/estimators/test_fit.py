@@ -1,7 +1,5 @@
 """Fits of the estimators: options, validation rows, observers, warm starts and errors."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 import math

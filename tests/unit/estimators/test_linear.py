@@ -1,7 +1,5 @@
 """Designs, losses and penalties against dense formulas, finite differences and scikit-learn's losses."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable

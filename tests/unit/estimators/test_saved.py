@@ -1,7 +1,5 @@
 """Saved estimators: they predict as before, and files that are damaged or of another kind are refused."""
 
-from __future__ import annotations
-
 import pathlib
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Readers of tables: files are read as written, and damaged files are refused."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import os

@@ -1,7 +1,5 @@
 """The adjoint equation: what its tolerance means, what it costs, and what a start from a step before saves."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

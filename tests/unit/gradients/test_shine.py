@@ -1,7 +1,5 @@
 """SHINE: its identities, its fallback, and what an outer loss sees and teaches."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

@@ -1,7 +1,5 @@
 """Truncated series and unrolled applications against the dense adjoint and plain backpropagation."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

@@ -3,8 +3,6 @@
 The names C1, C2, ... are those of the checks in the specification of joint inference and input optimization.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

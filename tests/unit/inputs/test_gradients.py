@@ -1,7 +1,5 @@
 """Gradients of optimized inputs: against central differences of the problem solved anew, and the cheaper ones."""
 
-from __future__ import annotations
-
 import dataclasses
 import warnings
 from collections.abc import Callable, Sequence

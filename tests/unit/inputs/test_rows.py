@@ -1,7 +1,5 @@
 """Rows of input optimization: independence, statuses, counts, memory, containers, masks, and messages."""
 
-from __future__ import annotations
-
 import dataclasses
 import gc
 import weakref

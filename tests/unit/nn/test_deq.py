@@ -1,7 +1,5 @@
 """The DEQ module: where it starts, what it returns, that it remembers nothing, and what it says about misuse."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

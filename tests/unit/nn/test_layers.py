@@ -1,7 +1,5 @@
 """Layers inside a fixed point: weights computed once per solve, noise that is fixed during one."""
 
-from __future__ import annotations
-
 import copy
 import io
 from collections.abc import Callable

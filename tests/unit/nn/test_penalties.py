@@ -1,7 +1,5 @@
 """Penalties and probes of the Jacobian, against the dense Jacobian."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """Where a solve begins: a predictor, explicit steps of the cell, the penalty that draws start and answer together."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

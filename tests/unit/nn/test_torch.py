@@ -1,7 +1,5 @@
 """Inside the tools of PyTorch: copies, checkpoints, several processes, compilation, export."""
 
-from __future__ import annotations
-
 import copy
 import io
 import socket

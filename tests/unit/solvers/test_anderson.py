@@ -1,7 +1,5 @@
 """Anderson acceleration: against least squares and GMRES in dense algebra, its restart, blocks and units."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

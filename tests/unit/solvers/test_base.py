@@ -1,7 +1,5 @@
 """The loop: boundaries of tolerance and divergence, failures in a row, blocks, and memories that are split."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import Any, ClassVar, NamedTuple

@@ -1,7 +1,5 @@
 """Broyden's methods, good and adjoint: dense textbook forms, restarts, least denominators, outer-aware updates."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Callable

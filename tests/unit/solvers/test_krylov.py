@@ -1,7 +1,5 @@
 """CG and GMRES against SciPy's, row by row, and against dense algebra."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -1,7 +1,5 @@
 """L-BFGS: its inverse against dense BFGS, its line search, points outside the domain, nonconvex objectives."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any

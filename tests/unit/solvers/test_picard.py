@@ -1,7 +1,5 @@
 """Picard iteration: exact counts on linear maps, damping, and bounds of the error, which Anderson shares."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Integration to the steady state: the steps that are taken, stability, exact counts, points that are not finite."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Saved files: exact, complete, written at once or not at all, refused when damaged, and never run."""
 
-from __future__ import annotations
-
 import builtins
 import dataclasses
 import errno

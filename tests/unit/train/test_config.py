@@ -1,7 +1,5 @@
 """Configurations: written and read without loss, checked with messages that help, and all that a run depends on."""
 
-from __future__ import annotations
-
 import dataclasses
 import pathlib
 from collections.abc import Callable

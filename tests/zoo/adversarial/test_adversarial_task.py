@@ -1,7 +1,5 @@
 """Adversarial training: what its objective sums, what it refuses, and that it makes classifiers robust."""
 
-from __future__ import annotations
-
 import dataclasses
 import pathlib
 from typing import Any

@@ -1,7 +1,5 @@
 """Attacks on classifiers, against projected gradient ascent through equilibria that are solved for at each step."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Training with a solver that is aware of the loss: what it is told, when, and that the head does not notice."""
 
-from __future__ import annotations
-
 import dataclasses
 import pathlib
 from typing import Any

@@ -1,7 +1,5 @@
 """The objective of Skip DEQs: its formula, its gradients, its weight over the epochs, in fixed-depth steps, too."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """The fully connected classifier, and the predictors of Skip DEQs: counts, shapes, formulas, constants."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What drawing the equilibrium to its start is for: fewer evaluations at the same accuracy, on handwritten digits."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import tempfile

@@ -1,7 +1,5 @@
 """A few-shot learner: what it finds is optimal, gradients are exact, classes have no order, and it learns sinusoids."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import Any

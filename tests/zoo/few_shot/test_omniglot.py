@@ -1,7 +1,5 @@
 """Few-shot tasks of characters: alphabets, held-out alphabets, reproducible tasks and damaged files."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import os

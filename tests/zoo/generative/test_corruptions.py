@@ -1,7 +1,5 @@
 """What is done to images: against formulas in NumPy and SciPy."""
 
-from __future__ import annotations
-
 import pytest
 import scipy.ndimage
 import torch

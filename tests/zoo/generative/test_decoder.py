@@ -1,7 +1,5 @@
 """The decoder of latent vectors: formula, constants, shapes, and a latent found again from its image."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 

@@ -1,7 +1,5 @@
 """The task of decoders: gradients against differences of the re-solved cost, evaluation, training, refusals."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import pathlib

@@ -1,7 +1,5 @@
 """Inverse problems with learned data weights."""
 
-from __future__ import annotations
-
 import dataclasses
 import pathlib
 from typing import Any

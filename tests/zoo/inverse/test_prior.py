@@ -1,7 +1,5 @@
 """The equilibrium that restores images: sizes, its contraction, what it refuses, its file."""
 
-from __future__ import annotations
-
 import pathlib
 from typing import Any
 

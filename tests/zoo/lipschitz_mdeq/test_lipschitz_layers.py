@@ -1,7 +1,5 @@
 """MDEQs that contract: reference numbers of the block matrix, caps after rough training, gradients of their solves."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """Contracting recipes learn, end with a proof, and pay little for it."""
 
-from __future__ import annotations
-
 import dataclasses
 import pathlib
 import statistics

@@ -1,7 +1,5 @@
 """The MDEQ's configuration, map and stem."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import math

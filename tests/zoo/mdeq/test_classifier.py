@@ -1,7 +1,5 @@
 """The MDEQ classifier: counts, head, training modes, copying and saving."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from collections.abc import Callable

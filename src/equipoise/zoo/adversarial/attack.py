@@ -1,7 +1,5 @@
 """Attacks: small changes of images that mislead a classifier."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

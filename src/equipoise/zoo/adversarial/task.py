@@ -1,7 +1,5 @@
 """Adversarial training of a classifier."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import ClassVar, Literal
 

@@ -1,7 +1,5 @@
 """Classification of images by an equilibrium: configuration and base class of the models."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import ClassVar
 

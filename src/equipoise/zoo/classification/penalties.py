@@ -1,7 +1,5 @@
 """Penalties in the loss of an equilibrium classifier."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from equipoise.core.checks import check_ranges

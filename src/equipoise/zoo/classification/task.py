@@ -1,7 +1,5 @@
 """Classification of images by an equilibrium."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from typing import Any, ClassVar

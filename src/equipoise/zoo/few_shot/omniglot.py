@@ -4,8 +4,6 @@ Source: B. Lake, R. Salakhutdinov, J. Tenenbaum, "Human-level concept learning t
 induction", Science 2015.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import zipfile
 import zlib

@@ -1,7 +1,5 @@
 """Few-shot learning: optimized inputs of an equilibrium learn a task from a few images."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import ClassVar
 

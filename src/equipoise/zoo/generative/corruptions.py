@@ -1,7 +1,5 @@
 """Corruptions of images, the observation models of inverse problems."""
 
-from __future__ import annotations
-
 import abc
 import dataclasses
 import math

@@ -1,7 +1,5 @@
 """Interface of decoders, whose latents are optimized."""
 
-from __future__ import annotations
-
 import abc
 import dataclasses
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Reconstruction of images by a decoder whose latents are optimized: generative models, and inverse problems."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar

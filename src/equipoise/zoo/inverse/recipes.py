@@ -1,7 +1,5 @@
 """Recipes: each function returns a complete configuration; vary it with `dataclasses.replace`."""
 
-from __future__ import annotations
-
 from equipoise.data import FashionMNIST
 from equipoise.gradients import Implicit
 from equipoise.inputs import Joint

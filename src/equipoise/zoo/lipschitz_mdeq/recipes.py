@@ -1,7 +1,5 @@
 """Recipes: each function returns a complete configuration; vary it with `dataclasses.replace`."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from equipoise.contraction.certificate import contraction_solver

@@ -1,7 +1,5 @@
 """Layers of an MDEQ with a tight bound: blocks with constant 1, isometric resampling, a learned budget."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import ClassVar

@@ -11,8 +11,6 @@ Only the finest level receives the input, $u = (u_0, 0, \dots, 0)$.
 Source: S. Bai, V. Koltun, J. Z. Kolter, "Multiscale Deep Equilibrium Models", NeurIPS 2020 (arXiv 2006.08656).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 

@@ -1,7 +1,5 @@
 """Classification head of an MDEQ."""
 
-from __future__ import annotations
-
 import itertools
 
 import torch

@@ -1,7 +1,5 @@
 """Explicit guess of a multiscale equilibrium, where the solve of a Skip DEQ begins."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Recipes: each function returns a complete configuration; vary it with `dataclasses.replace`."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from equipoise.data import Digits, FashionMNIST, HubImages

@@ -1,7 +1,5 @@
 """Stem of an MDEQ, and the convolutions that its parts share."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
