@@ -135,7 +135,6 @@ def test_half_precision(half: torch.dtype) -> None:
         ("zeros", TypeError, "got str"),
         (None, TypeError, "got NoneType"),
     ],
-    ids=str,
 )
 def test_bad_start(state: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
@@ -186,7 +185,6 @@ def test_bad_result(z0: Any, returned: Any, error: type[Exception], message: str
         (0.5, TypeError, "input 1 must be a tensor or a tuple, list or dict of tensors, got float"),
         ({"mask": None}, TypeError, "input 1 contains NoneType; make it an attribute of the map"),
     ],
-    ids=str,
 )
 def test_bad_input(value: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
