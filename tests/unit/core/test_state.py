@@ -168,7 +168,6 @@ PAIR = (zeros(3, 2), zeros(3, 4))
         (zeros(3, 2, dtype=torch.bfloat16), zeros(3, 2, dtype=torch.int64), TypeError, "has dtype torch.int64"),
         (zeros(3, 2, dtype=torch.float16), zeros(3, 2, dtype=torch.complex64), TypeError, "has dtype torch.complex64"),
     ],
-    ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_bad_result(z0: Any, returned: Any, error: type[Exception], message: str) -> None:
     f = FunctionMap(lambda z: returned, z0)
