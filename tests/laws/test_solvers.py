@@ -147,6 +147,7 @@ def cases(wanted: Callable[[Case], bool] = lambda case: True) -> pytest.MarkDeco
 
 
 ALL = slice(None)
+PLAIN = ("Picard", "Anderson", "Broyden", "AdjointBroyden", "VCAB3", "LBFGS", "CG", "GMRES")  # one of each class
 of_maps = cases(lambda case: case.family is contraction)
 with_inverse = cases(lambda case: case.solver.keeps_inverse)
 projecting = cases(lambda case: case.solver.supports_projection)
@@ -199,18 +200,6 @@ def test_expanding_rotation(name: str) -> None:
     torch.testing.assert_close(solution.value, problem.expected, rtol=1e-8, atol=1e-9)
 
 
-@of_maps
-def test_dict_state(case: Case) -> None:
-    problem = problems.two_scales()
-
-    def f(z: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
-        return dict(zip("uv", problem.f((z["u"], z["v"]), x), strict=True))
-
-    start, expected = (dict(zip("uv", state, strict=True)) for state in (problem.z0, problem.expected))
-    solution = eq.fixed_point(f, start, *problem.inputs, solver=case.tight(1e-11), params=()).raise_for_status()
-    torch.testing.assert_close(solution.value, expected, rtol=1e-8, atol=1e-8)
-
-
 @cases()
 def test_warm_start(case: Case) -> None:
     family, cold = case.family(), solved(case)
@@ -229,8 +218,7 @@ def test_warm_start(case: Case) -> None:
 def test_preconditioner(case: Case) -> None:
     """A known inverse is what the solver sees; samples are judged by their own residual."""
     problem = problems.affine()
-    jacobian = torch.func.jacrev(lambda z: problem.f(z, torch.zeros(6)))(torch.zeros(6))
-    exact = torch.linalg.inv(torch.eye(6) - jacobian)
+    exact = torch.linalg.inv(torch.eye(6) - problems.jacobian(lambda z: problem.f(z, torch.zeros(6)), torch.zeros(6)))
     # M = I + (M - I), its second part written with the columns of I as basis; of the odd samples nothing is known.
     known = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0])[:, None, None]
     estimate = eq.InverseEstimate.of(torch.ones(5), torch.eye(6).repeat(5, 1, 1), known * (exact - torch.eye(6)))
@@ -254,11 +242,9 @@ def test_preconditioner(case: Case) -> None:
 def test_batch_independence(case: Case, closure: bool) -> None:
     """Whoever else is in the batch, and in whatever order, whether rows can leave it or not."""
     family = case.family()
-    assert_rows(family.solve(case.tight(), closure=closure), solved(case))
-    for rows in ([0], [7], [3]) if closure else ([4], [6, 1], [5, 4, 3, 2, 1, 0, 7, 6]):
+    for rows in (list(range(8)), [7]) if closure else ([4], [5, 4, 3, 2, 1, 0, 7, 6]):
         assert_rows(family.solve(case.tight(), rows, closure=closure), solved(case), rows)
-    budget = case.set(max_steps=7, rtol=1e-3)
-    rows = [2, 7, 5, 0, 6]
+    budget, rows = case.set(max_steps=7, rtol=1e-3), [2, 7, 5, 0, 6]
     assert_rows(family.solve(budget, rows, closure=closure), family.solve(budget), rows)
 
 
@@ -296,8 +282,13 @@ def test_rare_reads(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(broken.value[3:], often.value[3:], rtol=1e-9, atol=1e-11)
 
 
-@cases()
-@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("case", "poison"),
+    [
+        *(pytest.param(case, math.nan, id=f"{name}-nan") for name, case in CASES.items()),
+        *(pytest.param(CASES[name], math.inf, id=f"{name}-inf") for name in PLAIN),
+    ],
+)
 def test_nan_isolation(case: Case, poison: float) -> None:
     """A sample that meets NaN keeps its best finite iterate and disturbs no other."""
     family, others = case.family(), [0, 1, 2, 3, 4, 5, 7]
@@ -356,8 +347,7 @@ def fated(case: Case, kind: Tensor) -> Family:
 
 
 @cases()
-@pytest.mark.parametrize("patience", [None, 8])
-@pytest.mark.parametrize("closure", [False, True], ids=["named", "closure"])
+@pytest.mark.parametrize(("patience", "closure"), [(None, True), (8, False)], ids=["closure", "patience"])
 def test_statuses(case: Case, patience: int | None, closure: bool) -> None:
     solver = case.set(max_steps=24, rtol=0.0, atol=1e-2, patience=patience)
     solution = fated(case, torch.arange(6)).solve(solver, closure=closure)
@@ -403,7 +393,7 @@ def test_diverged() -> None:
 
 
 @cases()
-@pytest.mark.parametrize(("steps", "closure"), [(0, False), (0, True), (1, False), (2, True), (5, False), (60, True)])
+@pytest.mark.parametrize(("steps", "closure"), [(0, False), (1, True), (5, False), (60, True)])
 def test_counts(case: Case, steps: int, closure: bool) -> None:
     family = case.family()
     solution = family.solve(case.set(max_steps=steps), closure=closure, trace=True)
@@ -422,7 +412,7 @@ def test_counts(case: Case, steps: int, closure: bool) -> None:
 
 
 @cases()
-@pytest.mark.parametrize(("rtol", "atol"), [(0.0, 1e-5), (1e-5, 0.0), (1e-5, 1e-4)])
+@pytest.mark.parametrize(("rtol", "atol"), [(0.0, 1e-5), (1e-5, 1e-4)])
 def test_tolerance(case: Case, rtol: float, atol: float) -> None:
     """Samples that converged are within it at the returned point, and were not before."""
     family = case.family()
@@ -507,14 +497,13 @@ def test_inverse_of_the_best(case: Case) -> None:
 
 
 @cases()
-@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=str)
-def test_dtype(case: Case, dtype: torch.dtype, rtol: float) -> None:
-    solution = case.family().to(dtype).solve(case.tight(rtol)).raise_for_status()
-    assert solution.value.dtype == solution.residual.dtype == dtype
-    assert solution.inverse is None or solution.inverse.dense().dtype == dtype
+def test_float32(case: Case) -> None:
+    solution = case.family().to(torch.float32).solve(case.tight(1e-5)).raise_for_status()
+    assert solution.value.dtype == solution.residual.dtype == torch.float32
+    assert solution.inverse is None or solution.inverse.dense().dtype == torch.float32
     value = solution.value.double()
     residual = case.family().residual(value)
-    assert bool((residual.norm(dim=1) <= 1.5 * rtol * (value + residual).norm(dim=1)).all())
+    assert bool((residual.norm(dim=1) <= 1.5e-5 * (value + residual).norm(dim=1)).all())
 
 
 @cases()
@@ -552,21 +541,22 @@ def test_half_precision(case: Case) -> None:
 
 
 @of_maps
-@pytest.mark.parametrize("layout", ["strided", "channels_last"])
-def test_memory_layout(case: Case, layout: str) -> None:
-    x, last = torch.randn(2, 3, 4, 5), layout == "channels_last"
-    strided = x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
-    other = x.contiguous(memory_format=torch.channels_last) if last else strided
-    assert not other.is_contiguous()
+def test_memory_layout(case: Case) -> None:
+    """Of start and input, and of what the map returns."""
+    x = torch.randn(2, 3, 4, 5)
+    strided, last = x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0), torch.channels_last
+    results = []
+    for t, form in ((x, None), (strided, None), (x.contiguous(memory_format=last), last)):
+        assert t.is_contiguous() == (t is x)
 
-    def f(z: Tensor, x: Tensor) -> Tensor:
-        out = torch.tanh(0.4 * z.roll(1, 3) - 0.3 * z.roll(1, 1) + x)
-        return out.contiguous(memory_format=torch.channels_last) if last else out
+        def f(z: Tensor, x: Tensor, form: torch.memory_format | None = form) -> Tensor:
+            out = torch.tanh(0.4 * z.roll(1, 3) - 0.3 * z.roll(1, 1) + x)
+            return out if form is None else out.contiguous(memory_format=form)
 
-    solver = case.set(max_steps=99)
-    plain, laid = (eq.fixed_point(f, 0 * t, t, solver=solver, params=()).raise_for_status() for t in (x, other))
-    torch.testing.assert_close(laid.value, plain.value, rtol=1e-10, atol=1e-12)
-    assert laid.num_steps.tolist() == plain.num_steps.tolist()
+        results.append(eq.fixed_point(f, 0 * t, t, solver=case.set(max_steps=99), params=()).raise_for_status())
+    for laid in results[1:]:
+        torch.testing.assert_close(laid.value, results[0].value, rtol=1e-10, atol=1e-12)
+        assert laid.num_steps.tolist() == results[0].num_steps.tolist()
 
 
 @pytest.mark.gpu
@@ -678,7 +668,8 @@ BAD_MEMORY = [
     ({"memory": None}, TypeError, r"\(memory=None\): must be an integer$"),
 ]
 BAD: list[tuple[type, dict[str, Any], type[Exception], str]] = [
-    *((type(c.solver), *bad) for c in {type(c.solver): c for c in CASES.values()}.values() for bad in BAD_FIELDS),
+    *((type(CASES[name].solver), *BAD_FIELDS[1]) for name in PLAIN),
+    *((eq.Picard, *bad) for bad in BAD_FIELDS),
     *((kind, *bad) for kind in (eq.Anderson, eq.Broyden, eq.AdjointBroyden, eq.LBFGS, eq.GMRES) for bad in BAD_MEMORY),
     (eq.Picard, {"one_sided": 0.0}, ValueError, r"\(one_sided=0.0, lipschitz=None\): needs a Lipschitz constant L and"),
     (

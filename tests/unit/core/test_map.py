@@ -270,7 +270,7 @@ def test_descent_map() -> None:
     """A step along the gradient, and the value; together they are one evaluation. Its J is I less the Hessian."""
     z, x = torch.randn(2, BATCH, SIZE)
     f = DescentMap(coupled, z, (x,), params=())
-    gradient = torch.func.grad(lambda z: coupled(z, x).sum())(z)
+    gradient = torch.autograd.functional.jacobian(lambda z: coupled(z, x).sum(), z)
     point = evaluate(f, z)
     torch.testing.assert_close(point.value, coupled(z, x))
     torch.testing.assert_close(point.residual, -gradient)
@@ -278,7 +278,8 @@ def test_descent_map() -> None:
         torch.testing.assert_close(image, z - gradient)
     assert f.counts.evals == 2
     assert_products(f, z)
-    hessian = torch.func.vmap(torch.func.hessian(lambda z, x: coupled(z[None], x[None])[0]))(z, x)
+    rows = ((lambda z, x=x: coupled(z[None], x[None])[0], z) for z, x in zip(z, x, strict=True))
+    hessian = torch.stack([torch.autograd.functional.hessian(*row) for row in rows])
     product = evaluate(f, z, graph=True).vjp(x)
     torch.testing.assert_close(product, x - torch.einsum("bde,be->bd", hessian, x))
     parts = (z[:, :2], z[:, 2:].reshape(BATCH, 2, 2))

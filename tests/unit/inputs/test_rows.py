@@ -115,7 +115,7 @@ def test_c11_expansive_maps(cell: Callable[..., Tensor], solver: eq.Solver, stat
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("steps", [1, 5, 12])
+@pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.parametrize("scheme", [Joint(), GaussSeidel(), Nested(steps=3)], ids=str)
 @pytest.mark.parametrize(("step_size", "verify_solver"), [(0.1, None), (None, SOLVER)])
 def test_c7_counts(scheme: UpdateScheme, steps: int, step_size: float | None, verify_solver: eq.Solver | None) -> None:
@@ -148,12 +148,14 @@ def test_c9_graphs_are_freed() -> None:
     def cell(z: Tensor, x: Tensor) -> Tensor:
         out = problem.cell(z, x)
         results.append(weakref.ref(out))
-        gc.collect()
+        gc.collect()  # of what this test made alone
         alive.append(sum(ref() is not None for ref in results))
         return out
 
     given = {"step_size": 0.1, "verify_solver": None, "solver": eq.Anderson(max_steps=4, rtol=0.0)}
+    gc.freeze()
     problem.solve(cell, params=(), **given)
+    gc.unfreeze()
     assert max(alive) <= 2
 
 

@@ -66,7 +66,7 @@ def test_dense_bfgs(memory: int, scaled: bool) -> None:
 def test_evicted_pairs() -> None:
     """Those evicted since the best iterate are lost, and no others."""
     some = 0
-    for max_steps in range(6, 40, 2):
+    for max_steps in range(6, 40, 4):
         log, steps, solution = record(rosenbrock, [-1.2, 1.0, 0.3], max_steps=max_steps, memory=3, atol=0.0)
         best = log[int(solution.trace[:, 0].argmin())]
         survivors = [pair(seen) for seen in steps[-3:] if seen.after.absorbed <= best.after.absorbed]
@@ -92,7 +92,7 @@ def test_wolfe_conditions(h: Objective, start: list[float], wolfe: float) -> Non
     assert len(steps) > 3
     for seen in log[1:]:
         z, new, slack = seen.before.base, seen.point.z, 1e-12
-        g, g_new = -seen.before.residual, torch.func.grad(lambda z: h(z).sum())(new)
+        g, g_new = -seen.before.residual, torch.autograd.functional.jacobian(lambda z: h(z).sum(), new)
         torch.testing.assert_close(g_new, -seen.point.residual, rtol=1e-9, atol=1e-9)
         slope, end = float((g * (new - z)).sum()), float((g_new * (new - z)).sum())
         drop = float(h(new) - h(z)) - 1e-4 * slope
@@ -171,7 +171,7 @@ def test_batch_independence(mode: str, aware: bool, monkeypatch: pytest.MonkeyPa
         f = DescentMap(rosenbrock, z0, params=None if closure else ())
         return solver.solve(f, z0).raise_for_status()
 
-    order = [3, 0, 5, 1]
+    order = [3, 0, 1]
     parts = [solve([row]) for row in order]
     if mode == "unread":
         for module in ("base", "lbfgs"):
