@@ -15,8 +15,8 @@ import equipoise as eq
 from equipoise import CertificateError, files, train, zoo
 from equipoise.contraction.capped import _Cap
 from equipoise.train import CheckpointError, TrainConfig, checkpoint, evaluate, fit, loop
-from equipoise.train.average import Average
 from equipoise.train.evaluation import certified
+from equipoise.train.loop import Average
 from equipoise.train.proof import FACTS, check_claims, prove, summarize
 from equipoise.train.serialize import from_plain, to_plain
 from equipoise.zoo import MDEQClassifier, ScaledLayers

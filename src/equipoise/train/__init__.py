@@ -3,14 +3,11 @@
 from equipoise.files import CheckpointError, RunError
 from equipoise.train import checkpoint
 from equipoise.train.checkpoint import save
-from equipoise.train.config import TrainConfig
+from equipoise.train.config import SGD, Adam, AdamW, LRSchedule, Optimizer, TrainConfig
 from equipoise.train.evaluation import evaluate
 from equipoise.train.loop import NonFiniteLoss, fit
-from equipoise.train.model import ModelConfig
-from equipoise.train.optim import SGD, Adam, AdamW, LRSchedule, Optimizer
-from equipoise.train.pretraining import Pretraining
 from equipoise.train.progress import Observer, Result
-from equipoise.train.task import BatchResult, Objective, StepInfo, Task
+from equipoise.train.task import BatchResult, ModelConfig, Objective, Pretraining, StepInfo, Task
 
 __all__ = [
     "SGD",

@@ -12,9 +12,9 @@ from torch import Tensor
 import equipoise
 from equipoise.files import CheckpointError, read_facts, read_tensors, write_tensors
 from equipoise.train.config import TrainConfig
-from equipoise.train.model import ModelConfig
 from equipoise.train.proof import prove
 from equipoise.train.serialize import to_plain
+from equipoise.train.task import ModelConfig
 
 KEEP = 2  # resumable checkpoints in a run folder
 
@@ -48,14 +48,16 @@ def save(model: Any, path: str | os.PathLike[str], *, about: Mapping[str, Any] |
         raise ValueError(
             f"cannot save a {type(model).__name__}: its `config` is no ModelConfig that builds it. Save its state_dict"
         )
-    config = {
+    facts = {
+        "kind": "model",
+        "version": equipoise.__version__,
         "config": to_plain(model.config),
         "solver": to_plain(model.deq.solver),
         "gradient": to_plain(model.deq.gradient),
         "certificate": prove(model).as_dict(),
         "about": dict(about or {}),
     }
-    write_tensors(Path(path), model.state_dict(), {"kind": "model", "version": equipoise.__version__, **config})
+    write_tensors(Path(path), model.state_dict(), facts)
 
 
 def _rebuilds(model: Any) -> bool:

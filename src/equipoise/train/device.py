@@ -58,9 +58,8 @@ def bf16_is_native() -> bool:
 
 def device_name(device: torch.device) -> str:
     """Return the name of a device, for results."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+    cpu = f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
 
 
 @contextlib.contextmanager

@@ -1,20 +1,20 @@
-"""Training loop on Lightning Fabric."""
+"""Training loop on Lightning Fabric, with the moving average of the weights."""
 
 import contextlib
 import dataclasses
 import functools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn.utils.parametrize import ParametrizationList
 
 from equipoise.data import Split, Splits, derive_seed, generator
 from equipoise.train import checkpoint
-from equipoise.train.average import Average
 from equipoise.train.config import TrainConfig
 from equipoise.train.device import BackwardClock, bf16_is_native, isolated_rng, make_fabric, to_device
 from equipoise.train.evaluation import certified, evaluate_sums, means, summary
@@ -25,6 +25,51 @@ from equipoise.train.serialize import to_plain
 from equipoise.train.task import StepInfo
 
 NEVER = 2**62  # step of the first loss that is not finite, as long as there is none
+
+
+class Average:
+    """Exponential moving average of a model's weights and statistics, faster in the first steps.
+
+    Buffers of parametrizations, such as the vectors of power iterations, are copied: their mean is meaningless. This is
+    why torch's `AveragedModel`, which averages all buffers or none, does not serve.
+
+    Args:
+        model: whose state is averaged.
+        decay: of the average once it has warmed up.
+    """
+
+    def __init__(self, model: torch.nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.values = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        self.copied = {
+            f"{path}.{name}"
+            for path, module in model.named_modules()
+            if isinstance(module, ParametrizationList)
+            for name, _ in module.named_buffers()
+        }
+
+    @torch.no_grad()
+    def update(self, model: torch.nn.Module, step: int) -> None:
+        """Move towards the present state of the model."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, value in model.state_dict().items():
+            if value.is_floating_point() and name not in self.copied:
+                self.values[name].lerp_(value, 1 - decay)
+            else:
+                self.values[name].copy_(value)
+
+    @torch.no_grad()
+    def swap(self, model: torch.nn.Module) -> None:
+        """Exchange the state of the model and the average."""
+        for name, value in model.state_dict().items():
+            kept = value.clone()
+            value.copy_(self.values[name])
+            self.values[name].copy_(kept)
+
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Set the average to that of a checkpoint."""
+        for name, value in self.values.items():
+            value.copy_(values[name])
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -103,18 +148,14 @@ class _Trainer:
         if config.compile_cell:
             self.model.deq.cell.compile()
         self.objective = config.objective(self.model)
-        self.names = self.objective.train().names
+        self.zeros = torch.zeros(len(self.objective.train().names), dtype=torch.float64, device=fabric.device)
         optimizer = config.optimizer.build(self.model.parameters())
         self.module, self.optimizer = fabric.setup(self.objective, optimizer)
         self.average = None if config.ema_decay is None else Average(self.model, config.ema_decay)
-        self.progress = Progress(Meter(self._zeros), Meter(self._zeros))
+        self.progress = Progress(Meter(self.zeros), Meter(self.zeros))
         self.clock = BackwardClock(fabric.device)
         # Reading a number makes the host wait for a device, and all processes for each other.
         self.read_every = 1 if fabric.device.type == "cpu" and fabric.world_size == 1 else config.log_every
-
-    @property
-    def _zeros(self) -> list[float]:
-        return [0.0] * len(self.names)
 
     def run(self, resume: bool) -> Result:
         """Train to the end, from the checkpoint in the folder if there is one, and evaluate."""
@@ -131,8 +172,8 @@ class _Trainer:
         line = self._evaluate("test", self.splits.test)
         self._log(line)
         if self.folder.writes:  # before the proof, whose failure must not lose the weights
-            classes, data = list(self.splits.classes), to_plain(self.config.data)
-            about = {"data": data, "classes": classes, "recipe": self.config.name}
+            classes = list(self.splits.classes)
+            about = {"data": to_plain(self.config.data), "classes": classes, "recipe": self.config.name}
             checkpoint.save(self.model, self.folder.path / "model.safetensors", about=about)
         proved = certified(self.model, self.splits.test, self.config, self.fabric.device)
         progress = self.progress
@@ -156,13 +197,9 @@ class _Trainer:
 
     def _epoch(self) -> list[dict[str, Any]]:
         """Train to the end of the epoch; return the lines for the history."""
-        config, progress, device = self.config, self.progress, self.fabric.device
+        config, progress = self.config, self.progress
         self.module.train()
-        window, whole = (
-            torch.tensor(meter.sums, dtype=torch.float64, device=device)
-            for meter in (progress.window_meter, progress.epoch_meter)
-        )
-        bad = torch.full((), NEVER, device=device)
+        bad = torch.full((), NEVER, device=self.fabric.device)
         batches = self.splits.train.batches(
             config.batch_size,
             shuffle=(config.seed, progress.epoch),
@@ -174,7 +211,8 @@ class _Trainer:
         for images, labels in batches:
             sums = self._step(images, labels)
             bad = torch.where(sums.isfinite().all(), bad, bad.clamp(max=progress.step))
-            window, whole = window + sums, whole + sums
+            for meter in (progress.window_meter, progress.epoch_meter):
+                meter.sums = meter.sums + sums
             progress.step, progress.batch = progress.step + 1, progress.batch + 1
             last = progress.batch == self.steps_per_epoch or progress.step == self.total
             saving = config.checkpoint_every is not None and progress.step % config.checkpoint_every == 0 and not last
@@ -184,26 +222,25 @@ class _Trainer:
                 progress.backward_seconds += self.clock.read()
                 now = time.perf_counter()
                 progress.seconds, before = progress.seconds + now - before, now
-                line = self._line("step", "train", self.names, self._over_all(window), progress.window_meter)
+                line = self._line("step", "train", self._over_all(progress.window_meter.sums), progress.window_meter)
                 self.observer.stepped(line)
                 if logging:
                     self.folder.log(line)
-                    window, progress.window_meter = torch.zeros_like(window), progress.meter(self._zeros)
+                    progress.window_meter = progress.meter(self.zeros)
                 if saving:
-                    progress.window_meter.sums, progress.epoch_meter.sums = window.tolist(), whole.tolist()
                     self._save()
                     before = time.perf_counter()
             if last:
                 break
+        lines = [self._line("epoch", "train", self._over_all(progress.epoch_meter.sums), progress.epoch_meter)]
         self.module.eval()  # this also proves the bounds of capped norms, for the trained weights
-        lines = [self._line("epoch", "train", self.names, self._over_all(whole), progress.epoch_meter)]
         if self.splits.validation is not None:
             with self._averaged():
                 lines.append(self._evaluate("validation", self.splits.validation))
         for line in lines:
             self._log(line)
         progress.epoch, progress.batch = progress.epoch + 1, 0
-        progress.window_meter.sums, progress.epoch_meter = window.tolist(), progress.meter(self._zeros)
+        progress.epoch_meter = progress.meter(self.zeros)
         self._save()
         return lines
 
@@ -236,11 +273,11 @@ class _Trainer:
         sums = evaluate_sums(self.fabric, self.objective, split, self.config, report)
         if not sums.isfinite().all():
             self._stop(f"the loss of the {name} images after {self.progress.step} steps")
-        line = self._line("epoch", name, self.objective.names, sums, self.progress.meter([]))
+        line = self._line("epoch", name, sums, self.progress.meter(sums))
         del line["backward_seconds"], line["lr"], line["penalty"]
         return {**line, "seconds": time.perf_counter() - start}
 
-    def _line(self, kind: str, split: str, names: tuple[str, ...], sums: Tensor, start: Meter) -> dict[str, Any]:
+    def _line(self, kind: str, split: str, sums: Tensor, start: Meter) -> dict[str, Any]:
         """Return a line of the log: means over the images of all processes, and the time since the start."""
         progress = self.progress
         return {
@@ -248,7 +285,7 @@ class _Trainer:
             "split": split,
             "step": progress.step,
             "epoch": progress.epoch,
-            **means(names, sums),
+            **means(self.objective.names, sums),
             "lr": self.config.schedule.lr(max(0, progress.step - 1), self.total, self.config.optimizer.lr),
             "seconds": progress.seconds - start.seconds,
             "backward_seconds": progress.backward_seconds - start.backward_seconds,
@@ -281,8 +318,7 @@ class _Trainer:
             self._stop(f"one of the weights after {self.progress.step} steps")
         progress = dataclasses.asdict(self.progress)
         for meter in (progress["epoch_meter"], progress["window_meter"]):
-            sums = torch.tensor(meter["sums"], dtype=torch.float64, device=self.fabric.device)
-            meter["sums"] = self._over_all(sums).tolist()
+            meter["sums"] = self._over_all(meter["sums"]).tolist()
         if self.folder.writes:
             tensors, facts = checkpoint.pack_optimizer(self.optimizer.optimizer)
             tensors |= {f"model.{name}": value for name, value in self.model.state_dict().items()}
@@ -304,9 +340,9 @@ class _Trainer:
         checkpoint.unpack_optimizer(self.optimizer.optimizer, state)
         if self.average is not None:
             self.average.load(state.part("average"))
-        self.progress = Progress.from_plain(state.facts["progress"])
+        self.progress = Progress.from_plain(state.facts["progress"], self.fabric.device)
         if self.fabric.global_rank != 0:  # the checkpoint has sums over all processes; the first one continues them
-            self.progress.epoch_meter.sums, self.progress.window_meter.sums = self._zeros, self._zeros
+            self.progress.epoch_meter.sums = self.progress.window_meter.sums = self.zeros
         self.observer.noted(f"resumed at step {self.progress.step} of {self.total}")
 
     @contextlib.contextmanager

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from equipoise.train.task import SCORES
 
 
@@ -64,12 +67,12 @@ class Meter:
     """Sums over batches, and the times at their start.
 
     Args:
-        sums: of the objective; those of all processes in a checkpoint.
+        sums: of the objective, float64 on the device; a list of those of all processes in a checkpoint.
         seconds: of training at the start.
         backward_seconds: of gradients at the start.
     """
 
-    sums: list[float]
+    sums: Tensor
     seconds: float = 0.0
     backward_seconds: float = 0.0
 
@@ -97,11 +100,13 @@ class Progress:
     backward_seconds: float = 0.0
 
     @classmethod
-    def from_plain(cls, facts: Mapping[str, Any]) -> Progress:
-        """Restore the result of `dataclasses.asdict`."""
-        meters = {name: Meter(**facts[name]) for name in ("epoch_meter", "window_meter")}
-        return cls(**{**facts, **meters})
+    def from_plain(cls, facts: Mapping[str, Any], device: torch.device) -> Progress:
+        """Restore the progress in a checkpoint."""
+        progress = cls(**{**facts, **{name: Meter(**facts[name]) for name in ("epoch_meter", "window_meter")}})
+        for meter in (progress.epoch_meter, progress.window_meter):
+            meter.sums = torch.tensor(meter.sums, dtype=torch.float64, device=device)
+        return progress
 
-    def meter(self, sums: list[float]) -> Meter:
+    def meter(self, sums: Tensor) -> Meter:
         """Start a meter now."""
         return Meter(sums, self.seconds, self.backward_seconds)

@@ -93,10 +93,8 @@ def prove(
     solver = solver or model.deq.solver
     try:
         with model.deq.using(solver=solver):
-            solution = None
-            if solve is not None:
-                with torch.no_grad():
-                    solution = solve(model)
+            with torch.no_grad():
+                solution = None if solve is None else solve(model)
             evaluation = certify(model, solution=solution)
         # Of the cell alone: the constants of the solvers are for the mode in which they are used.
         training = certify(model.deq.cell, training=True)
@@ -109,8 +107,7 @@ def prove(
         evaluation.require()
     except CertificateError as error:
         reason = str(error)
-    guessed = model.config.guesses
-    return Proof(evaluation=evaluation, training=training, reason=reason, solver=solver, guessed=guessed)
+    return Proof(evaluation=evaluation, training=training, reason=reason, solver=solver, guessed=model.config.guesses)
 
 
 def summarize(facts: Mapping[str, Any], max_steps: int | None = None) -> str:

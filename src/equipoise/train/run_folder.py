@@ -16,8 +16,10 @@ from equipoise.train.config import TrainConfig
 from equipoise.train.serialize import to_plain
 
 # Fields that may differ when a run is resumed: where and how it is executed and logged.
-FREE = {"version", "name", "accelerator", "devices", "num_nodes", "strategy", "eval_batch_size"}
-FREE |= {"log_every", "checkpoint_every", "tensorboard"}
+FREE = (
+    *("version", "name", "accelerator", "devices", "num_nodes", "strategy", "eval_batch_size"),
+    *("log_every", "checkpoint_every", "tensorboard"),
+)
 PLACES = {"data.root", "data.source"}  # data may have moved; the caller vouches that it is the same
 
 
@@ -112,7 +114,8 @@ class RunFolder:
                 write_config(self.config, found)
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        for file in (*checkpoint.states(self.checkpoints), *self._own_files()):
+        own = [self.path / name for name in ("result.json", "metrics.jsonl", "model.safetensors", "report.html")]
+        for file in (*checkpoint.states(self.checkpoints), *own, *self.path.glob("events.out.tfevents.*")):
             file.unlink(missing_ok=True)
         write_config(self.config, found)
 
@@ -150,10 +153,6 @@ class RunFolder:
         """Close the event file."""
         if self.events is not None:
             self.events.close()
-
-    def _own_files(self) -> list[Path]:
-        names = ("result.json", "metrics.jsonl", "model.safetensors", "report.html")
-        return [*(self.path / name for name in names), *self.path.glob("events.out.tfevents.*")]
 
 
 def new_folder(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""Tasks: the loss of a batch, its scores, and the checks that model and data fit."""
+"""Interfaces of models and tasks: the loss of a batch, its scores, and the checks that model and data fit."""
 
 from __future__ import annotations
 
@@ -10,12 +10,60 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from equipoise.core.checks import check_ranges
 from equipoise.core.solution import Solution
 from equipoise.data import Data, Splits
-from equipoise.gradients import Gradient
-from equipoise.solvers import Solver
-from equipoise.train.model import ModelConfig
-from equipoise.train.pretraining import Pretraining
+from equipoise.gradients import Gradient, Implicit
+from equipoise.solvers import Anderson, Solver
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig(abc.ABC):
+    """Shape of an equilibrium model; it builds the model.
+
+    A model is a module with this configuration as `config` and its equilibrium, a `DEQ`, as `deq`.
+    """
+
+    @abc.abstractmethod
+    def build(self, *, solver: Solver = Anderson(), gradient: Gradient = Implicit()) -> Any:
+        """Build the model, with weights drawn at random.
+
+        Args:
+            solver: finds the equilibrium.
+            gradient: differentiates it.
+        """
+
+    @property
+    @abc.abstractmethod
+    def state_size(self) -> int:
+        """Number of elements `D` of one sample's state."""
+
+    @property
+    def guesses(self) -> bool:
+        """Whether a solve begins at a guess of the equilibrium."""
+        return False
+
+    def lipschitz_limit(self, *, training: bool) -> float | None:
+        """Largest Lipschitz constant that the layers of the map allow, whatever the weights; None: any.
+
+        Args:
+            training: count dropout.
+        """
+        return None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretraining:
+    """First steps of training, with the map applied a fixed number of times and plain backpropagation."""
+
+    steps: int = 0
+    """Optimizer steps of this kind; 0: none."""
+    depth: int = 8
+    """Applications of the map."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "task.pretraining.", steps=">= 0", depth=">= 1")
+
 
 COMMON = ("count", "loss", "steps", "converged", "residual", "penalty")
 SCORES = {  # titles of all scores

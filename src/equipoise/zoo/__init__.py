@@ -4,7 +4,6 @@ import abc
 import dataclasses
 import inspect
 from collections.abc import Callable
-from types import ModuleType
 
 from equipoise import data, gradients, inputs, solvers, train
 from equipoise.train import TrainConfig
@@ -16,6 +15,7 @@ from equipoise.zoo.adversarial import (
     jiio_adversarial,
     jiio_adversarial_fashion_mnist,
 )
+from equipoise.zoo.base import ImageModelConfig
 from equipoise.zoo.classification import (
     ClassifierConfig,
     ClassifierTask,
@@ -51,7 +51,6 @@ from equipoise.zoo.generative import (
     jiio_generative,
     psnr,
 )
-from equipoise.zoo.images import ImageModelConfig
 from equipoise.zoo.inverse import EquilibriumPrior, PriorConfig, jiio_inverse
 from equipoise.zoo.lipschitz_mdeq import (
     ScaledLayers,
@@ -91,20 +90,13 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
 """Recipes by name."""
 
 
-def _families(module: ModuleType) -> list[type]:
-    """Public members of abstract families of dataclasses in a module."""
-    found = [getattr(module, name) for name in module.__all__]
-    return [
-        cls
-        for cls in found
-        if isinstance(cls, abc.ABCMeta) and dataclasses.is_dataclass(cls) and not inspect.isabstract(cls)
-    ]
-
-
 CLASSES: tuple[type, ...] = tuple(
-    cls for module in (solvers, gradients, inputs, data, train, *MEMBERS) for cls in _families(module)
+    cls
+    for module in (solvers, gradients, inputs, data, train, *MEMBERS)
+    for cls in (getattr(module, name) for name in module.__all__)
+    if isinstance(cls, abc.ABCMeta) and dataclasses.is_dataclass(cls) and not inspect.isabstract(cls)
 )
-"""Classes that a file may name."""
+"""Classes that a file may name: the public members of abstract families of dataclasses."""
 
 __all__ = [
     "ADAPT",

@@ -24,7 +24,7 @@ from toy import MODEL, PLAIN
 import equipoise as eq
 from equipoise import files, train
 from equipoise.train import SGD, Adam, AdamW, CheckpointError, Optimizer, RunError, checkpoint, fit
-from equipoise.train.average import Average
+from equipoise.train.loop import Average
 from equipoise.zoo import CLASSES, MDEQClassifier, MDEQConfig
 from equipoise.zoo.files import folder_config, load
 

@@ -14,8 +14,8 @@ from equipoise.inputs import InputSolution
 from equipoise.solvers import Anderson, Solver
 from equipoise.train import BatchResult, ModelConfig, Objective, StepInfo
 from equipoise.zoo.adversarial.attack import attack
+from equipoise.zoo.base import InputTask
 from equipoise.zoo.classification import ClassifierConfig, ClassifierTask
-from equipoise.zoo.input_task import InputTask
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,5 +82,4 @@ class Adversarial(ClassifierTask, InputTask):
 
     def constraint(self, images: Tensor) -> Constraint:
         """Set of the images that the adversary may make."""
-        kind = L2Ball if self.norm == "l2" else LInfBall
-        return kind(radius=self.radius, center=images, lower=0.0, upper=1.0)
+        return (L2Ball if self.norm == "l2" else LInfBall)(radius=self.radius, center=images, lower=0.0, upper=1.0)

@@ -1,8 +1,7 @@
 """Classification of images by an equilibrium: base classes, task and penalties."""
 
 from equipoise.zoo.classification.model import ClassifierConfig, EquilibriumClassifier
-from equipoise.zoo.classification.penalties import JacobianPenalty, SkipPenalty
-from equipoise.zoo.classification.task import ClassifierTask, Classify
+from equipoise.zoo.classification.task import ClassifierTask, Classify, JacobianPenalty, SkipPenalty
 
 __all__ = [
     "ClassifierConfig",

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from equipoise.core.checks import check_ranges
 from equipoise.core.solution import Solution
 from equipoise.nn import DEQ
-from equipoise.zoo.images import ImageModelConfig
+from equipoise.zoo.base import ImageModelConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

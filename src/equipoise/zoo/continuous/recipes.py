@@ -30,9 +30,12 @@ def continuous_mnist() -> TrainConfig:
 
 def skip_mnist() -> TrainConfig:
     """Skip DEQ: `continuous-mnist` whose solve begins at the guess of a network trained to predict the equilibrium."""
-    config = continuous_mnist()
-    model = dataclasses.replace(DENSE, predictor=True)
-    return dataclasses.replace(config, name="skip-mnist", model=model, task=Classify(skip=SkipPenalty(weight=1.0)))
+    return dataclasses.replace(
+        continuous_mnist(),
+        name="skip-mnist",
+        model=dataclasses.replace(DENSE, predictor=True),
+        task=Classify(skip=SkipPenalty(weight=1.0)),
+    )
 
 
 def skip_reg_mnist() -> TrainConfig:
@@ -40,9 +43,12 @@ def skip_reg_mnist() -> TrainConfig:
 
     With a weight of a tenth the map still depends on its state for many images; from one on it does for none.
     """
-    config = continuous_mnist()
-    model = dataclasses.replace(DENSE, explicit_steps=1)
-    return dataclasses.replace(config, name="skip-reg-mnist", model=model, task=Classify(skip=SkipPenalty(weight=0.1)))
+    return dataclasses.replace(
+        continuous_mnist(),
+        name="skip-reg-mnist",
+        model=dataclasses.replace(DENSE, explicit_steps=1),
+        task=Classify(skip=SkipPenalty(weight=0.1)),
+    )
 
 
 def skip_reg_fashion_mnist() -> TrainConfig:

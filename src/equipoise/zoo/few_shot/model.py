@@ -14,7 +14,7 @@ from equipoise.gradients import Gradient, Implicit
 from equipoise.inputs import InputOptimizer, InputSolution, Joint, optimize_inputs
 from equipoise.nn import DEQ
 from equipoise.solvers import GMRES, Anderson, Solver
-from equipoise.zoo.images import ImageModelConfig
+from equipoise.zoo.base import ImageModelConfig
 
 ADAPT = InputOptimizer(
     solver=Anderson(memory=10, max_steps=100, rtol=1e-3, ridge=1e-3),

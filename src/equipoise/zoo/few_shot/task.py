@@ -11,10 +11,9 @@ from equipoise.gradients import Gradient
 from equipoise.inputs import Envelope, Joint, UpdateScheme
 from equipoise.solvers import Anderson, Solver
 from equipoise.train import BatchResult, ModelConfig, Objective, StepInfo
+from equipoise.zoo.base import InputTask, check_shapes
 from equipoise.zoo.few_shot.model import FewShotConfig
 from equipoise.zoo.few_shot.omniglot import Omniglot
-from equipoise.zoo.images import check_shapes
-from equipoise.zoo.input_task import InputTask
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

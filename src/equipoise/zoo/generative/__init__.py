@@ -1,8 +1,7 @@
 """Generative model: images from latents that are optimized."""
 
 from equipoise.zoo.generative.corruptions import Blur, Corruption, Downsample, Hole, Noise
-from equipoise.zoo.generative.decoder import ImageDecoder, ImageDecoderConfig
-from equipoise.zoo.generative.model import DecoderConfig, LatentDecoder
+from equipoise.zoo.generative.model import DecoderConfig, ImageDecoder, ImageDecoderConfig, LatentDecoder
 from equipoise.zoo.generative.recipes import RECIPES, jiio_generative
 from equipoise.zoo.generative.task import EXPLAIN, LatentPenalty, ObservationCost, Reconstruct, explain, psnr
 

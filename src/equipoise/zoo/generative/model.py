@@ -1,9 +1,12 @@
-"""Decoder of one latent vector into an image, by an equilibrium."""
+"""Decoders, whose latents are optimized: their interface, and a decoder of one latent vector by an equilibrium."""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +15,69 @@ from equipoise.core.checks import check_ranges
 from equipoise.gradients import Gradient, Implicit
 from equipoise.nn import DEQ, spectral_norm
 from equipoise.solvers import Anderson, Solver
-from equipoise.zoo.generative.decoder import ImageDecoder, ImageDecoderConfig
+from equipoise.zoo.base import ImageModelConfig
+from equipoise.zoo.generative.corruptions import Corruption
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageDecoderConfig(ImageModelConfig):
+    """Shape of a decoder of latents; a subclass adds its own fields.
+
+    Attributes:
+        conditional: whether the map has the observation as an input. Then latents of zero are a guess, and the model
+            has a penalty of latents and a data weight for each kind of corruption.
+    """
+
+    conditional: ClassVar[bool] = False
+
+    def check_corruptions(self, corruptions: Sequence[Corruption]) -> None:
+        """Check that the model can be trained for corruptions.
+
+        Raises:
+            ValueError: it cannot.
+        """
+
+
+class ImageDecoder(nn.Module, abc.ABC):
+    """Decoder of latents by an equilibrium."""
+
+    config: Any  # of the model's own class
+    deq: DEQ
+
+    @abc.abstractmethod
+    def decode(self, z: Any) -> Tensor:
+        """Images of states, `(B, C, H, W)`."""
+
+    @abc.abstractmethod
+    def latents(self, batch: int, height: int, width: int) -> Tensor:
+        """Start of the search for latents, zeros.
+
+        Args:
+            batch: number of images.
+            height: of the images.
+            width: of the images.
+        """
+
+    @abc.abstractmethod
+    def start(self, x: Tensor, *context: Tensor) -> Any:
+        """Start of the solve for the state, zeros."""
+
+    def context(self, observed: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        """Inputs of the map beside state and latents.
+
+        Args:
+            observed: `(B, C, H, W)`.
+            mask: of the same shape.
+        """
+        return ()
+
+    def penalty(self, x: Tensor) -> Tensor:
+        """Penalty of latents, `(B,)`."""
+        raise NotImplementedError(f"{type(self).__name__} has no penalty of latents")
+
+    def weights(self) -> Tensor:
+        """Data weight of each kind of corruption, `(num_corruptions,)`."""
+        raise NotImplementedError(f"{type(self).__name__} has no data weights")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,9 @@ from equipoise.gradients import Gradient, Unrolled
 from equipoise.inputs import Envelope, InputOptimizer, InputSolution, optimize_inputs
 from equipoise.solvers import Picard
 from equipoise.train import BatchResult, ModelConfig, Objective, Pretraining, StepInfo
+from equipoise.zoo.base import InputTask, check_shapes
 from equipoise.zoo.generative.corruptions import Corruption, Hole, Noise
-from equipoise.zoo.generative.decoder import ImageDecoder, ImageDecoderConfig
-from equipoise.zoo.images import check_shapes
-from equipoise.zoo.input_task import InputTask
+from equipoise.zoo.generative.model import ImageDecoder, ImageDecoderConfig
 
 EXPLAIN = InputOptimizer(gradient=Envelope(), verify_solver=None)
 """Default method of `explain`; vary it with `dataclasses.replace`."""

@@ -79,9 +79,8 @@ class PriorConfig(ImageDecoderConfig):
 
     @property
     def state_size(self) -> int:
-        sides = (self.image_size >> level for level in range(len(self.channels)))
-        own = sum(width * side**2 for width, side in zip(self.channels, sides, strict=True))
-        return own + self.image_channels * self.image_size**2
+        levels = sum(width * (self.image_size >> level) ** 2 for level, width in enumerate(self.channels))
+        return levels + self.image_channels * self.image_size**2
 
 
 class PriorCell(nn.Module):

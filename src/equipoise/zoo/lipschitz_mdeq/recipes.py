@@ -17,38 +17,42 @@ FORWARD_STEPS, BACKWARD_STEPS = 18, 20
 
 def lipschitz_digits() -> TrainConfig:
     """MDEQ that provably contracts, layers as published, on the digits: a minute on a CPU."""
-    config = contracting(mdeq_digits(), ScaledLayers(), rtol=1e-2)
-    return dataclasses.replace(config, name="lipschitz-digits", epochs=10)
+    return dataclasses.replace(
+        contracting(mdeq_digits(), ScaledLayers(), rtol=1e-2), name="lipschitz-digits", epochs=10
+    )
 
 
 def lipschitz_fashion_mnist() -> TrainConfig:
     """MDEQ that provably contracts, layers as published, on Fashion-MNIST."""
-    config = contracting(mdeq_fashion_mnist(), ScaledLayers(), rtol=1e-2)
-    return dataclasses.replace(config, name="lipschitz-fashion-mnist")
+    return dataclasses.replace(
+        contracting(mdeq_fashion_mnist(), ScaledLayers(), rtol=1e-2), name="lipschitz-fashion-mnist"
+    )
 
 
 def lipschitz_cifar10() -> TrainConfig:
     """CIFAR-10 with augmentation, 11.1 M parameters, 200 epochs: published settings, convolutions capped with proof."""
-    config = contracting(mdeq_cifar10_large(), ScaledLayers())
-    return dataclasses.replace(config, name="lipschitz-cifar10", epochs=200)
+    return dataclasses.replace(contracting(mdeq_cifar10_large(), ScaledLayers()), name="lipschitz-cifar10", epochs=200)
 
 
 def lipschitz_tight_digits() -> TrainConfig:
     """MDEQ of layers with tight bounds, on the digits: a minute or two on a CPU."""
-    config = contracting(mdeq_digits(), SLLLayers(), rtol=1e-2)
-    return dataclasses.replace(config, name="lipschitz-tight-digits", epochs=10)
+    return dataclasses.replace(
+        contracting(mdeq_digits(), SLLLayers(), rtol=1e-2), name="lipschitz-tight-digits", epochs=10
+    )
 
 
 def lipschitz_tight_fashion_mnist() -> TrainConfig:
     """MDEQ of layers with tight bounds, on Fashion-MNIST."""
-    config = contracting(mdeq_fashion_mnist(), SLLLayers(), rtol=1e-2)
-    return dataclasses.replace(config, name="lipschitz-tight-fashion-mnist")
+    return dataclasses.replace(
+        contracting(mdeq_fashion_mnist(), SLLLayers(), rtol=1e-2), name="lipschitz-tight-fashion-mnist"
+    )
 
 
 def lipschitz_tight_cifar10() -> TrainConfig:
     """CIFAR-10 with augmentation, layers with tight bounds, 200 epochs."""
-    config = contracting(mdeq_cifar10_large(), SLLLayers())
-    return dataclasses.replace(config, name="lipschitz-tight-cifar10", epochs=200)
+    return dataclasses.replace(
+        contracting(mdeq_cifar10_large(), SLLLayers()), name="lipschitz-tight-cifar10", epochs=200
+    )
 
 
 def contracting(config: TrainConfig, contraction: Contraction, *, rtol: float = 1e-3) -> TrainConfig:

@@ -104,8 +104,7 @@ class Budget(nn.Module):
     def __init__(self, layers: SLLLayers) -> None:
         super().__init__()
         self.ceiling = layers.ceiling
-        start = layers.start
-        self.logit = nn.Parameter(torch.tensor(math.log(start / (1 - start))))
+        self.logit = nn.Parameter(torch.tensor(math.log(layers.start / (1 - layers.start))))
 
     def forward(self, y: Tensor, u: Tensor) -> Tensor:
         """`(B, C, H, W), (B, C, H, W) -> (B, C, H, W)`."""
