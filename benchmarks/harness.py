@@ -21,11 +21,13 @@ import torch
 from torch import Tensor
 
 from equipoise.files import write_atomic
+from equipoise.train import StepInfo
 
 T = TypeVar("T")
 Means = Mapping[str, float | None]
 Options = Mapping[str, Mapping[str, Any]]  # keywords of `add_argument` by flag
 FREE = ("out", "resume", "seeds", "workers")
+TRAINED = StepInfo(step=2**40, epoch=0, seed=0)  # past all fixed-depth steps, the skip weight not decayed
 DEVICE: Options = {"--device": {"choices": ("cpu", "cuda"), "default": "cpu"}}
 
 
@@ -283,6 +285,11 @@ def summarize(rows: Mapping[str, Iterable[Mapping[str, Any]]]) -> tuple[dict[str
             if len(values) > 1:
                 spreads[f"{name}/{key}".strip("/")] = statistics.stdev(values)
     return means, spreads
+
+
+def over_seeds(content: Mapping[str, Any]) -> tuple[dict[str, float | None], dict[str, float]]:
+    """Means over the runs of all seeds, and their standard deviations."""
+    return summarize({"": content.get("runs", {}).values()})
 
 
 def cell(value: float | None, form: str = ".3g", spread: float | None = None, missing: str = "-") -> str:

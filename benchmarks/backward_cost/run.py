@@ -57,14 +57,13 @@ from benchmarks import harness
 from benchmarks.backward_cost.report import table
 from equipoise import zoo
 from equipoise.data import Digits, FashionMNIST, Split
-from equipoise.train import Adam, Objective, Pretraining, StepInfo, TrainConfig, fit
+from equipoise.train import Adam, Objective, Pretraining, TrainConfig, fit
 from equipoise.train.device import to_device
 from equipoise.zoo import Classify, EquilibriumClassifier, MDEQConfig
 from equipoise.zoo.files import load
 
 FULL = 20  # steps of the reference
 REFERENCE = "original/full"
-TRAINED = StepInfo(step=2**40, epoch=0, seed=0)  # past all fixed-depth steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -232,7 +231,7 @@ def fallback_rate(model: EquilibriumClassifier, config: TrainConfig, split: Spli
     objective = Objective(model, Classify()).train()
     with model.deq.using(solver=config.solver, gradient=dataclasses.replace(config.gradient, observe=masks.append)):
         for images, labels in batches(config, split, 32, count, next(model.parameters()).device):
-            loss, _ = objective(images, labels, TRAINED)
+            loss, _ = objective(images, labels, harness.TRAINED)
             loss.backward()
     return float(torch.cat(masks).double().mean())
 
@@ -252,7 +251,7 @@ def costs(setting: Setting, path: pathlib.Path, device: str) -> dict[str, dict[s
         with model.deq.using(solver=solver, gradient=gradient):
             torch.manual_seed(0)  # dropout masks
             start = harness.clock(device)
-            loss, _ = objective(images, labels, TRAINED)
+            loss, _ = objective(images, labels, harness.TRAINED)
             middle = harness.clock(device)
             grads = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
             end = harness.clock(device)

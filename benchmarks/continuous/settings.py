@@ -27,7 +27,7 @@ class Settings:
     """Extent of a run.
 
     Args:
-        quick: digits and six steps.
+        quick: digits and three steps.
         multiscale: data of the multiscale model.
         device: of training and timing.
     """
@@ -111,7 +111,7 @@ def shared(data: str, settings: Settings) -> tuple[TrainConfig, int, float]:
             data=Digits(validation_fraction=0.1),
             model=model,
             task=Classify(),
-            stop_after=6,
+            stop_after=3,
             batch_size=32,
             gradient=adjoint(10, 5e-2),
         )

@@ -12,11 +12,6 @@ from benchmarks import harness
 TASKS = ("deblur", "superres")
 
 
-def summary(content: dict[str, Any]) -> tuple[dict[str, float | None], dict[str, float]]:
-    """Means over seeds, and their standard deviations."""
-    return harness.summarize({"": content.get("runs", {}).values()})
-
-
 def table(content: dict[str, Any]) -> str:
     """All figures."""
     figures, spreads = content["figures"], content["spread"]

@@ -41,7 +41,7 @@ from torch import Tensor
 
 import equipoise as eq
 from benchmarks import harness
-from benchmarks.generative.report import draw, summary, table
+from benchmarks.generative.report import draw, table
 from benchmarks.generative.rivals import VAE, adam, frechet, images_of, train_features, train_vae
 from equipoise import zoo
 from equipoise.data import Digits, derive_seed
@@ -254,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         options={"--pictures": {"type": pathlib.Path, "metavar": "FOLDER", "help": "folder for image grids of seed 0"}},
         free=["pictures"],
         packages=["scikit-image"],
-        summary=summary,
+        summary=harness.over_seeds,
     )
     bench = Bench(record.args.quick)
     for seed in range(record.args.seeds):

@@ -11,11 +11,6 @@ TASKS = ("noise-0.1", "noise-0.2", "hole-9")
 METHODS = ("joint", "guess", "tv", "biharmonic", "joint-few", "adam", "first-order")
 
 
-def summary(content: dict[str, Any]) -> tuple[dict[str, float | None], dict[str, float]]:
-    """Means over seeds, and their standard deviations."""
-    return harness.summarize({"": content.get("runs", {}).values()})
-
-
 def table(content: dict[str, Any]) -> str:
     """Mean and median of PSNR, and mean SSIM, of each method and task."""
     rows = []

@@ -42,7 +42,7 @@ from torch import Tensor
 import equipoise as eq
 from benchmarks import harness
 from benchmarks.generative.rivals import adam as adam_on_latents
-from benchmarks.inverse.report import TASKS, draw, summary, table
+from benchmarks.inverse.report import TASKS, draw, table
 from equipoise import zoo
 from equipoise.data import FashionMNIST, ImageData, Photographs, Splits, TensorSplit, generator
 from equipoise.inputs import FirstOrder
@@ -170,7 +170,7 @@ def guess(model: Any, seen: Tensor, mask: Tensor) -> Tensor:
         return finished(model(x, seen, mask), seen, mask)
 
 
-def adam(model: Any, seen: Tensor, mask: Tensor, task: int, rate: float) -> Tensor:
+def adam(model: Any, seen: Tensor, mask: Tensor, task: int, rate: float, steps: int) -> Tensor:
     """Answer by Adam on the latents."""
     kinds = torch.full((len(seen),), task)
     with torch.no_grad():
@@ -183,6 +183,7 @@ def adam(model: Any, seen: Tensor, mask: Tensor, task: int, rate: float) -> Tens
         lambda z, x: error(z, x, seen, mask, kinds) + penalty(x),
         rate=rate,
         solver=COLD,
+        steps=steps,
     )
     with torch.no_grad(), model.deq.using(solver=COLD):
         return finished(model.decode(model.deq(x, *context)), seen, mask)
@@ -224,6 +225,7 @@ class Bench:
         }
         self.few: int = 2 if args.quick else args.adam_images
         self.steps: int = 2 if args.quick else args.steps
+        self.adam_steps = 2 if args.quick else 50
 
     def measure(self, seed: int) -> dict[str, Any]:
         """Scores of one seed; rivals are measured, and pictures are drawn, with seed 0."""
@@ -242,7 +244,7 @@ class Bench:
             if not seed:
                 name, rival, found[f"{task}/tv_weight"] = classical(config, self.images, number)
                 rate = found[f"{task}/adam_rate"] = self.best_rate(model, config, number)
-                answers |= {name: rival, "adam": adam(model, seen[:few], mask[:few], number, rate)}
+                answers |= {name: rival, "adam": adam(model, seen[:few], mask[:few], number, rate, self.adam_steps)}
                 answers["joint-few"] = answers["joint"][:few]
                 shown |= {f"{task}/seen": seen[:6], f"{task}/{name}": rival[:6], f"{task}/joint": answers["joint"][:6]}
             for method, answer in answers.items():
@@ -256,7 +258,9 @@ class Bench:
         images = self.images["validation"]
         seen, mask = (tensor[: self.few] for tensor in observed(config, images, number, "validation"))
         rates = ADAM_RATES[-2:] if self.args.quick else ADAM_RATES
-        return max(rates, key=lambda rate: scores(adam(model, seen, mask, number, rate), images)["psnr"])
+        return max(
+            rates, key=lambda rate: scores(adam(model, seen, mask, number, rate, self.adam_steps), images)["psnr"]
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -275,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         },
         free=["pictures"],
         packages=["scikit-image"],
-        summary=summary,
+        summary=harness.over_seeds,
     )
     bench = Bench(record.args, record.folder)
     for seed in range(record.args.seeds):

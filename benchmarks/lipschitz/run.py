@@ -45,7 +45,7 @@ import equipoise as eq
 from benchmarks import harness
 from benchmarks.lipschitz.report import BASELINE, summary, table
 from equipoise.data import Digits, FashionMNIST
-from equipoise.train import Adam, Objective, Pretraining, StepInfo, TrainConfig, fit
+from equipoise.train import Adam, Objective, Pretraining, TrainConfig, fit
 from equipoise.train.device import to_device
 from equipoise.train.task import relative_residual
 from equipoise.zoo import (
@@ -61,7 +61,6 @@ from equipoise.zoo.files import load
 CPU = torch.device("cpu")
 RTOL = 1e-3
 FORWARD, BACKWARD = 18, 20  # evaluations, as published
-TRAINED = StepInfo(step=2**40, epoch=0, seed=0)  # past all fixed-depth steps
 COUNTED = 5  # training batches on which evaluations are counted
 TIMED = 12  # batches on which the models take turns
 
@@ -182,7 +181,7 @@ def evaluations(model: EquilibriumClassifier, config: TrainConfig, seed: int) ->
     batches = config.data.load().train.batches(config.batch_size, shuffle=(seed, -1))
     with model.deq.using(gradient=gradient):
         for batch in itertools.islice(batches, COUNTED):
-            loss, sums = objective(*to_device(config, *batch, CPU), TRAINED)
+            loss, sums = objective(*to_device(config, *batch, CPU), harness.TRAINED)
             torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
             forward.append(float(sums[3] / sums[0]))
     model.eval()
@@ -212,7 +211,7 @@ def times(folders: dict[str, pathlib.Path], quick: bool) -> dict[str, dict[str, 
         for number, batch, name in harness.in_turn(models, (to_device(config, *batch, CPU) for batch in batches)):
             start = harness.clock()
             with torch.set_grad_enabled(training):
-                loss, _ = objectives[name](*batch, TRAINED if training else None)
+                loss, _ = objectives[name](*batch, harness.TRAINED if training else None)
             if training:
                 loss.backward()
                 optimizers[name].step()

@@ -1,9 +1,5 @@
-"""The cells on which solver cost is measured: a dense, a convolutional and a multiscale one.
+"""The cells on which solver cost is measured: a dense, a convolutional and a multiscale one, from a fixed seed."""
 
-Each factory returns `(cell, inputs, z0)` for `fixed_point(cell, z0, *inputs)`, from a fixed seed.
-"""
-
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -75,22 +71,18 @@ class MultiscaleCell(nn.Module):
         return o0, self.g1(y1 + self.down(y0))
 
 
-def tanh() -> tuple[nn.Module, Any, Any]:
-    """State (64, 512)."""
+CELLS: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {
+    "tanh": (TanhCell, (64, 512)),
+    "conv": (ConvCell, (16, 32, 32, 32)),
+    "multiscale": (MultiscaleCell, (4, 32, 32, 32)),
+}
+"""Class of each cell, and shape of its input, which is that of the state, or of its finest level."""
+
+
+def problem(name: str) -> tuple[nn.Module, Any, Any]:
+    """Cell, input and start of a name in `CELLS`."""
     torch.manual_seed(SEED)
-    return TanhCell(), torch.randn(64, 512), torch.zeros(64, 512)
-
-
-def conv() -> tuple[nn.Module, Any, Any]:
-    """State (16, 32, 32, 32)."""
-    torch.manual_seed(SEED)
-    return ConvCell(), torch.randn(16, 32, 32, 32), torch.zeros(16, 32, 32, 32)
-
-
-def multiscale() -> tuple[nn.Module, Any, Any]:
-    """States (4, 32, 32, 32) and (4, 64, 16, 16)."""
-    torch.manual_seed(SEED)
-    return MultiscaleCell(), torch.randn(4, 32, 32, 32), (torch.zeros(4, 32, 32, 32), torch.zeros(4, 64, 16, 16))
-
-
-CELLS: dict[str, Callable[[], tuple[nn.Module, Any, Any]]] = {"tanh": tanh, "conv": conv, "multiscale": multiscale}
+    make, shape = CELLS[name]
+    cell, x = make(), torch.randn(shape)
+    z0 = torch.zeros(shape)
+    return cell, x, (z0, torch.zeros(4, 64, 16, 16)) if name == "multiscale" else z0

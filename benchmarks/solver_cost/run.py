@@ -37,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 import equipoise as eq
 from benchmarks import harness
-from benchmarks.solver_cost.cells import CELLS
+from benchmarks.solver_cost.cells import CELLS, problem
 from benchmarks.solver_cost.report import table
 from benchmarks.solver_cost.rivals import RIVALS, CountedVjp, Rival
 
@@ -143,7 +143,7 @@ class Bench:
 
     @staticmethod
     def _problem(name: str, device: str, dtype: torch.dtype) -> tuple[nn.Module, Any, Any]:
-        cell, x, z0 = CELLS[name]()
+        cell, x, z0 = problem(name)
         cell = cell.to(device, dtype)
         with torch.no_grad():
             u = cell.inject(x.to(device, dtype))  # type: ignore[operator]

@@ -5,7 +5,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -43,15 +43,17 @@ def run(tmp_path: pathlib.Path) -> Iterator[Run]:
     os.environ |= environment
 
 
+def assert_figures(figures: dict[str, Any], names: Iterable[str], *keys: str) -> None:
+    """Check that there is each figure of each name."""
+    assert {f"{name}/{key}" for name in names for key in keys} <= figures.keys()
+
+
 @pytest.mark.slow
 def test_solver_cost(run: Run) -> None:
     figures = run("solver_cost", needs=("torchdeq",))["figures"]
-    for method in ("picard", "anderson", "broyden"):
-        assert {
-            f"tanh/{method}/{key}" for key in ("forward_ratio", "evals", "seconds", "peak_states")
-        } <= figures.keys()
-    for method in ("implicit", "shine", "jacobian-free"):
-        assert {f"tanh/{method}/{key}" for key in ("backward_ratio", "seconds", "cosine")} <= figures.keys()
+    solvers, gradients = ("tanh/picard", "tanh/anderson", "tanh/broyden"), ("implicit", "shine", "jacobian-free")
+    assert_figures(figures, solvers, "forward_ratio", "evals", "seconds", "peak_states")
+    assert_figures(figures, [f"tanh/{name}" for name in gradients], "backward_ratio", "seconds", "cosine")
     for method in ("torchdeq-picard", "torchdeq-anderson", "torchdeq-broyden"):
         for key in ("forward_ratio", "backward_ratio", "evals", "seconds", "peak_states", "cosine"):
             assert figures[f"tanh/{method}/{key}"] > 0
@@ -69,9 +71,9 @@ def test_backward_cost(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     needs = ("lightning_fabric", "matplotlib", "sklearn")
     record = run("backward_cost", needs=needs)
     figures = record["figures"]
-    for variant in ("original/full", "original/1", "jfb/0", "jfb/1", "shine/0", "shine/1", "shine-opa/0"):
-        for key in ("test_accuracy", "backward_ms", "backward_ratio", "vjps", "cosine", "radius_median"):
-            assert f"digits/{variant}/{key}" in figures
+    variants = ("original/full", "original/1", "jfb/0", "jfb/1", "shine/0", "shine/1", "shine-opa/0")
+    keys = ("test_accuracy", "backward_ms", "backward_ratio", "vjps", "cosine", "radius_median")
+    assert_figures(figures, [f"digits/{variant}" for variant in variants], *keys)
     assert [figures[f"digits/{variant}/0/vjps"] for variant in ("jfb", "shine", "shine-opa")] == [0, 0, 0]
     assert [figures[f"digits/{variant}/1/vjps"] for variant in ("original", "jfb", "shine")] == [2, 2, 2]
     assert 2 < figures["digits/original/full/vjps"] <= 21
@@ -106,10 +108,10 @@ def test_bilevel(run: Run) -> None:
     record = run("bilevel", needs=("optuna", "sklearn", "matplotlib"))
     searches = ("grid", "random", "sklearn-cv", "optuna-tpe")
     gradients = ("shine", "shine-opa", "shine-refine", "hoag", "hoag-limited", "jacobian-free")
-    for method in (*searches, *gradients, "shine/hoag-step", "hoag/hoag-step"):
-        for key in ("seconds_to_1pct", "grad_evals_to_1pct", "solved_loss", "test_loss"):
-            assert f"breast-cancer/{method}/{key}" in record["figures"]
-        assert 0 < record["figures"][f"breast-cancer/{method}/final_loss"] < 30
+    methods = [f"breast-cancer/{m}" for m in (*searches, *gradients, "shine/hoag-step", "hoag/hoag-step")]
+    keys = ("seconds_to_1pct", "grad_evals_to_1pct", "solved_loss", "test_loss")
+    assert_figures(record["figures"], methods, *keys)
+    assert all(0 < record["figures"][f"{method}/final_loss"] < 30 for method in methods)
     # SHINE takes no product with the Hessian.
     for rule in ("", "/hoag-step"):
         steps = record["runs"]["breast-cancer"]["0"]
@@ -121,9 +123,8 @@ def test_bilevel(run: Run) -> None:
 def test_lipschitz(run: Run) -> None:
     figures = run("lipschitz", needs=("matplotlib", "sklearn", "lightning_fabric"))["figures"]
     keys = ("test_accuracy", "train_step_ratio", "inference_ratio", "evals_forward", "evals_backward")
-    for variant in ("mdeq", "mdeq-shine", "lipschitz-s0.4", "tight-0.7"):
-        for key in (*keys, "converged_fraction", "certified_L"):
-            assert f"{variant}/{key}" in figures
+    variants = ("mdeq", "mdeq-shine", "lipschitz-s0.4", "tight-0.7")
+    assert_figures(figures, variants, *keys, "converged_fraction", "certified_L")
     for variant in ("lipschitz-s0.4", "tight-0.7"):
         assert figures[f"{variant}/certified_L"] < 1
         assert 0 < figures[f"{variant}/tightness"] <= 1
@@ -204,9 +205,9 @@ def test_few_shot(run: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPa
 def test_input_optimization(run: Run) -> None:
     record = run("input_optimization", "--problem", "generative", needs=("sklearn",))
     figures = record["figures"]
-    for method in ("joint", "gauss-seidel", "nested-2", "automatic", "gd-warm-2", "gd-cold-paper"):
-        for key in ("seconds", "evals", "vjps", "speedup_over_cold", "ratio_to_best_warm"):
-            assert f"generative/{method}/{key}" in figures
+    methods = ("joint", "gauss-seidel", "nested-2", "automatic", "gd-warm-2", "gd-cold-paper")
+    keys = ("seconds", "evals", "vjps", "speedup_over_cold", "ratio_to_best_warm")
+    assert_figures(figures, [f"generative/{method}" for method in methods], *keys)
     # Counts are the same on every machine.
     for method, evals, vjps in (("joint", 1, 1), ("gauss-seidel", 1, 2), ("nested-2", 2, 2), ("gd-warm-2", 2, 3)):
         rounds = record["details"]["generative"][method]["rounds"]

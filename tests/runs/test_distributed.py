@@ -52,7 +52,7 @@ def state(run_dir: pathlib.Path) -> checkpoint.State:
 
 
 def by_hand(steps: int) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """Weights and losses of one process that averages the gradients of the halves of each batch.
+    """Weights, moments and losses of one process that averages the gradients of the halves of each batch.
 
     Each half has its own batch statistics and its own dropout, as on a device of its own.
     """
@@ -79,22 +79,29 @@ def by_hand(steps: int) -> tuple[dict[str, torch.Tensor], list[float]]:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total)
-    return {name: value.detach() for name, value in model.named_parameters()}, losses
+    weights = {f"model.{name}": value.detach() for name, value in model.named_parameters()}
+    moments = {
+        f"optimizer.{n}.momentum_buffer": optimizer.state[p]["momentum_buffer"]
+        for n, p in enumerate(model.parameters())
+    }
+    return weights | moments, losses
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("together") / "run"
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A run that Fabric launches, that dies in its last step, and that torchrun ends."""
+    folder = tmp_path_factory.mktemp("resumed") / "run"
+    assert launch(TWO, folder, TOY_DIES="6") != 0
+    assert state(folder).facts["progress"]["step"] == 5
     launch(TWO, folder, torchrun=True)
     return folder
 
 
-def test_steps(together: pathlib.Path) -> None:
-    weights, losses = by_hand(6)
-    found = state(together)
-    found = {name: found.tensors[f"model.{name}"] for name in weights}
-    torch.testing.assert_close(found, weights, rtol=1e-6, atol=1e-9)
-    lines = read_lines(together)
+def test_steps(resumed: pathlib.Path) -> None:
+    expected, losses = by_hand(6)
+    found = state(resumed).tensors
+    torch.testing.assert_close({name: found[name] for name in expected}, expected, rtol=1e-6, atol=1e-9)
+    lines = read_lines(resumed)
     counts = [(line["kind"], line["split"], line["step"], line["count"]) for line in lines]
     assert counts == [
         ("epoch", "train", 3, 24),
@@ -109,10 +116,10 @@ def test_steps(together: pathlib.Path) -> None:
     assert train == pytest.approx(means, rel=1e-5)
 
 
-def test_result(together: pathlib.Path) -> None:
-    found = json.loads((together / "result.json").read_text())
+def test_result(resumed: pathlib.Path) -> None:
+    found = json.loads((resumed / "result.json").read_text())
     assert found["world_size"] == 2
-    model = load(together / "model.safetensors")
+    model = load(resumed / "model.safetensors")
     again = evaluate(model, CONFIG.data.load().test, CONFIG)
     assert again["count"] == 15
     assert found["test_accuracy"] == again["accuracy"]
@@ -125,21 +132,17 @@ def assert_close(found: checkpoint.State, expected: checkpoint.State, **near: fl
         torch.testing.assert_close(found.tensors[name], value, **near, msg=name)
 
 
-@pytest.mark.parametrize(
-    ("torchrun", "kills"),
-    [
-        pytest.param(False, ["6"], id="launched by Fabric"),
-        pytest.param(False, ["2", "6"], id="twice", marks=pytest.mark.extended),
-        pytest.param(True, ["2", "6"], id="launched by torchrun", marks=pytest.mark.extended),
-    ],
-)
-def test_killed(torchrun: bool, kills: list[str], together: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    for step in kills:
-        assert launch(TWO, tmp_path / "run", torchrun, TOY_DIES=step) != 0
-    assert state(tmp_path / "run").facts["progress"]["step"] == 5
-    launch(TWO, tmp_path / "run", torchrun)
-    assert_close(state(tmp_path / "run"), state(together), rtol=1e-9, atol=1e-12)
-    ours, theirs = (timeless(read_lines(folder)) for folder in (tmp_path / "run", together))
+@pytest.mark.extended
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_killed(torchrun: bool, resumed: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Runs that die twice, once or never end alike."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    for step in ("2", "6"):
+        assert launch(TWO, run, torchrun, TOY_DIES=step) != 0
+    for folder in (whole, run):
+        launch(TWO, folder, torchrun)
+        assert_close(state(folder), state(resumed), rtol=1e-9, atol=1e-12)
+    ours, theirs = (timeless(read_lines(folder)) for folder in (run, whole))
     for one, other in zip(ours, theirs, strict=True):
         assert one == {k: pytest.approx(v, rel=1e-6) if isinstance(v, float) else v for k, v in other.items()}
 

@@ -1,8 +1,7 @@
-"""Inverse problems with learned data weights."""
+"""The equilibrium that restores images, and inverse problems with learned data weights."""
 
 import dataclasses
 import pathlib
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -12,12 +11,9 @@ from toy import difference, directions
 import equipoise as eq
 from equipoise.data import Digits, Photographs
 from equipoise.inputs import Joint
-from equipoise.train import Adam, Pretraining, StepInfo, TrainConfig, fit
+from equipoise.train import Adam, Pretraining, StepInfo, TrainConfig, fit, save
 from equipoise.zoo import (
     EXPLAIN,
-    Blur,
-    DecoderConfig,
-    Downsample,
     EquilibriumPrior,
     Hole,
     Noise,
@@ -187,30 +183,40 @@ def test_photographs() -> None:
     assert min(labels.tolist()) >= len(data.train_names)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"task": Reconstruct(corruptions=(Noise(),))},
-            r"num_corruptions=2 must be the number of task.corruptions, 1",
-        ),
-        ({"task": Reconstruct(corruptions=(Noise(), Blur()))}, "train Blur or Downsample alone"),
-        (
-            {
-                "model": dataclasses.replace(CONFIG.model, num_corruptions=1),
-                "task": Reconstruct(corruptions=(Downsample(factor=2),)),
-            },
-            "sees the observation pixel by pixel, and Downsample leaves fewer of them",
-        ),
-        (
-            {
-                "model": DecoderConfig(image_size=8, image_channels=1, latent_size=4, width=24),
-                "task": Reconstruct(pretraining=Pretraining(steps=1)),
-            },
-            r"pretraining.steps=1: .* a DecoderConfig makes the same image every time",
-        ),
-    ],
-)
-def test_refusals(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        dataclasses.replace(CONFIG, **changes)
+THREE_LEVELS = PriorConfig(image_size=8, channels=(6, 8, 10), num_corruptions=2)
+
+
+def fresh(seed: int = 0) -> EquilibriumPrior:
+    torch.manual_seed(seed)
+    return EquilibriumPrior(THREE_LEVELS, solver=eq.Anderson(max_steps=100, rtol=1e-10)).double().eval()
+
+
+@pytest.mark.parametrize("size", [(8, 8), (40, 24)])
+def test_equilibrium(size: tuple[int, int]) -> None:
+    model = fresh()
+    observed, mask = torch.rand(2, 1, *size), torch.ones(2, 1, *size)
+    x, context = torch.randn(2, 4, *size), model.context(observed, mask)
+    solution = model.deq.solve(x, *context).raise_for_status()
+    again = model.deq.cell(solution.value, x, *context)
+    torch.testing.assert_close(solution.value, again, rtol=0, atol=1e-8)
+    torch.testing.assert_close(solution.value[-1], observed)
+    assert model(x, observed, mask).shape == observed.shape
+    assert (float(eq.jacobian_norm(solution).max()) < 1.5, int(solution.num_steps.max()) < 60) == (True, True)
+
+
+def test_rows_and_mask() -> None:
+    model = fresh()
+    assert sum(t.numel() for t in model.start(torch.zeros(1, 4, 8, 8))) == THREE_LEVELS.state_size
+    observed, mask, x = torch.rand(3, 1, 8, 8), torch.ones(3, 1, 8, 8), torch.randn(3, 4, 8, 8)
+    whole = model(x, observed, mask)
+    assert torch.allclose(model(x[1:2], observed[1:2], mask[1:2]), whole[1:2], atol=1e-8)
+    mask[:, :, 2:5, 2:5] = 0
+    assert not torch.allclose(model(x, observed, mask), whole)
+
+
+def test_file(tmp_path: pathlib.Path) -> None:
+    model = fresh()
+    save(model, tmp_path / "model.safetensors", about={})
+    loaded = load(tmp_path / "model.safetensors").double()
+    observed, mask, x = torch.rand(1, 1, 8, 8), torch.ones(1, 1, 8, 8), torch.randn(1, 4, 8, 8)
+    assert torch.allclose(model(x, observed, mask), loaded(x, observed, mask), atol=1e-8)
