@@ -40,7 +40,7 @@ class Settings:
 
     def timed(self, data: str) -> int:
         """Batches on which the models take turns."""
-        return 2 if self.quick else 11 if data == "multiscale" else 21
+        return 1 if self.quick else 11 if data == "multiscale" else 21
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ def shared(data: str, settings: Settings) -> tuple[TrainConfig, int, float]:
             model=model,
             task=Classify(),
             stop_after=3,
-            batch_size=32,
+            batch_size=16,
             gradient=adjoint(10, 5e-2),
         )
         return config, 12, 5e-2

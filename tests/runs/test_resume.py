@@ -16,6 +16,7 @@ from toy import (
     ENVIRONMENT,
     FULL,
     PLAIN,
+    Bomb,
     Interrupt,
     Interrupted,
     Run,
@@ -82,9 +83,9 @@ def test_finished_run(whole: Run, tmp_path: pathlib.Path) -> None:
     assert_same(again, expected)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "pickle"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "pickle", "both"])
 def test_damaged_checkpoint(damage: str, whole: Run, tmp_path: pathlib.Path) -> None:
-    """It is named, and the checkpoint before it is used."""
+    """It is named, and the checkpoint before it is used; without a whole one the run starts again."""
     interrupt(FULL, tmp_path / "parts", 7)
     newest, before = checkpoint.states(tmp_path / "parts" / "checkpoints")
     assert before.name == "step-000000005.safetensors"
@@ -95,27 +96,20 @@ def test_damaged_checkpoint(damage: str, whole: Run, tmp_path: pathlib.Path) -> 
             "empty": b"",
             "flipped": content[:-5] + bytes([content[-5] ^ 1]) + content[-4:],
             "pickle": pickle.dumps(Bomb(tmp_path / "exploded")),
+            "both": content[:1000],
         }[damage]
     )
+    if damage == "both":
+        before.write_bytes(before.read_bytes()[:1000])
     observer = Interrupt()
     assert_same(fit(FULL, run_dir=tmp_path / "parts", resume=True, observer=observer), whole(FULL))
-    problem, resumed = observer.notes
-    assert newest.name in problem
-    assert "The checkpoint before it is used" in problem
-    assert resumed == "resumed at step 5 of 8"
+    *problems, last = observer.notes
+    resumed = damage != "both"
+    assert newest.name in problems[0]
+    used = ["The checkpoint before it is used" in problem for problem in problems]
+    assert used == ([True] if resumed else [False, False])
+    assert last.endswith("resumed at step 5 of 8" if resumed else "starting from the beginning")
     assert not (tmp_path / "exploded").exists()
-
-
-def test_no_checkpoint(whole: Run, tmp_path: pathlib.Path) -> None:
-    """Without a whole checkpoint a run starts again, and says so."""
-    interrupt(FULL, tmp_path / "parts", 7)
-    for path in checkpoint.states(tmp_path / "parts" / "checkpoints"):
-        path.write_bytes(path.read_bytes()[:1000])
-    observer = Interrupt()
-    assert_same(fit(FULL, run_dir=tmp_path / "parts", resume=True, observer=observer), whole(FULL))
-    assert len(observer.notes) == 3
-    assert "starting from the beginning" in observer.notes[-1]
-    assert not any("is used" in note for note in observer.notes)
 
 
 def test_nothing_is_unpickled(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,13 +192,3 @@ def test_kills(kills: int, epochs: int, tmp_path: pathlib.Path) -> None:
     assert len(reached) >= kills // 2
     assert_same(fit(config, run_dir=folder, resume=True), expected)
     assert names_in(folder) == names_in(expected.run_dir)
-
-
-class Bomb:
-    """Unpickled, it creates a file."""
-
-    def __init__(self, path: pathlib.Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, tuple[str, str]]:
-        return open, (str(self.path), "w")

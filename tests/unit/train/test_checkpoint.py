@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from toy import MODEL, PLAIN
+from toy import MODEL, PLAIN, Bomb
 
 import equipoise as eq
 from equipoise import files, train
@@ -168,12 +168,8 @@ def test_missing_files(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("archive", [False, True], ids=["pickle", "torch.save"])
 def test_pickles(archive: bool, tmp_path: pathlib.Path) -> None:
-    class Bomb:
-        def __reduce__(self) -> tuple[Any, tuple[str, str]]:
-            return open, (str(tmp_path / "exploded"), "w")
-
-    path = tmp_path / "model.safetensors"
-    torch.save(Bomb(), path) if archive else path.write_bytes(pickle.dumps(Bomb()))
+    path, bomb = tmp_path / "model.safetensors", Bomb(tmp_path / "exploded")
+    torch.save(bomb, path) if archive else path.write_bytes(pickle.dumps(bomb))
     for read in (load, checkpoint.describe):
         with pytest.raises(CheckpointError, match="pickled checkpoints are never read"):
             read(path)

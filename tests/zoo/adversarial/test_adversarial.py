@@ -16,11 +16,9 @@ from equipoise import zoo
 from equipoise.constraints import L2Ball, LInfBall
 from equipoise.inputs import Joint
 from equipoise.solvers import Picard
-from equipoise.train import StepInfo, TrainConfig, fit
-from equipoise.train.serialize import from_plain, to_plain
+from equipoise.train import StepInfo, fit
 from equipoise.zoo import (
     ATTACK,
-    CLASSES,
     Adversarial,
     Classify,
     DenseClassifier,
@@ -215,11 +213,6 @@ def test_scores() -> None:
     for name, scores in {"robust_accuracy": logits, "accuracy": clean}.items():
         assert found[name] == int((scores.argmax(1) == labels).sum())
     assert objective.names[-2:] == Adversarial.scores
-
-
-def test_plain_data() -> None:
-    config = dataclasses.replace(RECIPE, task=Adversarial(radius=0.5, scheme=Joint(damping=0.5)))
-    assert from_plain(TrainConfig, to_plain(config), CLASSES) == config
 
 
 @pytest.mark.slow

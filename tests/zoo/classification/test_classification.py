@@ -18,7 +18,6 @@ from equipoise.files import DataError
 from equipoise.nn import jacobian_penalty
 from equipoise.train import Objective, Pretraining, StepInfo, TrainConfig, evaluate, fit
 from equipoise.train.run_folder import config_yaml, read_lines
-from equipoise.train.serialize import from_plain, to_plain
 from equipoise.train.task import COMMON
 from equipoise.zoo import (
     Classify,
@@ -112,11 +111,6 @@ def test_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     objective.model.deq.solver = AWARE
     objective(*batch(), StepInfo(1, 0, 0))
     assert (gradient.call_count, objective.model.deq.solver) == (2, AWARE)
-
-
-def test_plain_data() -> None:
-    solver = dataclasses.replace(AWARE, outer_loss=lambda z, rows: z.sum(1))
-    assert from_plain(eq.Solver, to_plain(solver), [eq.AdjointBroyden]) == AWARE
 
 
 @pytest.mark.slow

@@ -112,19 +112,6 @@ def test_largest_slopes(dropout: float, cap: float, slopes: tuple[float, float])
         assert below < 1 < above
 
 
-def test_reshaped_kernels() -> None:
-    """Negative control: capped so, kernels may have three times the norm, two times with stride 2, and M has 6.11."""
-    s, block = 0.4, 0.4 * (0.5 + 0.5 * 6 * 0.4 * 6)
-    assert block == pytest.approx(3.08)
-    share = eq.contraction.LevelWeights(4, "softmax", exchange=0.3)()
-    matrix = torch.empty(4, 4)
-    for i in range(4):
-        for j in range(4):
-            path = 1.0 if i == j else 2 ** (j - i) * 2.0 if j > i else 4.0 ** (i - j) * s ** (i - j - 1)
-            matrix[i, j] = 2 * s * share[i, j] * path * block
-    assert (norm(matrix), radius(matrix)) == pytest.approx((6.11, 5.77), abs=6e-3)
-
-
 def test_capped_settings() -> None:
     assert RELEASED.capped(4, dropout=0.3) == RELEASED
     capped = dataclasses.replace(RELEASED, slope=0.8).capped(4, dropout=0.3)

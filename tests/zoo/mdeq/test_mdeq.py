@@ -123,15 +123,6 @@ def test_memory_layouts() -> None:
         torch.testing.assert_close(net(state, u), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_batch_independence() -> None:
-    cell = make_cell().train()
-    z, u = make_state(SMALL, batch=4)
-    together = cell(z, u)
-    for k in range(4):
-        alone = cell(tuple(level[k : k + 1] for level in z), u[k : k + 1])
-        torch.testing.assert_close(alone, tuple(level[k : k + 1] for level in together), rtol=1e-12, atol=1e-12)
-
-
 def test_norms() -> None:
     cell = MDEQCell(MDEQConfig.cifar10_large())
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in cell.modules())
@@ -391,17 +382,6 @@ def test_implicit_gradients(train: bool) -> None:
     torch.testing.assert_close(*gradients, rtol=1e-7, atol=1e-10)
 
 
-def test_fixed_depth() -> None:
-    """It is plain iteration from zero."""
-    model, images = make_model(dataclasses.replace(TINY, dropout=0.0)), make_images()
-    with model.deq.using(solver=eq.Picard(max_steps=0), gradient=eq.Unrolled(steps=3)):
-        u = model.stem(images)
-        z = model.deq.cell.zeros(u)  # type: ignore[operator]
-        for _ in range(3):
-            z = model.deq.cell(z, u)
-        torch.testing.assert_close(model.classify(images)[1].value, z, rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize("gradient", [eq.Implicit(), eq.Shine(), eq.JacobianFree(), eq.Phantom(), eq.Neumann()])
 def test_all_gradients(gradient: eq.Gradient) -> None:
     model = make_model(solver=eq.Broyden(max_steps=4, memory=4), gradient=gradient)
@@ -409,14 +389,6 @@ def test_all_gradients(gradient: eq.Gradient) -> None:
     for name, parameter in model.named_parameters():
         assert parameter.grad.isfinite().all(), name  # type: ignore[union-attr]
         assert parameter.grad.any(), name  # type: ignore[union-attr]
-
-
-def test_state_dict() -> None:
-    model, other = make_model(seed=0), make_model(seed=1)
-    model(make_images())  # moves the running statistics
-    other.load_state_dict(model.state_dict())
-    images = make_images()
-    assert torch.equal(model.eval()(images), other.eval()(images))
 
 
 def test_deep_copy() -> None:

@@ -1,8 +1,7 @@
 """Attacks on classifiers, and adversarial training."""
 
-from equipoise.zoo.adversarial.attack import ATTACK, attack
 from equipoise.zoo.adversarial.recipes import RECIPES, jiio_adversarial, jiio_adversarial_fashion_mnist
-from equipoise.zoo.adversarial.task import Adversarial
+from equipoise.zoo.adversarial.task import ATTACK, Adversarial, attack
 
 __all__ = [
     "ATTACK",

@@ -3,8 +3,7 @@
 from equipoise.zoo.mdeq.cell import Layers, MDEQCell
 from equipoise.zoo.mdeq.config import Contraction, MDEQShape
 from equipoise.zoo.mdeq.head import MDEQHead
-from equipoise.zoo.mdeq.model import MDEQClassifier, MDEQConfig
-from equipoise.zoo.mdeq.predictor import MDEQPredictor
+from equipoise.zoo.mdeq.model import MDEQClassifier, MDEQConfig, MDEQPredictor
 from equipoise.zoo.mdeq.recipes import (
     RECIPES,
     mdeq_cifar10_large,
