@@ -186,6 +186,14 @@ def difference(value: Callable[[], Tensor], weights: Sequence[Tensor], direction
     return (moved(h) - moved(-h)) / (2 * h)
 
 
+def assert_slopes(loss: Callable[[], Tensor], weights: Sequence[Tensor], seed: int = 1) -> None:
+    """Check the gradient of each tensor along a random direction against a central difference."""
+    slopes = torch.autograd.grad(loss(), weights)
+    for weight, slope, direction in zip(weights, slopes, directions(weights, seed), strict=True):
+        expected = difference(loss, [weight], [direction], 1e-4)
+        assert abs(float((slope * direction).sum()) - expected) <= max(1e-4 * abs(expected), 1e-9)
+
+
 def directions(weights: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
     source = torch.Generator().manual_seed(seed)
     return [torch.randn(weight.shape, generator=source) for weight in weights]

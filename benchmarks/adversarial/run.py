@@ -121,8 +121,7 @@ def measure(data: str, seed: int, quick: bool) -> dict[str, dict[str, float]]:
     """Train by all methods in turn; costs and scores of each."""
     config, total = RECIPES[data](), 2 if quick else STEPS[data]
     runs = {name: Trained(name, config, seed) for name in METHODS if name != "pgd" or data == "digits"}
-    split = config.data.load().train
-    batches = itertools.islice(harness.endless(split, config.batch_size, seed), total)
+    batches = itertools.islice(harness.endless(config.data.load().train, config.batch_size, seed), total)
     for step, (*_, batch) in enumerate(batches):
         x, labels = to_device(config, *batch, CPU)
         for run in runs.values():

@@ -203,8 +203,7 @@ def batches(config: TrainConfig, split: Split, size: int, count: int, device: An
 
 def probe(model: EquilibriumClassifier, config: TrainConfig, split: Split, count: int) -> dict[str, float]:
     """Spectral radius of the Jacobian at equilibria, and what was published in its place."""
-    device = next(model.parameters()).device
-    images, _ = to_device(config, *next(split.batches(count)), device)
+    images, _ = to_device(config, *next(split.batches(count)), next(model.parameters()).device)
     torch.manual_seed(0)
     with torch.no_grad(), model.deq.using(solver=config.eval_solver):
         _, solution = model.classify(images)

@@ -112,8 +112,7 @@ class Problem:
 
     def solved(self, z: Tensor, log_alpha: Sequence[float]) -> float:
         """Held-out loss at given penalties, a hundred times nearer to the minimum than the searches go."""
-        answer = self.solve(z, torch.tensor(log_alpha, dtype=torch.float64), 1e-5, 300)
-        return self.losses(answer.value)[0]
+        return self.losses(self.solve(z, torch.tensor(log_alpha, dtype=torch.float64), 1e-5, 300).value)[0]
 
     def losses(self, z: Tensor) -> tuple[float, float]:
         """Held-out and test loss of a state."""

@@ -98,8 +98,7 @@ def bilevel(
             max_evals=max_evals,
             observe=observe,
         )
-        hyper = solution.hyper[0].tolist()
-        return trail.result(solution.z, solution.gradient_evals, hyper, end=solution.status.name)
+        return trail.result(solution.z, solution.gradient_evals, solution.hyper[0].tolist(), end=solution.status.name)
 
     return run
 
@@ -157,7 +156,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         summary=summary,
     )
     args = record.args
-    data = args.data or (["breast-cancer"] if args.quick else DATA)
-    pairs = itertools.product(range(args.seeds), data)
+    pairs = itertools.product(range(args.seeds), args.data or (["breast-cancer"] if args.quick else DATA))
     record.measure_all({("runs", n, seed): functools.partial(measure, n, seed, args.quick) for seed, n in pairs})
     record.finish(table)

@@ -98,8 +98,7 @@ class Bench:
                 yield learner.loss(x[:, :cut], labels[:, :cut], x[:, cut:], labels[:, cut:], data.ways)
 
         rate = functools.partial(config.schedule.lr, total=steps, peak=config.optimizer.lr)
-        optimizer = config.optimizer.build(learner.module.parameters())
-        harness.descend(optimizer, losses(), rate, clip_norm=config.clip_norm)
+        harness.descend(config.optimizer.build(learner.module.parameters()), losses(), rate, clip_norm=config.clip_norm)
         return harness.clock() - start
 
     def untrained(self, method: str, seed: int, rate: float) -> Learner:

@@ -74,8 +74,7 @@ class FewTests(ImageData):
     def load(self) -> Splits:
         splits = self.of.load()
         images, labels = next(splits.test.batches(len(splits.test)))
-        few = TensorSplit(images[:12], labels[:12])
-        return Splits(splits.train, None, few, splits.classes)
+        return Splits(splits.train, None, TensorSplit(images[:12], labels[:12]), splits.classes)
 
 
 def data_of(name: str) -> ImageData:

@@ -131,8 +131,7 @@ class Adjoint:
             return tuple(level + more for level, more in zip(self.cell(z, u), added, strict=True))
 
         solution = eq.fixed_point(f, self.z0, self.u, added, solver=solver, gradient=gradient, params=())
-        total = self.loss(solution.value, torch.arange(len(self.labels))).sum()
-        grads = torch.autograd.grad(total, added)
+        grads = torch.autograd.grad(self.loss(solution.value, torch.arange(len(self.labels))).sum(), added)
         return torch.cat([grad.flatten(1) for grad in grads], dim=1), solution
 
 

@@ -323,7 +323,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             **{method: functools.partial(bench.rival, rivals) for method, rivals in RIVALS.items()},
         }
         found = {method: record.measure(call, "runs", name, method) for method, call in jobs.items()}
-        ratio = functools.partial(bench.fastest_ratio, found)
-        record.measure(ratio, "runs", name, "time_ratio_to_fastest_rival")
+        record.measure(functools.partial(bench.fastest_ratio, found), "runs", name, "time_ratio_to_fastest_rival")
     record.measure(functools.partial(mixed_batch, device), "runs", "mixed")
     record.finish(table)

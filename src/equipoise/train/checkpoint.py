@@ -104,8 +104,6 @@ def write_state(folder: Path, step: int, state: State) -> Path:
     write_tensors(path, state.tensors, {"kind": "state", **state.facts})
     for old in states(folder)[KEEP:]:
         old.unlink()
-    for left_over in folder.glob(".*.tmp"):  # of processes that were killed
-        left_over.unlink(missing_ok=True)
     return path
 
 

@@ -167,10 +167,9 @@ class TrainConfig:
     """Whether TensorBoard events are written."""
 
     def __post_init__(self) -> None:
-        counts = "epochs", "batch_size", "eval_batch_size", "devices", "num_nodes", "log_every"
-        check_ranges(self, **dict.fromkeys(counts, ">= 1"))
         check_ranges(
             self,
+            **dict.fromkeys(("epochs", "batch_size", "eval_batch_size", "devices", "num_nodes", "log_every"), ">= 1"),
             stop_after=">= 1, or None",
             checkpoint_every=">= 1, or None",
             clip_norm="> 0, or None for no clipping",

@@ -49,8 +49,7 @@ class Proof:
         if found is None:
             return dict.fromkeys(FACTS[:-1]) | {"not_certified": self.reason}
         predicted = None if self.guessed else found.evaluations_of(self.solver)
-        numbers = found.lipschitz, predicted, found.measured, found.tightness
-        return dict(zip(FACTS, (*numbers, self.reason), strict=True))
+        return dict(zip(FACTS, (found.lipschitz, predicted, found.measured, found.tightness, self.reason), strict=True))
 
     def supports(self, claimed: Mapping[str, Any]) -> None:
         """Check that the file of a model claims no more than its weights prove.

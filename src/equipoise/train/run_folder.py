@@ -32,8 +32,7 @@ def config_yaml(config: TrainConfig) -> str:
     """Format a configuration, and the version that wrote it, as YAML."""
     import yaml
 
-    content = {"version": equipoise.__version__, **to_plain(config)}
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump({"version": equipoise.__version__, **to_plain(config)}, sort_keys=False, allow_unicode=True)
 
 
 def read_plain(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -123,7 +122,7 @@ class RunFolder:
         """Drop lines of the log after a step, and the final evaluation; return the others."""
         kept = [line for line in read_lines(self.path) if line["step"] <= step and line["split"] != "test"]
         if self.writes:
-            for left_over in self.path.glob(".*.tmp"):  # of processes that were killed
+            for left_over in self.path.rglob(".*.tmp"):  # of processes that were killed
                 left_over.unlink(missing_ok=True)
             text = "".join(json.dumps(line) + "\n" for line in kept)
             write_atomic(self.path / "metrics.jsonl", text.encode())

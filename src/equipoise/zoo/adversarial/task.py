@@ -186,8 +186,13 @@ class Adversarial(ClassifierTask, InputTask):
 
     def attack(self, objective: Objective, images: Tensor, labels: Tensor, info: StepInfo | None) -> InputSolution:
         """Attack images, without a solve afterwards."""
-        optimizer = self.input_optimizer(objective.solver_at(info), objective.gradient)
-        return attack(objective.model, images, labels, constraint=self.constraint(images), optimizer=optimizer)
+        return attack(
+            objective.model,
+            images,
+            labels,
+            constraint=self.constraint(images),
+            optimizer=self.input_optimizer(objective.solver_at(info), objective.gradient),
+        )
 
     def constraint(self, images: Tensor) -> Constraint:
         """Set of the images that the adversary may make."""

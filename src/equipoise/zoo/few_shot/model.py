@@ -47,8 +47,12 @@ class FewShotConfig(ImageModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_ranges(self, "model.", channels=">= 1", num_groups=">= 1", width=">= 1", context=">= 1")
-        check_ranges(self, "model.", image_size=">= 16, because the encoder halves it four times")
+        check_ranges(
+            self,
+            "model.",
+            **dict.fromkeys(("channels", "num_groups", "width", "context"), ">= 1"),
+            image_size=">= 16, because the encoder halves it four times",
+        )
         if self.channels % self.num_groups:
             raise ValueError(f"channels={self.channels} must be a multiple of num_groups={self.num_groups}")
 

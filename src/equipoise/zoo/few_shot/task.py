@@ -72,5 +72,8 @@ class FewShot(InputTask):
         )
         logits, _ = model.classify(images[:, support:], found.value[2])
         wanted = labels[:, support:]
-        loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
-        return BatchResult(loss, found, {"accuracy": (logits.argmax(2) == wanted).double().mean(1).sum()})
+        return BatchResult(
+            F.cross_entropy(logits.flatten(0, 1), wanted.flatten()),
+            found,
+            {"accuracy": (logits.argmax(2) == wanted).double().mean(1).sum()},
+        )
