@@ -225,7 +225,7 @@ def _run(
 
 def _draw(result: Found, names: list[str], path: Path) -> None:
     with report_packages("the picture"):
-        from equipoise.report.attack import draw
+        from equipoise.report.pictures import draw_attack
     answers = [
         [
             (names[int(logits.argmax())], bool(logits.argmax() == label))
@@ -234,7 +234,7 @@ def _draw(result: Found, names: list[str], path: Path) -> None:
         for side in (result.before, result.after)
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw(result.images[:SHOWN], result.attacked[:SHOWN], answers[0], answers[1], path)
+    draw_attack(result.images[:SHOWN], result.attacked[:SHOWN], answers[0], answers[1], path)
 
 
 def _rows(options: Any, found: dict[str, Any]) -> dict[str, str]:

@@ -260,9 +260,9 @@ def _ssim(answer: Tensor, truth: Tensor) -> float | None:
 
 def _draw(panels: dict[str, Tensor], path: Path) -> None:
     with report_packages("the picture"):
-        from equipoise.report.reconstruction import draw
+        from equipoise.report.pictures import draw_reconstruction
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw(panels, path)
+    draw_reconstruction(panels, path)
 
 
 def _rows(options: Any, facts: dict[str, Any]) -> dict[str, str]:

@@ -46,22 +46,19 @@ def read_image(path: Path, data: ImageData, invert: bool, *, side: int | None = 
     """
     image = _opened(path)
     channels, size, _ = data.shape
-    before = f"{image.width}x{image.height} {image.mode}"
     converted = to_mode(image, channels)
     resize = getattr(data, "resize", None) or size
     if side is not None:
         size = resize = side
     if converted.size != (size, size):
         converted = resize_and_crop(converted, resize, size)
-    kind = "color" if channels == 3 else "grayscale"
-    unchanged = image.size == (size, size) and image.mode == ("RGB" if channels == 3 else "L")
-    note = "" if unchanged else f"{before} was converted to {size}x{size} {kind}"
+    note = _note(image, converted.size, channels, "converted")
     if image.width != image.height:
         note += " (the central square)"
     pixels = to_tensor(converted)
     if invert:
         pixels = 255 - pixels
-    elif channels == 1 and not unchanged and float(pixels.float().mean()) > 160:
+    elif channels == 1 and note and float(pixels.float().mean()) > 160:
         note += "; it is mostly light, and the model was trained on light marks on dark ground: try --invert"
     return pixels, note
 
@@ -86,11 +83,16 @@ def read_cropped(path: Path, channels: int, invert: bool, *, multiple: int) -> t
     height, width = (side - side % multiple for side in pixels.shape[1:])
     if not height or not width:
         raise DataError(f"{path} has {image.width}x{image.height} pixels, and each side must be at least {multiple}")
-    same = (width, height) == image.size and image.mode == ("RGB" if channels == 3 else "L")
-    kind = "color" if channels == 3 else "grayscale"
-    note = "" if same else f"{image.width}x{image.height} {image.mode} was cut to {width}x{height} {kind}"
     pixels = pixels[:, :height, :width]
-    return 255 - pixels if invert else pixels, note
+    return 255 - pixels if invert else pixels, _note(image, (width, height), channels, "cut")
+
+
+def _note(image: Any, size: tuple[int, int], channels: int, verb: str) -> str:
+    """Describe the conversion of an image; empty if its size and mode stay."""
+    mode, kind = ("RGB", "color") if channels == 3 else ("L", "grayscale")
+    if image.size == size and image.mode == mode:
+        return ""
+    return f"{image.width}x{image.height} {image.mode} was {verb} to {size[0]}x{size[1]} {kind}"
 
 
 def _opened(path: Path) -> Any:

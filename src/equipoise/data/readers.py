@@ -180,7 +180,4 @@ def random_resized_crop(image: Image.Image, size: int, source: torch.Generator) 
 
 
 def _idx_file(folder: Path, name: str) -> Path | None:
-    for path in (folder / f"{name}.gz", folder / name):
-        if path.is_file():
-            return path
-    return None
+    return next((path for path in (folder / f"{name}.gz", folder / name) if path.is_file()), None)

@@ -20,7 +20,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from torch import Tensor
 
 from equipoise.bilevel import InnerLoss, OuterStatus, OuterStep, minimize_outer
-from equipoise.estimators.columns import column_moments, geometric_means
+from equipoise.estimators.design import column_moments, geometric_means
 from equipoise.estimators.linear import Design, GroupPenalty, Loss
 from equipoise.estimators.splits import check_split, folds, holdout
 from equipoise.fixed_point import solve_map
