@@ -119,8 +119,7 @@ def test_steps(resumed: pathlib.Path) -> None:
 def test_result(resumed: pathlib.Path) -> None:
     found = json.loads((resumed / "result.json").read_text())
     assert found["world_size"] == 2
-    model = load(resumed / "model.safetensors")
-    again = evaluate(model, CONFIG.data.load().test, CONFIG)
+    again = evaluate(load(resumed / "model.safetensors"), CONFIG.data.load().test, CONFIG)
     assert again["count"] == 15
     assert found["test_accuracy"] == again["accuracy"]
     assert found["test_loss"] == pytest.approx(again["loss"], rel=1e-6)

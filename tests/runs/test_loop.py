@@ -265,8 +265,7 @@ def test_breakdown(
     assert all(tensor.isfinite().all() for tensor in checkpoint.read_tensors(newest)[0].values())
     assert all(math.isfinite(line["loss"]) for line in read_lines(tmp_path / "run"))
     assert not (tmp_path / "run" / "result.json").exists()
-    again = fit(FULL, run_dir=tmp_path / "run", resume=True)
-    assert timeless(again.history) == timeless(whole(FULL).history)
+    assert timeless(fit(FULL, run_dir=tmp_path / "run", resume=True).history) == timeless(whole(FULL).history)
 
 
 def test_large_learning_rate(tmp_path: pathlib.Path) -> None:

@@ -187,8 +187,7 @@ def test_training_loss() -> None:
     torch.testing.assert_close(loss, F.cross_entropy(model.head(z), labels))
     assert (changed - x).flatten(1).norm(dim=1).max() <= 1 + 1e-6
     assert objective.names[-1] == "robust_accuracy"
-    robust = int((model.head(z).argmax(1) == labels).sum())
-    assert (found["count"], found["robust_accuracy"]) == (10, robust)
+    assert (found["count"], found["robust_accuracy"]) == (10, int((model.head(z).argmax(1) == labels).sum()))
     loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 

@@ -165,8 +165,7 @@ def test_training(tmp_path: pathlib.Path) -> None:
     clean = config.data.load().test.images.float() / 255
     observed, _ = config.task.observe(clean, None)
     assert result.test["test_psnr"] > float(psnr(observed, clean).mean()) + 1
-    loaded = load(tmp_path / "run" / "model.safetensors")
-    assert torch.equal(loaded.weights(), result.model.weights())
+    assert torch.equal(load(tmp_path / "run" / "model.safetensors").weights(), result.model.weights())
 
 
 def test_photographs() -> None:
@@ -194,8 +193,7 @@ def test_equilibrium(size: tuple[int, int]) -> None:
     observed, mask = torch.rand(2, 1, *size), torch.ones(2, 1, *size)
     x, context = torch.randn(2, 4, *size), model.context(observed, mask)
     solution = model.deq.solve(x, *context).raise_for_status()
-    again = model.deq.cell(solution.value, x, *context)
-    torch.testing.assert_close(solution.value, again, rtol=0, atol=1e-8)
+    torch.testing.assert_close(solution.value, model.deq.cell(solution.value, x, *context), rtol=0, atol=1e-8)
     torch.testing.assert_close(solution.value[-1], observed)
     assert model(x, observed, mask).shape == observed.shape
     assert (float(eq.jacobian_norm(solution).max()) < 1.5, int(solution.num_steps.max()) < 60) == (True, True)
