@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from equipoise.core.guards import RandomWatch, refuse_tangents, refuse_writes, versions, written
 from equipoise.core.linalg import can_branch_on
 from equipoise.core.map import Map, Point
 from equipoise.core.state import InputLayout, Layout
@@ -88,6 +89,7 @@ class FunctionMap(Map):
         self.seeds = torch.randint(2**31, (self.batch,), device=self.device) if self.seeded else None
         kind = self.device.type
         self.autocast = (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+        self.precision = first.dtype if self.autocast is None else self.autocast[1]
 
     def pack(self, state: Any, name: str = "z0") -> Tensor:
         """Flatten a state to `(b, D)`, in the dtype of the solver."""
@@ -130,6 +132,7 @@ class FunctionMap(Map):
             raise ValueError(
                 f"the map returned {flat.shape[0]} rows for a state of {z.shape[0]}; it must keep the batch dimension"
             )
+        refuse_tangents([flat])
         return self.project(flat)
 
     def call_tracked(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,12 +151,19 @@ class FunctionMap(Map):
             # within a layer, or one layer's mask would be another's, shifted.
             assert self.seeds is not None
             layer.seeds = self.seeds + 0x85EBCA6B * (number + 1)
+        state = self.unpack(z)
+        given = [*self.layout.parts(state), *self.tensors]
+        before = versions(given)
         try:
             with self._casting():
-                return function(self.unpack(z), *self.input_layout.unflatten(self.tensors))
+                out = function(state, *self.input_layout.unflatten(self.tensors))
+        except RuntimeError as error:
+            raise (written() if "in-place" in str(error) or "out=..." in str(error) else error) from error
         finally:
             for layer in self.seeded:
                 layer.seeds = None
+        refuse_writes(before, given)
+        return out
 
     def _apply(self, z: Tensor) -> Any:
         """Call `f` at flat `z` and count it."""
@@ -166,7 +176,15 @@ class FunctionMap(Map):
             return contextlib.nullcontext()
         return torch.autocast(self.autocast[0], dtype=self.autocast[1])
 
+    def representable(self, z: Tensor) -> Tensor:
+        """Round a flat state to the dtype of the caller's state, whose values are returned."""
+        return z if self.dtype == self.state_dtype else z.to(self.state_dtype).to(self.dtype)
+
+    def watch(self) -> RandomWatch:
+        return RandomWatch(self.device)
+
     def evaluate(self, z: Tensor, rows: Tensor, running: Tensor, *, graph: bool = False) -> Point:
+        z = self.representable(z)
         if not graph:
             return super().evaluate(z, rows, running)
         leaf, tracked = self.detached().call_tracked(z)
@@ -266,6 +284,7 @@ class DescentMap(FunctionMap):
     def evaluate(self, z: Tensor, rows: Tensor, running: Tensor, *, graph: bool = False) -> Point:
         if graph:
             return super().evaluate(z, rows, running, graph=True)
+        z = self.representable(z)
         value, gradient = self._value_and_gradient(z)
         if not can_branch_on(value) or not bool(value.isfinite().all()):
             # Automatic differentiation follows the formula out of the domain of h: log(-1) is NaN, its slope is not.

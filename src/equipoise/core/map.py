@@ -5,9 +5,10 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -17,6 +18,13 @@ class Counts:
 
     evals: int = 0
     vjps: int = 0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Context whose calls are not counted: those of checks."""
+        before = self.evals, self.vjps
+        yield
+        self.evals, self.vjps = before
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -33,6 +41,8 @@ class Point:
         value: `(b,)` objective at `z` if the map is a descent map, else None.
         pullback: `v -> J^T v` on the kept graph; None without a graph.
         unpreconditioned: `(b, D)` the residual of the map itself in a preconditioned solve, else None.
+        scale: `(b, 1)` unit in which `z`, `fz` and the residuals are measured where squares of them would under- or
+            overflow, else None.
     """
 
     z: Tensor
@@ -44,6 +54,7 @@ class Point:
     value: Tensor | None = None
     pullback: Callable[[Tensor], Tensor] | None = None
     unpreconditioned: Tensor | None = None
+    scale: Tensor | None = None
 
     @property
     def true_residual(self) -> Tensor:
@@ -63,7 +74,7 @@ class Point:
 
     def loss_gradient(self, loss: Callable[[Any, Tensor], Tensor]) -> Tensor:
         """Return the gradient `(b, D)` of `loss(z, rows) -> (b,)`, `z` in the structure of the caller's state."""
-        return self.map.loss_gradient(loss, self.z, self.rows)
+        return self.map.loss_gradient(loss, self.z if self.scale is None else self.z * self.scale, self.rows)
 
 
 class Map(abc.ABC):
@@ -73,13 +84,19 @@ class Map(abc.ABC):
         counts: shared with the maps that this one is made of; None: new ones.
         droppable: whether rows may leave the batch as they converge, by `select`.
         blocks: sizes of consecutive parts of the flat state that must converge separately; None: one block.
+        precision: dtype in which the map computes, if it is coarser than that of the flat states; None: that one.
     """
 
     def __init__(
-        self, counts: Counts | None = None, *, droppable: bool = False, blocks: tuple[int, ...] | None = None
+        self,
+        counts: Counts | None = None,
+        *,
+        droppable: bool = False,
+        blocks: tuple[int, ...] | None = None,
+        precision: torch.dtype | None = None,
     ) -> None:
         self.counts = Counts() if counts is None else counts
-        self.droppable, self.blocks = droppable, blocks
+        self.droppable, self.blocks, self.precision = droppable, blocks, precision
 
     @abc.abstractmethod
     def call(self, z: Tensor) -> Tensor:
@@ -100,6 +117,10 @@ class Map(abc.ABC):
         """Return the gradient `(b, D)` of an outer loss of the state, `loss(z, rows) -> (b,)`."""
         raise RuntimeError(f"{type(self).__name__} has flat states only, and no outer loss")
 
+    def rounding(self, dtype: torch.dtype) -> float:
+        """Return the relative difference that two evaluations of states of a dtype may have, in different batches."""
+        return float(torch.finfo(self.precision or dtype).eps ** 0.6)
+
     @property
     def projected(self) -> bool:
         """Whether there is a feasible set, so that iterates must be projected."""
@@ -108,6 +129,10 @@ class Map(abc.ABC):
     def project(self, z: Tensor) -> Tensor:
         """Project a state onto the feasible set."""
         return z
+
+    def watch(self) -> Any:
+        """Return a watch on the random generators that an evaluation may draw from; None: it cannot draw."""
+        return None
 
     def solve_context(self, *, backward: bool = False) -> contextlib.AbstractContextManager[None]:
         """Return the context of all evaluations of one solve."""

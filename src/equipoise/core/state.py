@@ -120,6 +120,10 @@ class Layout:
         ]
         return dict(zip(self.keys, parts, strict=True)) if self.kind is dict else self.kind(parts)
 
+    def parts(self, state: Any) -> Sequence[Tensor]:
+        """List the tensors of a state of this layout."""
+        return [state] if self.kind is Tensor else list(state.values()) if self.kind is dict else state
+
 
 def _parts(state: Any, name: str) -> tuple[type, tuple[str, ...], Sequence[Any]]:
     if isinstance(state, Tensor):

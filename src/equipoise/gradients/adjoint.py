@@ -19,7 +19,7 @@ class AdjointMap(Map):
     """
 
     def __init__(self, f: FunctionMap, z: Tensor, fz: Tensor, g: Tensor) -> None:
-        super().__init__(f.counts, droppable=f.droppable)
+        super().__init__(f.counts, droppable=f.droppable, precision=f.precision)
         self.forward_map, self.z, self.fz, self.g = f, z, fz, g
 
     def call(self, w: Tensor) -> Tensor:

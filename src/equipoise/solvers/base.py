@@ -3,21 +3,31 @@
 import abc
 import dataclasses
 import numbers
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from equipoise.core.checks import check_ranges
-from equipoise.core.linalg import InverseEstimate, LowRank, can_branch_on
+from equipoise.core.guards import COUPLED, depend_on_mates, refuse_randomness
+from equipoise.core.linalg import InverseEstimate, LowRank, can_branch_on, safe_norms
 from equipoise.core.map import Map, Point
 from equipoise.core.solution import Solution, Status
 
 NEVER = torch.iinfo(torch.int64).max  # number of an evaluation that no estimate includes
 DIVERGED_AT = 1e8  # residual of a divergent sample, relative to the first
 APART = 10.0  # largest residual of a best iterate with several blocks, relative to the first
+ROUNDING = 0.1  # part of the rounding between batches that a batch of the same size may have
 RUNNING = -1  # status of a sample that has not stopped
 STEPS_PER_READ = 8  # on devices, where reading a flag makes the host wait
+
+
+def block_norms(x: Tensor, blocks: tuple[int, ...] | None, norm: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Return the norm of each row, `(b,)`, or of each of its `k` blocks, `(b, k)`."""
+    if blocks is not None:
+        return torch.stack([block_norms(part, None, norm) for part in x.split(blocks, dim=1)], dim=1)
+    return torch.linalg.vector_norm(x, dim=1) if norm is None else norm(x).to(x.dtype)
 
 
 def split_rows(memory: Any, keep: Tensor, gone: Tensor) -> tuple[Any, Any]:
@@ -100,28 +110,19 @@ class Solver(abc.ABC):
         """Return the estimate of `(I - J)^{-1}` as it stood after evaluation number `step` of each sample, `(b,)`."""
         return None
 
+    @property
+    def unlimited(self) -> bool:
+        """Whether no tolerance ends a solve."""
+        return self.rtol == 0 and self.atol == 0
+
     def tolerance(self, size: Tensor) -> Tensor:
         """Return the residual norm at which a sample stops, from the norm of its `f(z)`: `(b,) -> (b,)`."""
         return size * self.rtol + self.atol
 
-    def measure(self, r: Tensor, fz: Tensor, blocks: tuple[int, ...] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return residual norm, error in units of the tolerance (of the worst block), and if it is met, each `(b,)`."""
-        if blocks is None:
-            size = torch.linalg.vector_norm(r, dim=1)
-            allowed = self.tolerance(torch.linalg.vector_norm(fz, dim=1))
-            return size, self._error(size, allowed), size <= allowed
-        sizes, images = (
-            torch.stack([torch.linalg.vector_norm(part, dim=1) for part in x.split(blocks, dim=1)]) for x in (r, fz)
-        )
-        allowed = self.tolerance(images)
-        size = torch.linalg.vector_norm(sizes, dim=0)
-        # At a block of zeros the tolerance may be zero; one that stays there has converged.
-        error = self._error(sizes, allowed.clamp_min(torch.finfo(allowed.dtype).tiny)).amax(dim=0)
-        return size, error, (sizes <= allowed).all(dim=0)
-
-    def _error(self, size: Tensor, allowed: Tensor) -> Tensor:
-        # The least residual need not be the least error: the tolerance follows f(z) from point to point.
-        return size if self.rtol == 0 and self.atol == 0 else size / allowed
+    def within(self, r: Tensor, fz: Tensor, blocks: tuple[int, ...] | None) -> Tensor:
+        """Return whether a residual meets the tolerance, in every block, `(b,)`."""
+        met = block_norms(r, blocks) <= self.tolerance(block_norms(fz, blocks))
+        return met if blocks is None else met.all(dim=1)
 
     @torch.no_grad()
     def solve(
@@ -141,40 +142,65 @@ class Solver(abc.ABC):
         """
         if f.projected and not self.supports_projection:
             raise ValueError(f"{type(self).__name__} cannot follow a projected map; use Anderson or Picard")
+        if torch.is_inference_mode_enabled():  # tensors made there have no version counters
+            with torch.inference_mode(False), torch.no_grad():
+                return self._solve(f, z0, preconditioner, trace)
+        return self._solve(f, z0, preconditioner, trace)
+
+    def _solve(self, f: Map, z0: Tensor, preconditioner: InverseEstimate | None, trace: bool) -> Solution[Tensor]:
         evals, vjps = f.counts.evals, f.counts.vjps
         on_host = can_branch_on(z0)
         tracing = torch.compiler.is_compiling()  # an exported solve runs all its steps and reads no flag
         with f.solve_context():
+            watch = None if tracing else f.watch()
             z0 = f.project(z0)
             record = _Record(self, z0, trace, on_host)
             whole, z, memory, step = f, z0, None, 0
             point: Point | None = None
+            scale: Tensor | None = None
             for step in range(1, self.max_steps + 1):
                 reads = on_host or (step % STEPS_PER_READ == 0 and not tracing)
                 point = f.evaluate(z, record.rows, record.running, graph=self.uses_vjp)
                 record.observe(point, step)
-                if step == self.max_steps or (reads and record.all_done()):
+                if step == 1:
+                    scale = record.unit()
+                if reads:
+                    record.read()
+                if step == self.max_steps or (reads and record.num_running == 0):
                     break
-                seen = _preconditioned(point, preconditioner)
+                if reads and record.num_running < len(z) and not record.separable_checked:
+                    record.check_mates(point)
+                seen = _seen(point, preconditioner, scale)
                 memory = self.init(seen) if memory is None else memory
-                z = f.project(self.propose(memory, seen))
+                z = self.propose(memory, seen)
+                z = f.project(z if scale is None else z * scale)
                 point = None  # frees its states while rows leave and f is evaluated
                 del seen
-                if reads and f.droppable and record.half_done():
+                if reads and record.can_leave and f.droppable and 2 * record.num_running <= len(z):
                     keep, memory = record.leave(memory)
                     f, z = f.select(keep), z[keep]
                     preconditioner = None if preconditioner is None else preconditioner.select(keep)
+                    scale = None if scale is None else scale[keep]
+            if watch is not None and point is not None:
+                refuse_randomness(watch, point)
             absorbs = self.counted or (self.keeps_inverse and preconditioner is None)
             if absorbs and point is not None:
-                point = _preconditioned(point, preconditioner)
+                point = _seen(point, preconditioner, scale)
                 memory = self.init(point) if memory is None else memory
                 self.propose(memory, point)  # absorbs the last point
+            solution = record.solution(memory, whole, step)
+            if not tracing and point is not None:
+                solution = record.verified(whole, solution)
         counts = whole.counts
-        return record.solution(memory, whole, counts.evals - evals, counts.vjps - vjps, step)
+        return dataclasses.replace(solution, num_evals=counts.evals - evals, num_vjps=counts.vjps - vjps)
 
 
-def _preconditioned(point: Point, estimate: InverseEstimate | None) -> Point:
-    """Return the point of the map `z + P (f(z) - z)`, `P` the estimate; without one, the point itself."""
+def _seen(point: Point, estimate: InverseEstimate | None, scale: Tensor | None) -> Point:
+    """Return a point as the solver sees it: in other units, of the map `z + P (f(z) - z)` with an estimate P."""
+    if scale is not None:
+        z, fz, r = (x / scale for x in (point.z, point.fz, point.residual))
+        value = None if point.value is None else point.value / scale[:, 0].square()
+        point = dataclasses.replace(point, z=z, fz=fz, residual=r, value=value, scale=scale)
     if estimate is None:
         return point
     r = estimate.mv(point.residual)
@@ -194,7 +220,8 @@ class _Record:
         self.solver, self.batch, self.on_host = solver, b, on_host
         self.rows = torch.arange(b, device=device)
         self.running = torch.ones(b, dtype=torch.bool, device=device)
-        self.num_running = b  # current on the host only
+        self.num_running = b  # on a device that of the last read
+        self.separable_checked, self.can_leave = False, True
         self.status = torch.full((b,), RUNNING, dtype=torch.int8, device=device)
         self.num_steps = torch.zeros(b, dtype=torch.int64, device=device)
         self.best_z = z0
@@ -202,13 +229,31 @@ class _Record:
         self.best_size = torch.full((b,), torch.inf, dtype=z0.dtype, device=device)
         self.best_error = torch.full_like(self.best_size, torch.inf)
         self.bound = self.limit = self.best_size
+        self.bar = torch.full_like(self.best_size, torch.finfo(z0.dtype).max)
         self.failures = torch.zeros_like(self.num_steps)  # unsound points in a row
         self.left: list[tuple[Tensor, tuple[Tensor, ...], LowRank | None]] = []
         self.trace: list[Tensor] | None = [] if trace else None
 
     def observe(self, point: Point, step: int) -> None:
         """Update best iterates and statuses by a point; flags are read on the host only."""
-        size, error, met = self.solver.measure(point.residual, point.fz, point.blocks)
+        sizes, images = self._norms(point)
+        allowed = self.solver.tolerance(images)
+        if step == 1:
+            # A residual that never falls may meet a tolerance that grows with f(z): see `Solver`.
+            cap = 10 * torch.maximum(images, block_norms(point.z, point.blocks, safe_norms))
+            self.bar = torch.maximum(sizes / 2, self.solver.tolerance(cap)).clamp_max(torch.finfo(sizes.dtype).max)
+            self.first = torch.maximum(sizes, images)
+            met = (sizes <= allowed) & (sizes < torch.inf)
+        else:
+            met = sizes <= torch.minimum(allowed, self.bar)
+        if point.blocks is None:
+            size, error = sizes, sizes if self.solver.unlimited else sizes / allowed
+        else:
+            size = torch.linalg.vector_norm(sizes, dim=1)
+            # At a block of zeros the tolerance may be zero; one that stays there has converged.
+            floor = torch.finfo(allowed.dtype).tiny
+            error = (sizes if self.solver.unlimited else sizes / allowed.clamp_min(floor)).amax(dim=1)
+            met = met.all(dim=1)
         if step == 1:
             top = torch.finfo(size.dtype).max
             self.limit = torch.where(size.isfinite(), (size * DIVERGED_AT).clamp_max(top), torch.nan)
@@ -216,7 +261,7 @@ class _Record:
             # than the start. The blocks of a joint state may move apart before they converge.
             self.bound = size if point.blocks is None else size * APART
         sound = size <= self.limit  # False for NaN, too
-        converged = met & point.running & (size < torch.inf)  # an infinite residual meets an infinite tolerance
+        converged = met & point.running
         better = (error < self.best_error) & (size <= self.bound) & point.running | converged
         if step == 1:
             better |= sound
@@ -262,13 +307,76 @@ class _Record:
         self.status = self.status.masked_fill(failed & finite, Status.DIVERGED)
         return failed
 
-    def all_done(self) -> bool:
-        return self.num_running == 0 if self.on_host else not bool(self.running.any())
+    def _norms(self, point: Point) -> tuple[Tensor, Tensor]:
+        """Return the norms of residual and value, `(b,)` or `(b, k)` for `k` blocks, in the dtype of the state."""
+        vectors, blocks = (point.residual, point.fz), point.blocks
+        if not self.on_host:
+            sizes, images = (block_norms(x, blocks, safe_norms) for x in vectors)
+            return sizes, images
+        sizes, images = (block_norms(x, blocks) for x in vectors)
+        info = torch.finfo(sizes.dtype)
+        least = info.tiny**0.5 / info.eps  # below, squares of entries that count are subnormal
+        if not (float(sizes.min()) >= least and float(images.max()) <= info.max):
+            sizes, images = (
+                torch.where((norm >= least) & (norm <= info.max), norm, block_norms(x, blocks, safe_norms))
+                for x, norm in zip(vectors, (sizes, images), strict=True)
+            )
+        return sizes, images
 
-    def half_done(self) -> bool:
+    def unit(self) -> Tensor | None:
+        """Return units `(b, 1)` in which the first point has usual numbers; None if it has them as it is."""
+        if not self.on_host:
+            return None
+        size = self.first.amax(dim=1) if self.first.ndim == 2 else self.first
+        info = torch.finfo(size.dtype)
+        extreme = (size > 0) & ((size < info.tiny ** (1 / 3)) | (size > info.max ** (1 / 3))) & (size < torch.inf)
+        if not bool(extreme.any()):
+            return None
+        return torch.where(extreme, torch.exp2(torch.log2(size.to(torch.float64)).round()).to(size.dtype), 1.0)[:, None]
+
+    def read(self) -> None:
+        """Read how many rows are running, which makes the host wait for a device."""
         if not self.on_host:
             self.num_running = int(self.running.sum())
-        return 0 < 2 * self.num_running <= self.rows.shape[0]
+
+    def check_mates(self, point: Point) -> None:
+        """Raise if rows depend on each other, when the first of them are finished while others run."""
+        self.separable_checked = True
+        finished, running = (~self.running).nonzero()[0, 0], self.running.nonzero()[-1, 0]
+        coupled = depend_on_mates(point, finished, running) if point.map.droppable else None
+        if coupled is not None and bool(coupled):
+            raise ValueError(COUPLED)
+        self.can_leave = coupled is not None
+
+    def verified(self, f: Map, solution: Solution[Tensor]) -> Solution[Tensor]:
+        """Evaluate rows that cannot be evaluated apart once, together, at the returned values.
+
+        Raises:
+            ValueError: the residual of a converged row is another one there. On a device its status is STALLED.
+        """
+        if (
+            self.batch == 1
+            or self.left
+            or (f.droppable and self.can_leave and (self.on_host or self.separable_checked))
+        ):
+            return solution
+        converged = solution.converged
+        if self.on_host and not bool((converged & (self.best_step != self.best_step[0])).any()):
+            return solution
+        with f.counts.paused():
+            point = f.evaluate(solution.value, self.rows, self.running)
+        sizes, images = self._norms(point)
+        allowed = torch.minimum(self.solver.tolerance(images), self.bar)
+        size = sizes if point.blocks is None else torch.linalg.vector_norm(sizes, dim=1)
+        met = (sizes <= allowed * (1 + ROUNDING)).reshape(self.batch, -1).all(dim=1)
+        scale = torch.linalg.vector_norm(point.fz, dim=1) + torch.linalg.vector_norm(point.z, dim=1)
+        same = (size - solution.residual).abs() <= ROUNDING * f.rounding(size.dtype) * scale
+        wrong = converged & ~(met | same)
+        if not self.on_host:
+            return dataclasses.replace(solution, status=solution.status.masked_fill(wrong, Status.STALLED))
+        if bool(wrong.any()):
+            raise ValueError(COUPLED)
+        return solution
 
     def leave(self, memory: Any) -> tuple[Tensor, Any]:
         """Store the rows that stopped, with their inverse; return places and memory of the others."""
@@ -279,7 +387,7 @@ class _Record:
         self.left.append((self.rows[gone], results, self._inverse(parted, self.best_step[gone])))
         for name in (
             "rows", "running", "status", "num_steps", "best_z", "best_step", "best_size", "best_error", "bound",
-            "limit", "failures",
+            "limit", "bar", "failures",
         ):  # fmt: skip
             setattr(self, name, getattr(self, name)[keep])
         return keep, memory
@@ -291,7 +399,7 @@ class _Record:
         names = self.solver.counted
         return tuple(self.rows.new_zeros(rows) if memory is None else getattr(memory, name) for name in names)
 
-    def solution(self, memory: Any, f: Map, evals: int, vjps: int, steps: int) -> Solution[Tensor]:
+    def solution(self, memory: Any, f: Map, steps: int) -> Solution[Tensor]:
         """Join the rows in their original order."""
         open_ = self.status == RUNNING
         self.status = self.status.masked_fill(open_, Status.MAX_STEPS)
@@ -309,4 +417,4 @@ class _Record:
         )
         estimate = InverseEstimate(inverse, self.batch) if inverse else None
         statistics = dict(zip(self.solver.counted, counts, strict=True))
-        return Solution(value, status, residual, num_steps, evals, vjps, estimate, trace, f, statistics=statistics)
+        return Solution(value, status, residual, num_steps, 0, 0, estimate, trace, f, statistics=statistics)

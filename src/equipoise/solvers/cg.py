@@ -90,7 +90,7 @@ class CG(Solver):
         evaluated = memory.scale == 0
         broken = self._absorb(memory, point, evaluated)
         r, s = memory.r, memory.r if memory.s is None else memory.s
-        done = broken | self.measure(r, memory.w + r, point.blocks)[2]
+        done = broken | self.within(r, memory.w + r, point.blocks)
         last = memory.absorbed == self.max_steps - 1
         verify = ~evaluated & (done | (memory.products >= self.refresh) | last)
         # Rows whose iterate is evaluated next keep their direction until its true residual is known.
