@@ -3,17 +3,20 @@
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
 
-from equipoise.core.guards import RandomWatch, refuse_tangents, refuse_writes, versions, written
+from equipoise.core.guards import RandomWatch, refuse_tangents, refuse_writes, sources, versions, written
 from equipoise.core.linalg import can_branch_on
 from equipoise.core.map import Map, Point
-from equipoise.core.state import InputLayout, Layout
+from equipoise.core.state import Groups, InputLayout, Layout
+
+INTERNAL = set(vars(nn.Module()))  # names of attributes that every module has
 
 
 class SeededLayer(nn.Module):
@@ -43,6 +46,9 @@ class FunctionMap(Map):
         droppable: False keeps all rows in the batch to the end, for an `f` that holds tensors of each row itself.
         parametrizations: modules inside a function `f` that must not update their buffers in a backward pass, such as
             the power iteration of spectral normalization. Those of a module are found.
+        coupled: False: each row is a system of its own. True: the batch is one system. `(B,)` group numbers: rows of
+            a group are one system. A flat state then has one row for each system.
+        per_part: whether each part of a tuple, list or dict state must meet the tolerance by itself.
 
     Raises:
         TypeError, ValueError: see `Layout.of` and `InputLayout.flatten`; a cell in training mode with batch
@@ -60,48 +66,63 @@ class FunctionMap(Map):
         projection: Callable[..., Tensor] | None = None,
         droppable: bool = True,
         parametrizations: Sequence[nn.Module] = (),
+        coupled: bool | Tensor = False,
+        per_part: bool = False,
     ) -> None:
         if not callable(f):
             raise TypeError(f"f must be a module or a function f(z, *inputs), got {type(f).__name__}")
         self.layout = Layout.of(z0)
+        first = self.layout.parts(z0)[0]
+        self.groups = None if coupled is False else Groups.of(coupled, first)
+        if per_part:
+            blocks = self.layout.sizes
         if blocks is not None and sum(blocks) != sum(self.layout.sizes):
             raise ValueError(f"blocks {tuple(blocks)} must add up to the size of the state, {sum(self.layout.sizes)}")
+        self.part_sizes = tuple(blocks) if blocks is not None and len(blocks) > 1 else None
         self.declared = isinstance(f, nn.Module) or params is not None  # False for a closure
+        rows = first.shape[0]
+        self.tensors, self.input_layout = InputLayout.flatten(inputs, rows if self.groups is None else None)
         super().__init__(
-            droppable=droppable and self.declared,
-            blocks=tuple(blocks) if blocks is not None and len(blocks) > 1 else None,
+            droppable=droppable
+            and self.declared
+            and (self.groups is None or all(len(t) == rows for t in self.tensors)),
+            blocks=self.part_sizes if self.groups is None else self.groups.sizes(self.part_sizes),
         )
-        first = z0 if isinstance(z0, Tensor) else next(iter(z0.values() if isinstance(z0, Mapping) else z0))
         self.f = f
-        self.batch: int = first.shape[0]
+        self.batch: int = rows if self.groups is None else self.groups.count
         self.device = first.device
         self.state_dtype = first.dtype
         # A solver's sums need more digits than half precision has: only f sees such states.
         self.dtype = torch.float32 if first.dtype in (torch.bfloat16, torch.float16) else first.dtype
-        self.tensors, self.input_layout = InputLayout.flatten(inputs, self.batch)
         self.owner = f if isinstance(f, nn.Module) and params is None else None  # whose parameters `params` are
         if params is None:
             params = tuple(f.parameters()) if isinstance(f, nn.Module) else ()
         self.params = tuple(p for p in params if p.requires_grad)
         self.projection = projection
-        self.seeded, found = _check_modules(f) if isinstance(f, nn.Module) else ([], [])
+        self.seeded, found, self.attributes = _check_modules(f) if isinstance(f, nn.Module) else ([], [], [])
         self.parametrizations = [*found, *parametrizations]
-        self.seeds = torch.randint(2**31, (self.batch,), device=self.device) if self.seeded else None
+        self.kept_buffers: list[tuple[nn.Module, str, Tensor]] = []
+        self.seeds = torch.randint(2**31, (rows,), device=self.device) if self.seeded else None
         kind = self.device.type
         self.autocast = (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
         self.precision = first.dtype if self.autocast is None else self.autocast[1]
 
     def pack(self, state: Any, name: str = "z0") -> Tensor:
         """Flatten a state to `(b, D)`, in the dtype of the solver."""
-        return self.layout.pack(state, name, self.dtype, cast=True)
+        flat = self.layout.pack(state, name, self.dtype, cast=True)
+        return flat if self.groups is None else self.groups.join(flat, self.part_sizes)
 
     def unpack(self, flat: Tensor) -> Any:
         """Restore the structure and dtype of the caller's state."""
+        flat = flat if self.groups is None else self.groups.split(flat, self.part_sizes)
         return self.layout.unpack(flat if flat.dtype == self.state_dtype else flat.to(self.state_dtype))
 
     def select(self, index: Tensor) -> Self:
+        batch, groups = int(index.shape[0]), None
+        if self.groups is not None:
+            groups, index = self.groups.select(index)
         chosen = self.with_inputs([tensor[index] for tensor in self.tensors])
-        chosen.batch = int(index.shape[0])
+        chosen.batch, chosen.groups = batch, groups
         if self.seeds is not None:
             chosen.seeds = self.seeds[index]
         return chosen
@@ -111,6 +132,33 @@ class FunctionMap(Map):
         chosen = copy.copy(self)
         chosen.tensors = list(tensors)
         return chosen
+
+    def adopt(self, z: Tensor) -> None:
+        """Add those tensors to the parameters that a module depends on beside them: buffers, attributes.
+
+        Args:
+            z: a flat state at which the map is evaluated, for two rows if it can be, to see them used.
+        """
+        found = [tensor for tensor in self.attributes if not any(tensor is p for p in self.params)]
+        if not found:
+            return
+        with self.counts.paused(), self.solve_context(backward=True):
+            places = torch.arange(min(2, self.batch), device=self.device)
+            try:
+                value = self.detached().select(places).call_tracked(z[places])[1]
+            except (IndexError, RuntimeError, TypeError, ValueError):  # an attribute has all rows
+                value = self.detached().call_tracked(z)[1]
+        reached = sources(value, found)[0]
+        self.params = (*self.params, *(tensor for tensor in found if id(tensor) in reached))
+
+    def keep_buffers(self) -> None:
+        """Keep the buffers of parametrizations in training mode, which later solves change, for the backward pass."""
+        self.kept_buffers = [
+            (module, name, buffer.detach().clone())
+            for module in self.parametrizations
+            if module.training
+            for name, buffer in module.named_buffers(recurse=False)
+        ]
 
     def detached(self) -> Self:
         """Return the same map with detached inputs."""
@@ -128,10 +176,13 @@ class FunctionMap(Map):
         out = self._apply(z)
         cast = self.autocast is not None or self.dtype != self.state_dtype
         flat = self.layout.pack(out, "the map's result", self.dtype, cast=cast)
-        if flat.shape != z.shape:
+        rows = len(z) if self.groups is None else len(self.groups.place)
+        if len(flat) != rows:
             raise ValueError(
-                f"the map returned {flat.shape[0]} rows for a state of {z.shape[0]}; it must keep the batch dimension"
+                f"the map returned {len(flat)} rows for a state of {rows}; it must keep the batch dimension"
             )
+        if self.groups is not None:
+            flat = self.groups.join(flat, self.part_sizes)
         refuse_tangents([flat])
         return self.project(flat)
 
@@ -243,6 +294,10 @@ class FunctionMap(Map):
             frozen = [module for module in self.parametrizations if module.training] if backward else []
             for module in frozen:
                 module.training = False
+            kept = self.kept_buffers if backward else []
+            current = [module._buffers[name] for module, name, _ in kept]
+            for module, name, buffer in kept:
+                module._buffers[name] = buffer
             try:
                 with parametrize.cached():
                     yield
@@ -250,11 +305,13 @@ class FunctionMap(Map):
                 parametrize._cache = outer
                 for module in frozen:
                     module.training = True
+                for (module, name, _), buffer in zip(kept, current, strict=True):
+                    module._buffers[name] = buffer
 
     def _check_parameters(self) -> None:
         """Check that the module still has the parameters of the solve; else their gradients would be zero, silently."""
         current = set() if self.owner is None else {id(p) for p in self.owner.parameters()}
-        if self.owner is not None and any(id(p) not in current for p in self.params):
+        if self.owner is not None and any(isinstance(p, nn.Parameter) and id(p) not in current for p in self.params):
             raise RuntimeError(
                 "the cell's parameters are not those of the solve, say because functional_call put them back; instead, "
                 "solve fixed_point(lambda z, x: functional_call(cell, params, (z, x)), z0, x, "
@@ -303,15 +360,27 @@ class DescentMap(FunctionMap):
         return (value, gradient) if higher else (value.detach().to(self.dtype), gradient)
 
 
-def _check_modules(f: nn.Module) -> tuple[list[SeededLayer], list[nn.Module]]:
+def _check_modules(f: nn.Module) -> tuple[list[SeededLayer], list[nn.Module], list[Tensor]]:
     """Raise for layers that make a map depend on the batch or change between evaluations.
 
     Returns:
-        The seeded layers in training mode, and the parametrizations.
+        The seeded layers in training mode, the parametrizations, and tensors that require gradients, held as buffers
+        or attributes.
     """
     seeded: list[SeededLayer] = []
     parametrizations: list[nn.Module] = []
+    attributes: list[Tensor] = []
     for name, module in f.named_modules():
+        hooks = module._forward_pre_hooks.values()
+        if any(isinstance(hook, SpectralNorm) for hook in hooks) and module.training:
+            raise ValueError(
+                f"the cell's {name or 'module'} has the old torch.nn.utils.spectral_norm, which changes the weight at "
+                "each evaluation: use torch.nn.utils.parametrizations.spectral_norm"
+            )
+        computed = {getattr(hook, "name", None) for hook in hooks}  # by weight_norm, from parameters, at each call
+        values = [value for key, value in vars(module).items() if key not in INTERNAL | computed]
+        for value in (*module._buffers.values(), *values):
+            attributes += [t for t in _tensors(value) if t.requires_grad]
         if isinstance(module, SeededLayer):
             if module.training:
                 seeded.append(module)
@@ -328,4 +397,13 @@ def _check_modules(f: nn.Module) -> tuple[list[SeededLayer], list[nn.Module]]:
                 f"the cell's {name or 'module'} is {type(module).__name__}(p={module.p}), which changes from one "
                 "evaluation to the next: use equipoise.nn.VariationalDropout, whose mask is fixed during a solve"
             )
-    return seeded, parametrizations
+    return seeded, parametrizations, attributes
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """List the tensors that a value is, or holds as a list, tuple or dict."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for item in value for t in _tensors(item)] if isinstance(value, (list, tuple)) else []

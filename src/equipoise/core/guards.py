@@ -1,6 +1,7 @@
 """Guards against maps that break the rules of a fixed point: refusals, and the checks that lead to them."""
 
 import random
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from equipoise.core.linalg import can_branch_on
 from equipoise.core.map import Point
 
 COUPLED = (
@@ -23,6 +25,7 @@ CHANGED = (
     "the map has changed since the solve: its value at the equilibrium in the backward pass is another one, so the "
     "gradient would be that of another map; change its buffers, attributes and mode after the backward pass"
 )
+MADE_INSIDE = 3  # references to a leaf that nothing but the graph, a list and a variable hold
 
 
 def versions(tensors: Sequence[Tensor]) -> tuple[int, ...]:
@@ -134,3 +137,64 @@ def refuse_randomness(watch: RandomWatch, point: Point) -> None:
         differ(point.fz[places], again, point.z[places], point.map.rounding(point.z.dtype)).any()
     ):
         raise ValueError(RANDOM)
+
+
+def refuse_changes(fz: Tensor, z: Tensor, residual: Tensor, allowed: float) -> Tensor:
+    """Compare the value of a map in the backward pass with that of the solve, by the recorded residual `(b,)`.
+
+    Returns:
+        `(b, 1)` factors of a cotangent, all 1; on a device, NaN where the map has changed, since the host does not
+        wait for it.
+
+    Raises:
+        RuntimeError: the map has changed.
+    """
+    size = torch.linalg.vector_norm(fz, dim=1) + torch.linalg.vector_norm(z, dim=1)
+    changed = (torch.linalg.vector_norm(fz - z, dim=1) - residual).abs() > allowed * size
+    if can_branch_on(z) and bool(changed.any()):
+        raise RuntimeError(CHANGED)
+    return torch.where(changed, torch.nan, 1.0)[:, None]
+
+
+def sources(fz: Tensor, known: Sequence[Tensor]) -> tuple[set[int], list[Tensor]]:
+    """Walk the graph of a value back to the tensors that it depends on.
+
+    Args:
+        fz: a tracked value.
+        known: tensors behind which the walk does not go.
+
+    Returns:
+        Identities of the known tensors that were reached, and the leaves that are not known.
+    """
+    nodes = {tensor.grad_fn: id(tensor) for tensor in known if tensor.grad_fn is not None}
+    leaves = {id(tensor) for tensor in known}
+    reached: set[int] = set()
+    others: list[Tensor] = []
+    seen, stack = set(), [fz.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in nodes:
+            reached.add(nodes[node])
+            continue
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) in leaves:
+            reached.add(id(variable))
+        elif variable is not None:
+            others.append(variable)
+        stack.extend(parent for parent, _ in node.next_functions)
+    return reached, others
+
+
+def refuse_foreign(fz: Tensor, known: Sequence[Tensor]) -> None:
+    """Raise if a value depends on tensors that need gradients and would not get them."""
+    # A leaf that only the graph holds was made inside the map; nobody waits for its gradient.
+    for tensor in sources(fz, known)[1]:
+        if sys.getrefcount(tensor) > MADE_INSIDE:
+            raise RuntimeError(
+                f"the map depends on a tensor of shape {tuple(tensor.shape)} that requires a gradient but is no "
+                "parameter, buffer, attribute or input of it, so its gradient would be missing: give it to "
+                "fixed_point(..., params=[...]), or make it an attribute of the module before the call"
+            )

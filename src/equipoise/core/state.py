@@ -142,8 +142,8 @@ class InputLayout:
     forms: tuple[tuple[type, tuple[str, ...], int], ...]
 
     @classmethod
-    def flatten(cls, inputs: Sequence[Any], batch: int) -> tuple[list[Tensor], InputLayout]:
-        """List the tensors of `inputs`, each of which must have the batch of the state as first dimension.
+    def flatten(cls, inputs: Sequence[Any], batch: int | None) -> tuple[list[Tensor], InputLayout]:
+        """List the tensors of `inputs`, each of which must have the batch of the state as first dimension, if given.
 
         Raises:
             TypeError: an input is no tensor, tuple, list or dict of tensors.
@@ -156,10 +156,11 @@ class InputLayout:
             for part in parts:
                 if not isinstance(part, Tensor):
                     raise TypeError(f"input {number} contains {type(part).__name__}; make it an attribute of the map")
-                if part.ndim == 0 or part.shape[0] != batch:
+                if batch is not None and (part.ndim == 0 or part.shape[0] != batch):
                     raise ValueError(
                         f"input {number} has shape {tuple(part.shape)}, the state has batch {batch}; inputs follow the "
-                        "rows of the state: what all rows share belongs in the map's parameters"
+                        "rows of the state: make what all rows share an attribute of the map, or declare coupled=True "
+                        "if the rows are one system, such as the nodes of a graph"
                     )
             forms.append((kind, keys, len(parts)))
             tensors.extend(parts)
@@ -177,3 +178,71 @@ class InputLayout:
             else:
                 inputs.append(dict(zip(keys, parts, strict=True)) if kind is dict else kind(parts))
         return inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Rows of a batch that are one system, laid side by side: `(B, D)` on one side, `(G, width * D)` on the other.
+
+    Attributes:
+        place: `(B,)` place of each row among `count * width`.
+        count: number of groups.
+        width: rows of the largest group; smaller ones are filled with zeros.
+        number: `(B,)` group of each row, from 0.
+    """
+
+    place: Tensor
+    count: int
+    width: int
+    number: Tensor
+
+    @classmethod
+    def of(cls, coupled: Any, first: Tensor) -> Groups:
+        """Read group numbers, or True for one group.
+
+        Raises:
+            TypeError, ValueError: they are no integers `(B,)`.
+        """
+        rows = first.shape[0]
+        if coupled is True:
+            coupled = torch.zeros(rows, dtype=torch.int64, device=first.device)
+        if not isinstance(coupled, Tensor) or coupled.is_floating_point() or coupled.is_complex():
+            got = coupled.dtype if isinstance(coupled, Tensor) else repr(coupled)
+            raise TypeError(f"coupled must be False, True or the integer group number of each row, (B,), got {got}")
+        if coupled.shape != (rows,):
+            raise ValueError(
+                f"coupled has shape {tuple(coupled.shape)}, the state has {rows} rows; give each its group"
+            )
+        number = torch.unique(coupled.to(first.device), return_inverse=True)[1]
+        sizes = torch.bincount(number)
+        width, order = int(sizes.max()), torch.argsort(number, stable=True)
+        rank = torch.arange(rows, device=number.device) - (sizes.cumsum(0) - sizes)[number[order]]
+        place = torch.empty_like(number)
+        place[order] = number[order] * width + rank
+        return cls(place, len(sizes), width, number)
+
+    def sizes(self, parts: Sequence[int] | None) -> tuple[int, ...] | None:
+        """Return the sizes of the parts of a joined state."""
+        return None if parts is None else tuple(self.width * size for size in parts)
+
+    def join(self, rows: Tensor, parts: Sequence[int] | None) -> Tensor:
+        """Lay the rows of each group side by side, each part by itself: `(B, D) -> (G, width * D)`."""
+        columns = []
+        for column in rows.split(list(parts), dim=1) if parts else (rows,):
+            filled = column.new_zeros(self.count * self.width, column.shape[1]).index_copy(0, self.place, column)
+            columns.append(filled.view(self.count, -1))
+        return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+
+    def split(self, joined: Tensor, parts: Sequence[int] | None) -> Tensor:
+        """Return the rows in their order: `(G, width * D) -> (B, D)`."""
+        columns = joined.split(list(self.sizes(parts) or joined.shape[1:]), dim=1)
+        rows = [column.reshape(self.count * self.width, -1)[self.place] for column in columns]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+
+    def select(self, index: Tensor) -> tuple[Groups, Tensor]:
+        """Return some groups, and the numbers of their rows in the batch."""
+        new = torch.full((self.count,), -1, dtype=torch.int64, device=index.device)
+        new[index] = torch.arange(len(index), device=index.device)
+        rows = (new[self.number] >= 0).nonzero()[:, 0]
+        number = new[self.number[rows]]
+        return Groups(number * self.width + self.place[rows] % self.width, len(index), self.width, number), rows

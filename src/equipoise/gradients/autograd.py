@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from equipoise.core.function_map import FunctionMap
+from equipoise.core.guards import refuse_changes, refuse_foreign, sources
 from equipoise.core.solution import Solution
 from equipoise.gradients.adjoint import AdjointMap
 
@@ -35,14 +36,16 @@ def attach(f: FunctionMap, solution: Solution[Tensor], gradient: Estimator) -> S
         gradient: the estimator of the adjoint vector.
     """
     if f.declared:
+        f.adopt(solution.value)
         if not any(t.requires_grad for t in (*f.tensors, *f.params)):
             return solution
+        f.keep_buffers()
         record = _Record(f, gradient, solution).trimmed()
         value = _Equilibrium.apply(solution.value.detach(), record, *f.tensors, *f.params)
         return dataclasses.replace(solution, value=value)
     with f.solve_context():
         z, fz = f.call_tracked(solution.value)
-    if not _depends_beyond(fz, z):
+    if not sources(fz, [z])[1]:
         return solution
     value = _ClosureEquilibrium.apply(fz, _Record(f, gradient, solution, z))
     return dataclasses.replace(solution, value=value, num_evals=solution.num_evals + 1)
@@ -103,10 +106,18 @@ def _gradients(
     leaves = [t.detach().requires_grad_(want) for t, want in zip(inputs, wanted, strict=False)]
     f = record.map.with_inputs(leaves)
     leaf, fz = f.call_tracked(z)
+    g = g * _checked(record, f, fz, z, [leaf, *leaves])
     adjoint = AdjointMap(f.detached(), leaf, fz, g)
     w = record.gradient.cotangent(adjoint, g, dataclasses.replace(record.solution, value=z))
     targets = [t for t, want in zip((*leaves, *f.params), wanted, strict=True) if want]
     return torch.autograd.grad(fz, targets, w, materialize_grads=True)
+
+
+def _checked(record: _Record, f: FunctionMap, fz: Tensor, z: Tensor, known: Sequence[Tensor]) -> Tensor:
+    """Check that the map is that of the solve and depends on known tensors alone; return factors of a cotangent."""
+    if fz.requires_grad:
+        refuse_foreign(fz, [*known, *f.params])
+    return refuse_changes(fz.detach(), z.detach(), record.solution.residual, f.rounding(z.dtype))
 
 
 def _tracked_gradients(
@@ -117,6 +128,7 @@ def _tracked_gradients(
     z_in, *inputs_in = (_Through.apply(t, gate) for t in (z, *inputs))
     f = record.map.with_inputs(inputs_in)
     fz = f.call(z_in)
+    g = g * _checked(record, f, fz, z, [z_in, *inputs_in])
     with torch.no_grad():
         plain = AdjointMap(f.detached(), z_in, fz, g.detach())
         w = record.gradient.cotangent(plain, g.detach(), dataclasses.replace(record.solution, value=z.detach()))
@@ -191,18 +203,3 @@ class _ClosureEquilibrium(torch.autograd.Function):
         with record.map.solve_context(backward=True):
             adjoint = AdjointMap(record.map, record.leaf, ctx.fz, g)
             return record.gradient.cotangent(adjoint, g, record.solution), None
-
-
-def _depends_beyond(fz: Tensor, z: Tensor) -> bool:
-    """Return whether `fz` depends on tensors that need gradients, other than the leaf `z`."""
-    seen, stack = set(), [fz.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and variable is not z:
-            return True
-        stack.extend(parent for parent, _ in node.next_functions)
-    return False
