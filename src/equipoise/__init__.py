@@ -6,7 +6,7 @@ from equipoise.contraction.certificate import Certificate, CertificateError, cer
 from equipoise.core.function_map import DescentMap, FunctionMap
 from equipoise.core.linalg import InverseEstimate
 from equipoise.core.map import Map, Point
-from equipoise.core.solution import ConvergenceError, Solution, Status
+from equipoise.core.solution import ConvergenceError, ConvergenceWarning, Solution, Status
 from equipoise.fixed_point import fixed_point
 from equipoise.gradients import Gradient, Implicit, JacobianFree, Neumann, Phantom, Shine, Unrolled
 from equipoise.inputs import optimize_inputs
@@ -24,6 +24,7 @@ __all__ = [
     "Certificate",
     "CertificateError",
     "ConvergenceError",
+    "ConvergenceWarning",
     "DescentMap",
     "FunctionMap",
     "Gradient",

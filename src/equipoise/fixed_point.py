@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from equipoise.core.function_map import FunctionMap
+from equipoise.core.guards import warn_once
 from equipoise.core.solution import Solution
 from equipoise.gradients import Gradient, Implicit
 from equipoise.solvers import Anderson, Solver
@@ -22,6 +23,8 @@ def fixed_point(
     solver: Solver = Anderson(),
     gradient: Gradient = Implicit(),
     params: Sequence[Tensor] | None = None,
+    coupled: bool | Tensor = False,
+    per_part: bool = False,
     trace: bool = False,
 ) -> Solution[S]:
     r"""Solve $z = f(z, \text{inputs})$ and make the solution differentiable.
@@ -35,6 +38,10 @@ def fixed_point(
         gradient: differentiates it.
         params: further tensors that `f` depends on and that need gradients. None: the parameters of a module; a
             function is then a closure, with first derivatives only, from whose batch no sample leaves early.
+        coupled: False: rows of the batch are independent, which is checked when some have converged and others have
+            not. True: the batch is one system, such as a graph whose nodes are its rows; inputs may then have any
+            shape. `(B,)` integers: the group of each row; a group is one system, with one status and residual.
+        per_part: each part of a tuple, list or dict state must meet the tolerance by itself, whatever its scale.
         trace: record the residual of every evaluation.
 
     Returns:
@@ -51,7 +58,9 @@ def fixed_point(
         >>> solution.converged.all().item()
         True
     """
-    return solve_map(FunctionMap(f, z0, inputs, params=params), z0, solver=solver, gradient=gradient, trace=trace)
+    check_methods(solver, gradient)
+    f_map = FunctionMap(f, z0, inputs, params=params, coupled=coupled, per_part=per_part)
+    return solve_map(f_map, z0, solver=solver, gradient=gradient, trace=trace)
 
 
 def solve_map(f: FunctionMap, z0: S, *, solver: Solver, gradient: Gradient, trace: bool = False) -> Solution[S]:
@@ -62,8 +71,17 @@ def solve_map(f: FunctionMap, z0: S, *, solver: Solver, gradient: Gradient, trac
             f"gradient {gradient!r} reads the forward solver's inverse, but {type(solver).__name__} keeps none; "
             "use Broyden or LBFGS as solver, or Implicit() as gradient"
         )
+    floor = torch.finfo(f.state_dtype).eps / 2
+    if 0 < solver.rtol < floor and solver.atol == 0:
+        warn_once(
+            "tolerance",
+            f"rtol={solver.rtol:g} is below the rounding of {f.state_dtype}, {floor:.2g}: few samples can meet it; "
+            "raise it, or keep the state in a finer dtype",
+        )
     start = f.pack(z0)
     solution: Solution[Any] = gradient.attach(f, start, solver.solve(f, start.detach(), trace=trace))
+    if f.groups is not None:
+        solution = solution.of_rows(f.groups.number)
     return dataclasses.replace(solution, value=f.unpack(solution.value), map=f, start=z0)
 
 

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from equipoise.core.guards import RandomWatch, refuse_tangents, refuse_writes, sources, versions, written
+from equipoise.core.guards import (
+    RandomWatch,
+    refuse_foreign,
+    refuse_tangents,
+    refuse_writes,
+    sources,
+    versions,
+    written,
+)
 from equipoise.core.linalg import can_branch_on
 from equipoise.core.map import Map, Point
 from equipoise.core.state import Groups, InputLayout, Layout
@@ -142,14 +150,25 @@ class FunctionMap(Map):
         found = [tensor for tensor in self.attributes if not any(tensor is p for p in self.params)]
         if not found:
             return
-        with self.counts.paused(), self.solve_context(backward=True):
+        reached = sources(self._tracked_value(z), found)[0]
+        self.params = (*self.params, *(tensor for tensor in found if id(tensor) in reached))
+
+    def refuse_foreign(self, z: Tensor) -> None:
+        """Raise if a module without parameters depends on other tensors that require gradients."""
+        if self.owner is None:
+            return
+        value = self._tracked_value(z)
+        if value.requires_grad:
+            refuse_foreign(value, ())
+
+    def _tracked_value(self, z: Tensor) -> Tensor:
+        """Evaluate the map, tracked to its parameters alone, for two rows if they can be evaluated apart."""
+        with self.counts.paused(), self.solve_context(backward=True), torch.enable_grad():
             places = torch.arange(min(2, self.batch), device=self.device)
             try:
-                value = self.detached().select(places).call_tracked(z[places])[1]
+                return self.detached().select(places).call(z[places].detach())
             except (IndexError, RuntimeError, TypeError, ValueError):  # an attribute has all rows
-                value = self.detached().call_tracked(z)[1]
-        reached = sources(value, found)[0]
-        self.params = (*self.params, *(tensor for tensor in found if id(tensor) in reached))
+                return self.detached().call(z.detach())
 
     def keep_buffers(self) -> None:
         """Keep the buffers of parametrizations in training mode, which later solves change, for the backward pass."""
@@ -209,7 +228,9 @@ class FunctionMap(Map):
             with self._casting():
                 out = function(state, *self.input_layout.unflatten(self.tensors))
         except RuntimeError as error:
-            raise (written() if "in-place" in str(error) or "out=..." in str(error) else error) from error
+            if any(words in str(error) for words in ("in-place", "Inplace", "out=...")):
+                raise written() from error
+            raise
         finally:
             for layer in self.seeded:
                 layer.seeds = None
@@ -305,8 +326,8 @@ class FunctionMap(Map):
                 parametrize._cache = outer
                 for module in frozen:
                     module.training = True
-                for (module, name, _), buffer in zip(kept, current, strict=True):
-                    module._buffers[name] = buffer
+                for (module, name, _), old in zip(kept, current, strict=True):
+                    module._buffers[name] = old
 
     def _check_parameters(self) -> None:
         """Check that the module still has the parameters of the solve; else their gradients would be zero, silently."""

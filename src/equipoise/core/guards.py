@@ -2,6 +2,8 @@
 
 import random
 import sys
+import types
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch.autograd import forward_ad
 
 from equipoise.core.linalg import can_branch_on
 from equipoise.core.map import Point
+from equipoise.core.solution import ConvergenceWarning
 
 COUPLED = (
     "rows of the batch depend on each other: a row evaluated without the others has another value, so rows cannot "
@@ -26,6 +29,7 @@ CHANGED = (
     "gradient would be that of another map; change its buffers, attributes and mode after the backward pass"
 )
 MADE_INSIDE = 3  # references to a leaf that nothing but the graph, a list and a variable hold
+WARNED: set[tuple[str, str, int]] = set()
 
 
 def versions(tensors: Sequence[Tensor]) -> tuple[int, ...]:
@@ -65,7 +69,9 @@ class RandomWatch:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.before = self._state()
+        # Inside a transformation of torch.func a state cannot be read.
+        self.reads = not torch._C._are_functorch_transforms_active()
+        self.before = self._state() if self.reads else ()
 
     def _state(self) -> tuple[Any, ...]:
         generators = [torch.default_generator]
@@ -77,7 +83,7 @@ class RandomWatch:
     @property
     def advanced(self) -> bool:
         """Whether a generator has advanced since the watch began; another thread may have done that."""
-        return self._state() != self.before
+        return self.reads and self._state() != self.before
 
 
 def evaluate_apart(point: Point, places: Tensor) -> Tensor | None:
@@ -97,28 +103,41 @@ def evaluate_apart(point: Point, places: Tensor) -> Tensor | None:
         return None  # say, an attribute of the map has all rows
 
 
-def differ(fz: Tensor, again: Tensor, z: Tensor, allowed: float) -> Tensor:
-    """Return `(k,)` booleans: rows whose two values differ by more than an allowed part of their size."""
-    size = torch.linalg.vector_norm(fz, dim=1) + torch.linalg.vector_norm(z, dim=1)
-    return ~(torch.linalg.vector_norm(again - fz, dim=1) <= allowed * size) & fz.isfinite().all(dim=1)
-
-
-def depend_on_mates(point: Point, finished: Tensor, running: Tensor) -> Tensor | None:
-    """Return whether rows of a point have other values without their batch mates, `()`; None if that cannot be seen.
+def refuse_coupling(point: Point, finished: Tensor, running: Tensor) -> bool:
+    """Raise if two rows of a point have other values without their batch mates.
 
     Args:
         point: an evaluated point of several rows.
         finished: place of a row that has stopped, `()`.
-        running: places in order of preference, of a row that has not, `()`.
+        running: place of a row that has not, `()`.
+
+    Returns:
+        Whether rows can be evaluated apart.
+
+    Raises:
+        ValueError: they depend on each other, or on random numbers.
     """
-    # In a batch of two, each row beside a copy of itself; else in the other order, for sums over the rows before.
+    # In a batch of two, a row beside a copy of itself; else in the other order, for sums over the rows before.
     places = torch.stack([torch.maximum(finished, running), torch.minimum(finished, running)])
     if len(point.z) == 2:
         places = running.expand(2)
     again = evaluate_apart(point, places)
-    if again is None:
-        return None
-    return differ(point.fz[places], again, point.z[places], point.map.rounding(point.z.dtype)).any()
+    if again is not None and differ(point, places, again):
+        raise refusal(point, places, again)
+    return again is not None
+
+
+def differ(point: Point, places: Tensor, again: Tensor) -> bool:
+    """Return whether rows have other values than at a point, beyond rounding."""
+    fz, z = point.fz[places], point.z[places]
+    allowed = point.map.rounding(z.dtype) * (torch.linalg.vector_norm(fz, dim=1) + torch.linalg.vector_norm(z, dim=1))
+    return bool((~(torch.linalg.vector_norm(again - fz, dim=1) <= allowed) & fz.isfinite().all(dim=1)).any())
+
+
+def refusal(point: Point, places: Tensor, again: Tensor) -> ValueError:
+    """Return the refusal of a map whose rows have other values when they are evaluated apart."""
+    once_more = evaluate_apart(point, places)
+    return ValueError(COUPLED if once_more is not None and torch.equal(once_more, again) else RANDOM)
 
 
 def refuse_randomness(watch: RandomWatch, point: Point) -> None:
@@ -133,10 +152,8 @@ def refuse_randomness(watch: RandomWatch, point: Point) -> None:
     places = torch.arange(min(2, len(point.z)), device=point.z.device)
     with point.map.counts.paused():
         again = evaluate_apart(point, places) if point.map.droppable else point.map.call(point.z)[places]
-    if again is not None and bool(
-        differ(point.fz[places], again, point.z[places], point.map.rounding(point.z.dtype)).any()
-    ):
-        raise ValueError(RANDOM)
+    if again is not None and differ(point, places, again):
+        raise refusal(point, places, again) if point.map.droppable else ValueError(RANDOM)
 
 
 def refuse_changes(fz: Tensor, z: Tensor, residual: Tensor, allowed: float) -> Tensor:
@@ -198,3 +215,20 @@ def refuse_foreign(fz: Tensor, known: Sequence[Tensor]) -> None:
                 "parameter, buffer, attribute or input of it, so its gradient would be missing: give it to "
                 "fixed_point(..., params=[...]), or make it an attribute of the module before the call"
             )
+
+
+def warn_once(kind: str, message: str) -> bool:
+    """Issue a `ConvergenceWarning` at the line of the user's code that is running, once for each kind and line.
+
+    Returns:
+        Whether the line had no such warning before.
+    """
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("equipoise", "torch"):
+        frame = frame.f_back
+    name, line = ("<backward>", 1) if frame is None else (frame.f_code.co_filename, frame.f_lineno)
+    if (kind, name, line) in WARNED:
+        return False
+    WARNED.add((kind, name, line))
+    warnings.warn_explicit(message, ConvergenceWarning, name, line)
+    return True

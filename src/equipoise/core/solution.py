@@ -32,6 +32,10 @@ REMEDIES = {
 }
 
 
+class ConvergenceWarning(UserWarning):
+    """Issued once per call site when an adjoint did not converge, or a tolerance cannot be met."""
+
+
 class ConvergenceError(RuntimeError):
     """Raised by `Solution.raise_for_status` when a sample did not converge."""
 
@@ -70,6 +74,14 @@ class Solution(Generic[S]):
     def converged(self) -> Tensor:
         """`(B,)` booleans: samples that met the tolerance."""
         return self.status == Status.CONVERGED
+
+    def of_rows(self, groups: Tensor) -> Solution[S]:
+        """Return the record of each row, from that of its group, `(B,)`."""
+        names = ("status", "residual", "num_steps")
+        changes: dict[str, Any] = {name: getattr(self, name)[groups] for name in names}
+        changes["statistics"] = {name: count[groups] for name, count in self.statistics.items()}
+        changes["trace"] = None if self.trace is None else self.trace[:, groups]
+        return dataclasses.replace(self, **changes)
 
     def raise_for_status(self) -> Solution[S]:
         """Return the solution itself if every sample converged.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from equipoise.core.function_map import FunctionMap
+from equipoise.core.linalg import dots, norms
 from equipoise.core.map import Map
+
+MAX_PRODUCTS = 100  # to see whether an equation has a solution
 
 
 class AdjointMap(Map):
@@ -34,3 +38,33 @@ class AdjointMap(Map):
     def with_cotangent(self, g: Tensor) -> AdjointMap:
         """Return the same map with another right-hand side."""
         return AdjointMap(self.forward_map, self.z, self.fz, g)
+
+    def transposed(self, v: Tensor) -> Tensor:
+        """Return `v - J v`, `(b, D)`, by differentiating a product with `J^T`; the layers must allow it."""
+        with torch.enable_grad():
+            u = torch.zeros_like(v).requires_grad_()
+            if not self.fz.requires_grad:
+                return v
+            product = torch.autograd.grad(self.fz, self.z, u, create_graph=True, materialize_grads=True)[0]
+            if not product.requires_grad:
+                return v
+            return v - torch.autograd.grad(product, u, v, materialize_grads=True)[0]
+
+    def unsolvable(self) -> Tensor:
+        r"""Return `(b,)` booleans: rows whose equation $(I - J^\top) w = g$ has no solution.
+
+        Its least-squares residual $r = g - (I - J^\top) w \neq 0$ obeys $(I - J) r = 0$; it is found by CGLS.
+        """
+        r = self.g
+        s = p = self.transposed(r)
+        square = dots(s, s)
+        for _ in range(min(2 * r.shape[1] + 2, MAX_PRODUCTS)):
+            q = p - self.forward_map.vjp(self.fz, self.z, p)
+            step = (square / dots(q, q)).nan_to_num(nan=0.0, posinf=0.0)
+            r = torch.addcmul(r, step.to(r.dtype)[:, None], q, value=-1)
+            s = self.transposed(r)
+            square, before = dots(s, s), square
+            p = torch.addcmul(s, (square / before).nan_to_num(nan=0.0, posinf=0.0).to(s.dtype)[:, None], p)
+        left = norms(r)
+        eps = torch.finfo(self.forward_map.precision or r.dtype).eps
+        return (left > eps**0.3 * norms(self.g)) & (norms(s) <= eps**0.7 * left)

@@ -38,6 +38,7 @@ def attach(f: FunctionMap, solution: Solution[Tensor], gradient: Estimator) -> S
     if f.declared:
         f.adopt(solution.value)
         if not any(t.requires_grad for t in (*f.tensors, *f.params)):
+            f.refuse_foreign(solution.value)
             return solution
         f.keep_buffers()
         record = _Record(f, gradient, solution).trimmed()
@@ -115,7 +116,7 @@ def _gradients(
 
 def _checked(record: _Record, f: FunctionMap, fz: Tensor, z: Tensor, known: Sequence[Tensor]) -> Tensor:
     """Check that the map is that of the solve and depends on known tensors alone; return factors of a cotangent."""
-    if fz.requires_grad:
+    if fz.requires_grad and f.owner is not None:
         refuse_foreign(fz, [*known, *f.params])
     return refuse_changes(fz.detach(), z.detach(), record.solution.residual, f.rounding(z.dtype))
 

@@ -1,13 +1,15 @@
 """Gradients by the implicit function theorem: solve the adjoint system."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from equipoise.core.linalg import InverseEstimate
+from equipoise.core.guards import warn_once
+from equipoise.core.linalg import InverseEstimate, can_branch_on, norms, safe_norms
 from equipoise.core.solution import Solution
 from equipoise.gradients.adjoint import AdjointMap
 from equipoise.gradients.base import Gradient
@@ -36,7 +38,7 @@ class Implicit(Gradient):
     Source: Bai, Kolter and Koltun (2019), theorem 1; refine: Ramzi et al. (2022), with the transposed inverse.
     """
 
-    solver: Solver = Anderson(max_steps=50, rtol=1e-5)
+    solver: Solver = Anderson(max_steps=50, rtol=1e-5, memory=None, growth=math.inf)
     start: Gradient | Tensor | None = None
     observe: Callable[[Solution[Tensor]], None] | None = None
 
@@ -56,16 +58,44 @@ class Implicit(Gradient):
         return isinstance(self.start, Gradient) and self.start.uses_inverse
 
     def cotangent(self, adjoint: AdjointMap, g: Tensor, solution: Solution[Tensor]) -> Tensor:
-        norm = torch.linalg.vector_norm(g, dim=1, keepdim=True)
+        norm = safe_norms(g).to(g.dtype)[:, None]
         scale = torch.where(norm > 0, norm, 1.0)
         unit = g / scale
         adjoint = adjoint.with_cotangent(unit)
         w, preconditioner = self._start(adjoint, unit, norm, solution)
         answer = self.solver.solve(adjoint, w, preconditioner=preconditioner)
+        if can_branch_on(g) or answer.num_evals >= self.solver.max_steps:  # else the host does not wait for a device
+            self._warn(adjoint, answer)
         w = answer.value * scale
         if self.observe is not None:
             self.observe(dataclasses.replace(answer, value=w))
         return w
+
+    def _warn(self, adjoint: AdjointMap, answer: Solution[Tensor]) -> None:
+        """Warn of samples whose adjoint did not converge."""
+        floor = adjoint.rounding(answer.value.dtype)  # what half precision leaves is not reported
+        failed = ~answer.converged & ~(answer.residual <= floor * (1 + norms(answer.value)))
+        count = int(failed.sum())
+        if count == 0 or self.solver.unlimited:
+            return
+        worst = float(answer.residual[failed].max())
+        shares = f"for {count} of {len(failed)} samples (largest relative residual {worst:.2g})"
+        try:
+            unsolvable = int((adjoint.unsolvable() & failed).sum())
+        except RuntimeError:  # a layer without second derivatives
+            unsolvable = 0
+        if unsolvable:
+            text = (
+                f"the adjoint equation has no solution for {unsolvable} of {len(failed)} samples: I - J is singular at "
+                "the equilibrium, so it is no function of the parameters alone; eliminate the conserved total, such as "
+                "the sum of the state, by solving for the other parts"
+            )
+        else:
+            text = (
+                f"the adjoint solve did not converge {shares}, so the gradient is inexact; raise max_steps, "
+                "Implicit(solver=GMRES(max_steps=200, memory=200)), or make the map contract"
+            )
+        warn_once("adjoint", text)
 
     def _start(
         self, adjoint: AdjointMap, g: Tensor, norm: Tensor, solution: Solution[Tensor]

@@ -31,6 +31,8 @@ class DEQ(nn.Module):
             equilibrium makes a Skip DEQ, with `skip_penalty` to train it.
         explicit_steps: differentiable applications of the cell to that start, before the solve. One of them, with
             `skip_penalty`, makes a Skip Reg DEQ.
+        coupled: as in `fixed_point`; or a function `(*inputs) -> (B,)` of group numbers.
+        per_part: as in `fixed_point`.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -60,6 +62,8 @@ class DEQ(nn.Module):
         gradient: Gradient = Implicit(),
         init: Callable[..., Any] | None = None,
         explicit_steps: int = 0,
+        coupled: bool | Tensor | Callable[..., Tensor] = False,
+        per_part: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(cell, nn.Module):
@@ -67,6 +71,7 @@ class DEQ(nn.Module):
         self.cell = cell
         self.init = init
         self.explicit_steps = explicit_steps
+        self.coupled, self.per_part = coupled, per_part
         self.solver = solver
         self.gradient = gradient
         self._check()
@@ -99,7 +104,8 @@ class DEQ(nn.Module):
             raise
 
     def _solve(self, z0: Any, inputs: tuple[Any, ...], trace: bool) -> Solution[Any]:
-        f = FunctionMap(self.cell, z0, inputs)
+        coupled = self.coupled(*inputs) if callable(self.coupled) else self.coupled
+        f = FunctionMap(self.cell, z0, inputs, coupled=coupled, per_part=self.per_part)
         if not self.explicit_steps:
             return solve_map(f, z0, solver=self.solver, gradient=self.gradient, trace=trace)
         with f.solve_context(backward=True):  # the masks and weights of the solve, without updates of buffers

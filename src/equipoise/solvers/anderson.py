@@ -11,6 +11,7 @@ from equipoise.core.map import Point
 from equipoise.solvers.base import Solver
 from equipoise.solvers.picard import CONTRACTION
 
+CHUNK = 10  # points for which room is made at first, if all are kept
 FORGOTTEN = 1e200  # squared norm of a column that later steps must not use
 
 
@@ -20,6 +21,14 @@ class _Memory:
     residuals: Tensor  # (b, m, D) f(z_i) - z_i
     gram: Tensor  # (b, k, m, m) float64, products of residuals in each of k blocks
     count: int = 0  # points absorbed
+
+    def grow(self) -> None:
+        """Make room for twice as many points."""
+        m = self.gram.shape[-1]
+        self.images, self.residuals = (
+            torch.cat([x, torch.empty_like(x)], dim=1) for x in (self.images, self.residuals)
+        )
+        self.gram = torch.nn.functional.pad(self.gram, (0, m, 0, m))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +48,8 @@ class Anderson(Solver):
     with `Picard`, the tolerance then bounds the error instead of the residual.
 
     Args:
-        memory: number of points combined.
+        memory: number of points combined; None: all, in memory that grows with the steps. On an affine map, with
+            `growth=math.inf`, this is GMRES.
         mixing: $\beta$.
         ridge: regularization of the least-squares problem beyond its rounding errors, relative to the squared norm of
             each residual, hence independent of the tolerance.
@@ -53,7 +63,7 @@ class Anderson(Solver):
     step.
     """
 
-    memory: int = 5
+    memory: int | None = 5
     mixing: float = 1.0
     ridge: float = 0.0
     growth: float = 10.0
@@ -61,7 +71,13 @@ class Anderson(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_ranges(self, memory=">= 1; 1 is Picard iteration", mixing="> 0 and <= 1", ridge=">= 0", growth="> 1")
+        check_ranges(
+            self,
+            memory=">= 1; 1 is Picard iteration, None keeps all points",
+            mixing="> 0 and <= 1",
+            ridge=">= 0",
+            growth="> 1",
+        )
         check_ranges(self, lipschitz=CONTRACTION)
         if self.lipschitz is not None and self.mixing != 1:
             raise ValueError(
@@ -79,7 +95,9 @@ class Anderson(Solver):
                 "this map has blocks that converge separately; leave it out, or use Picard"
             )
         b, size = point.z.shape
-        m = max(1, min(self.memory, self.max_steps))
+        m = max(1, self.max_steps if self.memory is None else min(self.memory, self.max_steps))
+        if self.memory is None:
+            m = min(m, CHUNK)
         return _Memory(
             images=point.z.new_empty(b, m, size),
             residuals=point.z.new_empty(b, m, size),
@@ -88,6 +106,9 @@ class Anderson(Solver):
 
     def propose(self, memory: _Memory, point: Point) -> Tensor:
         m = memory.gram.shape[-1]
+        if self.memory is None and memory.count == m:
+            memory.grow()
+            m = memory.gram.shape[-1]
         slot, used = memory.count % m, min(memory.count + 1, m)
         memory.images[:, slot] = point.fz
         memory.residuals[:, slot] = point.residual
@@ -113,7 +134,7 @@ class Anderson(Solver):
         squares = diagonal.clone()
         if self.lipschitz is None:
             restart = ~(squares[:, slot] <= self.growth**2 * squares.amin(dim=1))
-            if self.memory > 2:
+            if self.memory is None or self.memory > 2:
                 # Of two points the newer is the Picard step of the older: a restart would repeat it.
                 restart = restart & ((squares < FORGOTTEN).sum(dim=1) != 2)
         else:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from equipoise.core.checks import check_ranges
-from equipoise.core.guards import COUPLED, depend_on_mates, refuse_randomness
+from equipoise.core.guards import COUPLED, RANDOM, refuse_coupling, refuse_randomness
 from equipoise.core.linalg import InverseEstimate, LowRank, can_branch_on, safe_norms
 from equipoise.core.map import Map, Point
 from equipoise.core.solution import Solution, Status
@@ -62,6 +62,10 @@ class Solver(abc.ABC):
 
     A sample stops when $\|f(z) - z\| \le \text{atol} + \text{rtol}\,\|f(z)\|$, in every block of the map, and its
     answer is the best iterate so far. The answer of a sample does not depend on the other samples of the batch.
+
+    A tolerance that grows with $f(z)$ may be met although no residual ever fell, as by $f(z) = z + 1$. After the first
+    evaluation, a sample has therefore CONVERGED only if its residual, with the rounding of $f(z)$ added, is at most
+    half of the first one, or at most the tolerance at $\|f(z)\| = 10 \max(\|z_0\|, \|f(z_0)\|)$.
 
     Args:
         max_steps: largest number of evaluations per sample; 0 returns the start.
@@ -280,6 +284,10 @@ class _Record:
             self.status = self.status.masked_fill(stalled, Status.STALLED)
             stopped = stopped | stalled
         if not (self.on_host and not bool(stopped.any())):
+            if step > 1:  # a residual is known up to the rounding of f(z)
+                known = torch.add(sizes, images, alpha=torch.finfo(sizes.dtype).eps) <= self.bar
+                unknown = converged & ~(known if point.blocks is None else known.all(dim=1))
+                converged, stopped = converged & ~unknown, stopped & ~unknown
             self.status = self.status.masked_fill(converged, Status.CONVERGED)
             self.num_steps = self.num_steps.masked_fill(stopped, step)
             self.running = point.running & ~stopped
@@ -343,10 +351,7 @@ class _Record:
         """Raise if rows depend on each other, when the first of them are finished while others run."""
         self.separable_checked = True
         finished, running = (~self.running).nonzero()[0, 0], self.running.nonzero()[-1, 0]
-        coupled = depend_on_mates(point, finished, running) if point.map.droppable else None
-        if coupled is not None and bool(coupled):
-            raise ValueError(COUPLED)
-        self.can_leave = coupled is not None
+        self.can_leave = point.map.droppable and refuse_coupling(point, finished, running)
 
     def verified(self, f: Map, solution: Solution[Tensor]) -> Solution[Tensor]:
         """Evaluate rows that cannot be evaluated apart once, together, at the returned values.
@@ -375,7 +380,8 @@ class _Record:
         if not self.on_host:
             return dataclasses.replace(solution, status=solution.status.masked_fill(wrong, Status.STALLED))
         if bool(wrong.any()):
-            raise ValueError(COUPLED)
+            with f.counts.paused():
+                raise ValueError(COUPLED if torch.equal(f.call(point.z), point.fz) else RANDOM)
         return solution
 
     def leave(self, memory: Any) -> tuple[Tensor, Any]:
