@@ -105,7 +105,7 @@ class FunctionMap(Map):
         self.owner = f if isinstance(f, nn.Module) and params is None else None  # whose parameters `params` are
         if params is None:
             params = tuple(f.parameters()) if isinstance(f, nn.Module) else ()
-        self.params = tuple(p for p in params if p.requires_grad)
+        self.owned = self.params = tuple(p for p in params if p.requires_grad)
         self.projection = projection
         self.seeded, found, self.attributes = _check_modules(f) if isinstance(f, nn.Module) else ([], [], [])
         self.parametrizations = [*found, *parametrizations]
@@ -195,10 +195,10 @@ class FunctionMap(Map):
         out = self._apply(z)
         cast = self.autocast is not None or self.dtype != self.state_dtype
         flat = self.layout.pack(out, "the map's result", self.dtype, cast=cast)
-        rows = len(z) if self.groups is None else len(self.groups.place)
-        if len(flat) != rows:
+        rows = z.shape[0] if self.groups is None else len(self.groups.place)
+        if flat.shape[0] != rows:
             raise ValueError(
-                f"the map returned {len(flat)} rows for a state of {rows}; it must keep the batch dimension"
+                f"the map returned {flat.shape[0]} rows for a state of {rows}; it must keep the batch dimension"
             )
         if self.groups is not None:
             flat = self.groups.join(flat, self.part_sizes)
@@ -332,7 +332,7 @@ class FunctionMap(Map):
     def _check_parameters(self) -> None:
         """Check that the module still has the parameters of the solve; else their gradients would be zero, silently."""
         current = set() if self.owner is None else {id(p) for p in self.owner.parameters()}
-        if self.owner is not None and any(isinstance(p, nn.Parameter) and id(p) not in current for p in self.params):
+        if self.owner is not None and any(id(p) not in current for p in self.owned):
             raise RuntimeError(
                 "the cell's parameters are not those of the solve, say because functional_call put them back; instead, "
                 "solve fixed_point(lambda z, x: functional_call(cell, params, (z, x)), z0, x, "

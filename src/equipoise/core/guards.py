@@ -167,7 +167,7 @@ def refuse_changes(fz: Tensor, z: Tensor, residual: Tensor, allowed: float) -> T
         RuntimeError: the map has changed.
     """
     size = torch.linalg.vector_norm(fz, dim=1) + torch.linalg.vector_norm(z, dim=1)
-    changed = (torch.linalg.vector_norm(fz - z, dim=1) - residual).abs() > allowed * size
+    changed = (torch.linalg.vector_norm(fz - z, dim=1) - residual).abs() > allowed * size  # False at NaN
     if can_branch_on(z) and bool(changed.any()):
         raise RuntimeError(CHANGED)
     return torch.where(changed, torch.nan, 1.0)[:, None]

@@ -118,7 +118,10 @@ def _checked(record: _Record, f: FunctionMap, fz: Tensor, z: Tensor, known: Sequ
     """Check that the map is that of the solve and depends on known tensors alone; return factors of a cotangent."""
     if fz.requires_grad and f.owner is not None:
         refuse_foreign(fz, [*known, *f.params])
-    return refuse_changes(fz.detach(), z.detach(), record.solution.residual, f.rounding(z.dtype))
+    recorded = record.solution.residual
+    if record.solution.num_evals == 0:  # nothing was evaluated
+        return recorded.new_ones(1)
+    return refuse_changes(fz.detach(), z.detach(), recorded, f.rounding(z.dtype))
 
 
 def _tracked_gradients(

@@ -64,8 +64,8 @@ class Solver(abc.ABC):
     answer is the best iterate so far. The answer of a sample does not depend on the other samples of the batch.
 
     A tolerance that grows with $f(z)$ may be met although no residual ever fell, as by $f(z) = z + 1$. After the first
-    evaluation, a sample has therefore CONVERGED only if its residual, with the rounding of $f(z)$ added, is at most
-    half of the first one, or at most the tolerance at $\|f(z)\| = 10 \max(\|z_0\|, \|f(z_0)\|)$.
+    evaluation, a sample has therefore CONVERGED only if its residual and the rounding of $f(z)$ are at most half of the
+    first residual, or at most the tolerance at $\|f(z)\| = 10 \max(\|z_0\|, \|f(z_0)\|)$.
 
     Args:
         max_steps: largest number of evaluations per sample; 0 returns the start.
@@ -249,6 +249,8 @@ class _Record:
             self.first = torch.maximum(sizes, images)
             met = (sizes <= allowed) & (sizes < torch.inf)
         else:
+            if point.blocks is not None:  # a block may rest until others have moved
+                self.bar = torch.maximum(self.bar, sizes / 2).nan_to_num(nan=0.0)
             met = sizes <= torch.minimum(allowed, self.bar)
         if point.blocks is None:
             size, error = sizes, sizes if self.solver.unlimited else sizes / allowed
@@ -284,8 +286,8 @@ class _Record:
             self.status = self.status.masked_fill(stalled, Status.STALLED)
             stopped = stopped | stalled
         if not (self.on_host and not bool(stopped.any())):
-            if step > 1:  # a residual is known up to the rounding of f(z)
-                known = torch.add(sizes, images, alpha=torch.finfo(sizes.dtype).eps) <= self.bar
+            if step > 1:  # a residual says nothing where the rounding of f(z) is as large
+                known = images * (10 * torch.finfo(sizes.dtype).eps) <= self.bar
                 unknown = converged & ~(known if point.blocks is None else known.all(dim=1))
                 converged, stopped = converged & ~unknown, stopped & ~unknown
             self.status = self.status.masked_fill(converged, Status.CONVERGED)

@@ -246,7 +246,7 @@ MISUSE: dict[str, tuple[Any, type[Exception], str]] = {
     ),
     "input of another batch": (
         lambda: eq.nn.DEQ(TanhCell(D))(X, z0=Y),
-        ValueError, r"input 0 has shape \(5, 6\), the state has batch 2.*belongs in the map's parameters",
+        ValueError, r"input 0 has shape \(5, 6\), the state has batch 2.*make what all rows share an attribute",
     ),
     "no input": (lambda: eq.nn.DEQ(TanhCell(D))(), ValueError, r"DEQ\(init=None\) starts from zeros like.*pass init="),
     "input is a dict": (lambda: eq.nn.DEQ(PairCell())({"a": X}), ValueError, r"DEQ\(init=None\).*pass init="),
