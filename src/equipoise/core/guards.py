@@ -103,24 +103,22 @@ def evaluate_apart(point: Point, places: Tensor) -> Tensor | None:
         return None  # say, an attribute of the map has all rows
 
 
-def refuse_coupling(point: Point, finished: Tensor, running: Tensor) -> bool:
-    """Raise if two rows of a point have other values without their batch mates.
+def refuse_coupling(point: Point, early: Tensor, late: Tensor) -> bool:
+    """Raise if a row of a point has another value beside a copy of itself than among its batch mates.
 
     Args:
         point: an evaluated point of several rows.
-        finished: place of a row that has stopped, `()`.
-        running: place of a row that has not, `()`.
+        early: place of a row that stopped before others, `()`.
+        late: place of one of these, `()`, which is evaluated again; groups of rows are evaluated both.
 
     Returns:
         Whether rows can be evaluated apart.
 
     Raises:
-        ValueError: they depend on each other, or on random numbers.
+        ValueError: rows depend on each other, or on random numbers.
     """
-    # In a batch of two, a row beside a copy of itself; else in the other order, for sums over the rows before.
-    places = torch.stack([torch.maximum(finished, running), torch.minimum(finished, running)])
-    if len(point.z) == 2:
-        places = running.expand(2)
+    # Beside a copy any mate is missed, also one that is alone with it in a pair.
+    places = late.expand(2) if point.map.copies_rows else torch.stack([late, early])
     again = evaluate_apart(point, places)
     if again is not None and differ(point, places, again):
         raise refusal(point, places, again)
@@ -149,7 +147,7 @@ def refuse_randomness(watch: RandomWatch, point: Point) -> None:
     """
     if not watch.advanced:
         return
-    places = torch.arange(min(2, len(point.z)), device=point.z.device)
+    places = torch.arange(2, device=point.z.device) % len(point.z)
     with point.map.counts.paused():
         again = evaluate_apart(point, places) if point.map.droppable else point.map.call(point.z)[places]
     if again is not None and differ(point, places, again):

@@ -23,8 +23,10 @@ class Counts:
     def paused(self) -> Iterator[None]:
         """Context whose calls are not counted: those of checks."""
         before = self.evals, self.vjps
-        yield
-        self.evals, self.vjps = before
+        try:
+            yield
+        finally:
+            self.evals, self.vjps = before
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -97,6 +99,11 @@ class Map(abc.ABC):
     ) -> None:
         self.counts = Counts() if counts is None else counts
         self.droppable, self.blocks, self.precision = droppable, blocks, precision
+
+    @property
+    def copies_rows(self) -> bool:
+        """Whether `select` may name a row twice."""
+        return True
 
     @abc.abstractmethod
     def call(self, z: Tensor) -> Tensor:

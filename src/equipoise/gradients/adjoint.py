@@ -26,6 +26,10 @@ class AdjointMap(Map):
         super().__init__(f.counts, droppable=f.droppable, precision=f.precision)
         self.forward_map, self.z, self.fz, self.g = f, z, fz, g
 
+    @property
+    def copies_rows(self) -> bool:
+        return self.forward_map.copies_rows
+
     def call(self, w: Tensor) -> Tensor:
         # Not in place: autograd may return an expanded tensor, or w itself.
         return self.forward_map.vjp(self.fz, self.z, w) + self.g

@@ -81,7 +81,8 @@ class Implicit(Gradient):
         worst = float(answer.residual[failed].max())
         shares = f"for {count} of {len(failed)} samples (largest relative residual {worst:.2g})"
         try:
-            unsolvable = int((adjoint.unsolvable() & failed).sum())
+            with adjoint.counts.paused():
+                unsolvable = int((adjoint.unsolvable() & failed).sum())
         except RuntimeError:  # a layer without second derivatives
             unsolvable = 0
         if unsolvable:

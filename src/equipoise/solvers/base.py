@@ -170,17 +170,17 @@ class Solver(abc.ABC):
                     scale = record.unit()
                 if reads:
                     record.read()
+                    if step > 1:  # the start may be zeros, which hide that rows depend on each other
+                        record.check_mates(point)
                 if step == self.max_steps or (reads and record.num_running == 0):
                     break
-                if reads and record.num_running < len(z) and not record.separable_checked:
-                    record.check_mates(point)
                 seen = _seen(point, preconditioner, scale)
                 memory = self.init(seen) if memory is None else memory
                 z = self.propose(memory, seen)
                 z = f.project(z if scale is None else z * scale)
                 point = None  # frees its states while rows leave and f is evaluated
                 del seen
-                if reads and record.can_leave and f.droppable and 2 * record.num_running <= len(z):
+                if reads and record.apart and 2 * record.num_running <= z.shape[0]:
                     keep, memory = record.leave(memory)
                     f, z = f.select(keep), z[keep]
                     preconditioner = None if preconditioner is None else preconditioner.select(keep)
@@ -225,7 +225,7 @@ class _Record:
         self.rows = torch.arange(b, device=device)
         self.running = torch.ones(b, dtype=torch.bool, device=device)
         self.num_running = b  # on a device that of the last read
-        self.separable_checked, self.can_leave = False, True
+        self.apart: bool | None = None  # whether rows can be evaluated apart, once it is known
         self.status = torch.full((b,), RUNNING, dtype=torch.int8, device=device)
         self.num_steps = torch.zeros(b, dtype=torch.int64, device=device)
         self.best_z = z0
@@ -249,8 +249,10 @@ class _Record:
             self.first = torch.maximum(sizes, images)
             met = (sizes <= allowed) & (sizes < torch.inf)
         else:
-            if point.blocks is not None:  # a block may rest until others have moved
+            if point.blocks is not None:
+                # A block may rest until others have moved; one that goes to zero ends where it is rounded.
                 self.bar = torch.maximum(self.bar, sizes / 2).nan_to_num(nan=0.0)
+                allowed = torch.maximum(allowed, self.bar * torch.finfo(sizes.dtype).eps)
             met = sizes <= torch.minimum(allowed, self.bar)
         if point.blocks is None:
             size, error = sizes, sizes if self.solver.unlimited else sizes / allowed
@@ -350,10 +352,12 @@ class _Record:
             self.num_running = int(self.running.sum())
 
     def check_mates(self, point: Point) -> None:
-        """Raise if rows depend on each other, when the first of them are finished while others run."""
-        self.separable_checked = True
-        finished, running = (~self.running).nonzero()[0, 0], self.running.nonzero()[-1, 0]
-        self.can_leave = point.map.droppable and refuse_coupling(point, finished, running)
+        """Raise if rows depend on each other, once some of them are finished before others."""
+        if self.apart is not None or not point.map.droppable or self.num_running == self.rows.shape[0]:
+            return
+        late = self.running if self.num_running else self.num_steps == self.num_steps.max()
+        if not bool(late.all()):  # else one point finished all rows
+            self.apart = refuse_coupling(point, (~late).nonzero()[0, 0], late.nonzero()[-1, 0])
 
     def verified(self, f: Map, solution: Solution[Tensor]) -> Solution[Tensor]:
         """Evaluate rows that cannot be evaluated apart once, together, at the returned values.
@@ -361,11 +365,7 @@ class _Record:
         Raises:
             ValueError: the residual of a converged row is another one there. On a device its status is STALLED.
         """
-        if (
-            self.batch == 1
-            or self.left
-            or (f.droppable and self.can_leave and (self.on_host or self.separable_checked))
-        ):
+        if self.batch == 1 or self.apart or (self.apart is None and f.droppable and self.on_host):
             return solution
         converged = solution.converged
         if self.on_host and not bool((converged & (self.best_step != self.best_step[0])).any()):

@@ -106,7 +106,8 @@ def test_products() -> None:
     for k in (1, 5):
         refine = eq.Implicit(solver=eq.Broyden(max_steps=k + 1, rtol=0), start=VANILLA)
         assert spent(aware, refine) == (20, k + 1)
-    assert spent(plain, eq.Implicit(solver=eq.Broyden(max_steps=21, rtol=1e-12)))[1] <= 21
+    with pytest.warns(eq.ConvergenceWarning, match="did not converge for 4 of 4 samples"):
+        assert spent(plain, eq.Implicit(solver=eq.Broyden(max_steps=21, rtol=1e-12)))[1] <= 21
 
 
 def test_structure_and_rows() -> None:
