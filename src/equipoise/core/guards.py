@@ -103,13 +103,12 @@ def evaluate_apart(point: Point, places: Tensor) -> Tensor | None:
         return None  # say, an attribute of the map has all rows
 
 
-def refuse_coupling(point: Point, early: Tensor, late: Tensor) -> bool:
+def refuse_coupling(point: Point, place: Tensor) -> bool:
     """Raise if a row of a point has another value beside a copy of itself than among its batch mates.
 
     Args:
         point: an evaluated point of several rows.
-        early: place of a row that stopped before others, `()`.
-        late: place of one of these, `()`, which is evaluated again; groups of rows are evaluated both.
+        place: that of the row, `()`; a group of rows is evaluated alone.
 
     Returns:
         Whether rows can be evaluated apart.
@@ -118,7 +117,7 @@ def refuse_coupling(point: Point, early: Tensor, late: Tensor) -> bool:
         ValueError: rows depend on each other, or on random numbers.
     """
     # Beside a copy any mate is missed, also one that is alone with it in a pair.
-    places = late.expand(2) if point.map.copies_rows else torch.stack([late, early])
+    places = place.expand(2 if point.map.copies_rows else 1)
     again = evaluate_apart(point, places)
     if again is not None and differ(point, places, again):
         raise refusal(point, places, again)

@@ -357,7 +357,7 @@ class _Record:
             return
         late = self.running if self.num_running else self.num_steps == self.num_steps.max()
         if not bool(late.all()):  # else one point finished all rows
-            self.apart = refuse_coupling(point, (~late).nonzero()[0, 0], late.nonzero()[-1, 0])
+            self.apart = refuse_coupling(point, late.nonzero()[-1, 0])
 
     def verified(self, f: Map, solution: Solution[Tensor]) -> Solution[Tensor]:
         """Evaluate rows that cannot be evaluated apart once, together, at the returned values.
@@ -368,14 +368,14 @@ class _Record:
         if self.batch == 1 or self.apart or (self.apart is None and f.droppable and self.on_host):
             return solution
         converged = solution.converged
-        if self.on_host and not bool((converged & (self.best_step != self.best_step[0])).any()):
+        if self.on_host and not (bool(converged.any()) and bool((self.best_step != self.best_step[0]).any())):
             return solution
         with f.counts.paused():
             point = f.evaluate(solution.value, self.rows, self.running)
         sizes, images = self._norms(point)
         allowed = torch.minimum(self.solver.tolerance(images), self.bar)
         size = sizes if point.blocks is None else torch.linalg.vector_norm(sizes, dim=1)
-        met = (sizes <= allowed * (1 + ROUNDING)).reshape(self.batch, -1).all(dim=1)
+        met = (sizes <= 1.001 * allowed).reshape(self.batch, -1).all(dim=1)
         scale = torch.linalg.vector_norm(point.fz, dim=1) + torch.linalg.vector_norm(point.z, dim=1)
         same = (size - solution.residual).abs() <= ROUNDING * f.rounding(size.dtype) * scale
         wrong = converged & ~(met | same)
