@@ -114,7 +114,9 @@ def coupled(draw: Draw) -> None:
     for group in number.unique() if declared == "groups" else [None]:
         of = number == group if group is not None else torch.ones(rows, dtype=torch.bool)
         if bool(solution.converged[of].all()):
-            require(float(size[of].norm()) <= 1.02 * solver.rtol * float(image[of].norm()) + 1e-13, "group", size, image)
+            require(
+                float(size[of].norm()) <= 1.02 * solver.rtol * float(image[of].norm()) + 1e-13, "group", size, image
+            )
 
 
 def writes(draw: Draw) -> None:
@@ -233,7 +235,7 @@ def power_iteration(draw: Draw) -> None:
 def extremes(draw: Draw) -> None:
     """Numbers whose squares under- or overflow, in states and cotangents."""
     dtype = draw.rng.choice([torch.float32, torch.float64])
-    low, high = ((-36, 35) if dtype == torch.float32 else (-300, 300))
+    low, high = (-36, 35) if dtype == torch.float32 else (-300, 300)
     exponent = draw.rng.choice([draw.rng.uniform(low, low / 2), draw.rng.uniform(high / 2, high)])
     s = torch.full((draw.rows(), 8), 10.0**exponent, dtype=dtype) * (1 + torch.rand(8, dtype=dtype))
     if draw.rng.random() < 0.3:
@@ -327,7 +329,9 @@ def conserved(draw: Draw) -> None:
     bend = torch.ones(n)
     bend[0] = 2.0
     solution = eq.fixed_point(
-        lambda z: z + step * k * (z * (1 + (k - 1) * bend)) @ flow.T, start, solver=eq.Picard(max_steps=3000, rtol=1e-11)
+        lambda z: z + step * k * (z * (1 + (k - 1) * bend)) @ flow.T,
+        start,
+        solver=eq.Picard(max_steps=3000, rtol=1e-11),
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -386,7 +390,9 @@ def good(draw: Draw) -> None:
     """Usual layers are solved and differentiated without a refusal."""
     d, x = 5, torch.randn(draw.rows(), 5) * torch.linspace(0.1, 3, 5)
     linear = nn.Linear(d, d)
-    norm = draw.rng.choice([lambda m: m, nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.weight_norm])
+    norm = draw.rng.choice(
+        [lambda m: m, nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.weight_norm]
+    )
     net = nn.Sequential(norm(linear), eq.nn.VariationalDropout(0.2), nn.LayerNorm(d), nn.Tanh())
     cell = Cell(lambda self, z, x: 0.3 * self.net(z) + x, d)
     cell.net = net

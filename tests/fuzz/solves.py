@@ -75,6 +75,7 @@ def case(number: int, seed: int = 0) -> dict[str, int]:
     def solve(x: Tensor) -> eq.Solution[Tensor]:
         seen.clear()
         if solver_class is eq.LBFGS:  # the objective whose gradient is z - f(z)
+
             def h(z: Tensor, x: Tensor, a: Tensor) -> Tensor:
                 return (0.5 * z * z - 0.5 * z * (a * z[:, None]).sum(dim=2) - z * x).sum(dim=1)
 

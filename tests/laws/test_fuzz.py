@@ -49,7 +49,7 @@ GUARDS: dict[str, list[tuple[Any, str, Any]]] = {
         (base, "refuse_randomness", lambda watch, point: None),
         (base, "refuse_coupling", lambda point, place: True),
     ],
-    "changes": [(autograd, "refuse_changes", lambda fz, z, residual, allowed: 1.0)],
+    "changes": [(autograd, "refuse_changes", lambda fz, z, residual, allowed, g: g)],
     "attributes": [
         (FunctionMap, "adopt", lambda f, z: None),
         (autograd, "refuse_foreign", lambda fz, known: None),

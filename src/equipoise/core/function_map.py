@@ -405,7 +405,9 @@ def _check_modules(f: nn.Module) -> tuple[list[SeededLayer], list[nn.Module], li
         computed = {getattr(hook, "name", None) for hook in hooks}  # by weight_norm, from parameters, at each call
         values = [value for key, value in vars(module).items() if key not in INTERNAL | computed]
         for value in (*module._buffers.values(), *values):
-            attributes += [t for t in _tensors(value) if t.requires_grad and not any(t is other for other in attributes)]
+            attributes += [
+                t for t in _tensors(value) if t.requires_grad and not any(t is other for other in attributes)
+            ]
         if isinstance(module, SeededLayer):
             if module.training:
                 seeded.append(module)

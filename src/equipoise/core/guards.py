@@ -153,21 +153,22 @@ def refuse_randomness(watch: RandomWatch, point: Point) -> None:
         raise refusal(point, places, again) if point.map.droppable else ValueError(RANDOM)
 
 
-def refuse_changes(fz: Tensor, z: Tensor, residual: Tensor, allowed: float) -> Tensor:
+def refuse_changes(fz: Tensor, z: Tensor, residual: Tensor, allowed: float, g: Tensor) -> Tensor:
     """Compare the value of a map in the backward pass with that of the solve, by the recorded residual `(b,)`.
 
     Returns:
-        `(b, 1)` factors of a cotangent, all 1; on a device, NaN where the map has changed, since the host does not
-        wait for it.
+        The cotangent `g`; on a device, NaN where the map has changed, since the host does not wait for it.
 
     Raises:
         RuntimeError: the map has changed.
     """
     size = torch.linalg.vector_norm(fz, dim=1) + torch.linalg.vector_norm(z, dim=1)
     changed = (torch.linalg.vector_norm(fz - z, dim=1) - residual).abs() > allowed * size  # False at NaN
-    if can_branch_on(z) and bool(changed.any()):
+    if not can_branch_on(z):
+        return torch.where(changed[:, None], torch.nan, g)
+    if bool(changed.any()):
         raise RuntimeError(CHANGED)
-    return torch.where(changed, torch.nan, 1.0)[:, None]
+    return g
 
 
 def sources(fz: Tensor, known: Sequence[Tensor]) -> tuple[set[int], list[Tensor]]:

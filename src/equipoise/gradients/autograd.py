@@ -107,21 +107,20 @@ def _gradients(
     leaves = [t.detach().requires_grad_(want) for t, want in zip(inputs, wanted, strict=False)]
     f = record.map.with_inputs(leaves)
     leaf, fz = f.call_tracked(z)
-    g = g * _checked(record, f, fz, z, [leaf, *leaves])
+    g = _checked(record, f, fz, z, g, [leaf, *leaves])
     adjoint = AdjointMap(f.detached(), leaf, fz, g)
     w = record.gradient.cotangent(adjoint, g, dataclasses.replace(record.solution, value=z))
     targets = [t for t, want in zip((*leaves, *f.params), wanted, strict=True) if want]
     return torch.autograd.grad(fz, targets, w, materialize_grads=True)
 
 
-def _checked(record: _Record, f: FunctionMap, fz: Tensor, z: Tensor, known: Sequence[Tensor]) -> Tensor:
-    """Check that the map is that of the solve and depends on known tensors alone; return factors of a cotangent."""
+def _checked(record: _Record, f: FunctionMap, fz: Tensor, z: Tensor, g: Tensor, known: Sequence[Tensor]) -> Tensor:
+    """Check that the map is that of the solve and depends on known tensors alone; return the cotangent."""
     if fz.requires_grad and f.owner is not None:
         refuse_foreign(fz, [*known, *f.params])
-    recorded = record.solution.residual
-    if record.solution.num_evals == 0:  # nothing was evaluated
-        return recorded.new_ones(1)
-    return refuse_changes(fz.detach(), z.detach(), recorded, f.rounding(z.dtype))
+    if record.solution.num_evals == 0:  # nothing was recorded
+        return g
+    return refuse_changes(fz.detach(), z.detach(), record.solution.residual, f.rounding(z.dtype), g)
 
 
 def _tracked_gradients(
@@ -132,7 +131,7 @@ def _tracked_gradients(
     z_in, *inputs_in = (_Through.apply(t, gate) for t in (z, *inputs))
     f = record.map.with_inputs(inputs_in)
     fz = f.call(z_in)
-    g = g * _checked(record, f, fz, z, [z_in, *inputs_in])
+    g = _checked(record, f, fz, z, g, [z_in, *inputs_in])
     with torch.no_grad():
         plain = AdjointMap(f.detached(), z_in, fz, g.detach())
         w = record.gradient.cotangent(plain, g.detach(), dataclasses.replace(record.solution, value=z.detach()))

@@ -192,7 +192,9 @@ def optimize_inputs(
     # All schemes have the same fixed points; these keep the smallest graph.
     scheme = FixedInput() if isinstance(optimizer.gradient, StateOnly) else Joint()
     f = f.with_step(step)
-    flat = f.unpack(optimizer.gradient.attach(f.with_scheme(scheme), v, solution).value)
+    # The residual is that of another scheme, step or point: not one to compare with in the backward pass.
+    unknown = dataclasses.replace(solution, residual=torch.full_like(solution.residual, torch.nan))
+    flat = f.unpack(optimizer.gradient.attach(f.with_scheme(scheme), v, unknown).value)
     return InputSolution(
         value=(layouts[0].unpack(flat[0]), layouts[0].unpack(flat[1]), layouts[1].unpack(flat[2])),
         status=found.status,
