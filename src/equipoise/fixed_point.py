@@ -75,8 +75,10 @@ def solve_map(f: FunctionMap, z0: S, *, solver: Solver, gradient: Gradient, trac
     if 0 < solver.rtol < floor and solver.atol == 0:
         warn_once(
             "tolerance",
-            f"rtol={solver.rtol:g} is below the rounding of {f.state_dtype}, {floor:.2g}: few samples can meet it; "
-            "raise it, or keep the state in a finer dtype",
+            lambda: (
+                f"rtol={solver.rtol:g} is below the rounding of {f.state_dtype}, {floor:.2g}: few samples can meet it; "
+                "raise it, or keep the state in a finer dtype"
+            ),
         )
     start = f.pack(z0)
     solution: Solution[Any] = gradient.attach(f, start, solver.solve(f, start.detach(), trace=trace))

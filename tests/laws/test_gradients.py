@@ -362,9 +362,9 @@ def test_isolation(case: Case) -> None:
         (eq.Neumann(steps=4), 4),
         (eq.Phantom(steps=1), 0),
         (eq.Phantom(steps=4), 3),
-        (eq.Implicit(solver=eq.Anderson(max_steps=0)), 0),
+        (eq.Implicit(solver=eq.Anderson(max_steps=0, rtol=0)), 0),
         (eq.Implicit(solver=eq.Anderson(max_steps=7, rtol=0)), 7),
-        (eq.Implicit(solver=eq.Broyden(max_steps=1), start=eq.Shine()), 1),
+        (eq.Implicit(solver=eq.Broyden(max_steps=1, rtol=0), start=eq.Shine()), 1),
     ],
     ids=lambda v: type(v).__name__ if isinstance(v, eq.Gradient) else str(v),
 )

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,8 @@ class FunctionMap(Map):
         TypeError, ValueError: see `Layout.of` and `InputLayout.flatten`; a cell in training mode with batch
             statistics or ordinary dropout.
     """
+
+    makes_leaves: ClassVar[bool] = False  # whether `f` differentiates inside, so that it tracks leaves of its own
 
     def __init__(
         self,
@@ -159,7 +161,7 @@ class FunctionMap(Map):
 
     def refuse_foreign(self, z: Tensor) -> None:
         """Raise if a module without parameters depends on other tensors that require gradients."""
-        if self.owner is None:
+        if self.owner is None or self.makes_leaves:
             return
         value = self._tracked_value(z)
         if value.requires_grad:

@@ -4,7 +4,7 @@ import random
 import sys
 import types
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -215,18 +215,12 @@ def refuse_foreign(fz: Tensor, known: Sequence[Tensor]) -> None:
             )
 
 
-def warn_once(kind: str, message: str) -> bool:
-    """Issue a `ConvergenceWarning` at the line of the user's code that is running, once for each kind and line.
-
-    Returns:
-        Whether the line had no such warning before.
-    """
+def warn_once(kind: str, message: Callable[[], str]) -> None:
+    """Issue a `ConvergenceWarning` at the line of the user's code that is running, once for each kind and line."""
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("equipoise", "torch"):
         frame = frame.f_back
     name, line = ("<backward>", 1) if frame is None else (frame.f_code.co_filename, frame.f_lineno)
-    if (kind, name, line) in WARNED:
-        return False
-    WARNED.add((kind, name, line))
-    warnings.warn_explicit(message, ConvergenceWarning, name, line)
-    return True
+    if (kind, name, line) not in WARNED:
+        WARNED.add((kind, name, line))
+        warnings.warn_explicit(message(), ConvergenceWarning, name, line)

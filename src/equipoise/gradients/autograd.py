@@ -116,7 +116,7 @@ def _gradients(
 
 def _checked(record: _Record, f: FunctionMap, fz: Tensor, z: Tensor, g: Tensor, known: Sequence[Tensor]) -> Tensor:
     """Check that the map is that of the solve and depends on known tensors alone; return the cotangent."""
-    if fz.requires_grad and f.owner is not None:
+    if fz.requires_grad and f.owner is not None and not f.makes_leaves:
         refuse_foreign(fz, [*known, *f.params])
     if record.solution.num_evals == 0:  # nothing was recorded
         return g

@@ -83,23 +83,25 @@ class Implicit(Gradient):
         if count == 0 or self.solver.unlimited:
             return
         worst = float(answer.residual[failed].max())
-        shares = f"for {count} of {len(failed)} samples (largest relative residual {worst:.2g})"
-        try:
-            with adjoint.counts.paused():
-                unsolvable = int((adjoint.unsolvable() & failed).sum())
-        except RuntimeError:  # a layer without second derivatives
-            unsolvable = 0
-        if unsolvable:
-            text = (
-                f"the adjoint equation has no solution for {unsolvable} of {len(failed)} samples: I - J is singular at "
-                "the equilibrium, so it is no function of the parameters alone; eliminate the conserved total, such as "
-                "the sum of the state, by solving for the other parts"
-            )
-        else:
-            text = (
-                f"the adjoint solve did not converge {shares}, so the gradient is inexact; raise max_steps, "
+
+        def text() -> str:
+            try:
+                with adjoint.counts.paused():
+                    unsolvable = int((adjoint.unsolvable() & failed).sum())
+            except RuntimeError:  # a layer without second derivatives
+                unsolvable = 0
+            if unsolvable:
+                return (
+                    f"the adjoint equation has no solution for {unsolvable} of {len(failed)} samples: I - J is "
+                    "singular at the equilibrium, so it is no function of the parameters alone; eliminate the conserved total, "
+                    "such as the sum of the state, by solving for the other parts"
+                )
+            return (
+                f"the adjoint solve did not converge for {count} of {len(failed)} samples (largest relative residual "
+                f"{worst:.2g}), so the gradient is inexact; raise max_steps, "
                 "Implicit(solver=GMRES(max_steps=200, memory=200)), or make the map contract"
             )
+
         warn_once("adjoint", text)
 
     def _start(

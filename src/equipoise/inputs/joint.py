@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +96,7 @@ class JointMap(FunctionMap):
     """
 
     f: JointModule
+    makes_leaves: ClassVar[bool] = True
 
     def __init__(
         self, joint: JointModule, start: Triple, given: Sequence[Any], *, params: Sequence[Tensor] | None = None
