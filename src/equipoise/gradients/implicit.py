@@ -93,8 +93,8 @@ class Implicit(Gradient):
             if unsolvable:
                 return (
                     f"the adjoint equation has no solution for {unsolvable} of {len(failed)} samples: I - J is "
-                    "singular at the equilibrium, so it is no function of the parameters alone; eliminate the conserved total, "
-                    "such as the sum of the state, by solving for the other parts"
+                    "singular at the equilibrium, so it is no function of the parameters alone; eliminate the "
+                    "conserved total, such as the sum of the state, by solving for the other parts"
                 )
             return (
                 f"the adjoint solve did not converge for {count} of {len(failed)} samples (largest relative residual "
