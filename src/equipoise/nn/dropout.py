@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from equipoise.core.checks import check_ranges
-from equipoise.core.function_map import SeededLayer
+from equipoise.core.modules import SeededLayer
 
 
 class VariationalDropout(SeededLayer):

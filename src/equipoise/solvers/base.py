@@ -3,7 +3,6 @@
 import abc
 import dataclasses
 import numbers
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +13,7 @@ from equipoise.core.guards import COUPLED, RANDOM, refuse_coupling, refuse_rando
 from equipoise.core.linalg import InverseEstimate, LowRank, can_branch_on, safe_norms
 from equipoise.core.map import Map, Point
 from equipoise.core.solution import Solution, Status
+from equipoise.solvers.rows import block_norms, split_rows
 
 NEVER = torch.iinfo(torch.int64).max  # number of an evaluation that no estimate includes
 DIVERGED_AT = 1e8  # residual of a divergent sample, relative to the first
@@ -21,39 +21,6 @@ APART = 10.0  # largest residual of a best iterate with several blocks, relative
 ROUNDING = 0.1  # part of the rounding between batches that a batch of the same size may have
 RUNNING = -1  # status of a sample that has not stopped
 STEPS_PER_READ = 8  # on devices, where reading a flag makes the host wait
-
-
-def block_norms(x: Tensor, blocks: tuple[int, ...] | None, norm: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """Return the norm of each row, `(b,)`, or of each of its `k` blocks, `(b, k)`."""
-    if blocks is not None:
-        return torch.stack([block_norms(part, None, norm) for part in x.split(blocks, dim=1)], dim=1)
-    return torch.linalg.vector_norm(x, dim=1) if norm is None else norm(x).to(x.dtype)
-
-
-def split_rows(memory: Any, keep: Tensor, gone: Tensor) -> tuple[Any, Any]:
-    """Split a solver's memory into that of the rows that stay and of those that leave.
-
-    Every tensor in it is split along its first dimension, also in nested dataclasses and tuples. Histories
-    `(b, m, ...)` are sorted in place and split into views, so that they are never held twice.
-    """
-    if isinstance(memory, Tensor):
-        if memory.ndim < 3:
-            return memory[keep], memory[gone]
-        order = torch.cat([keep, gone])
-        for column in memory.unbind(dim=1):
-            column.copy_(column[order])
-        return memory[: len(keep)], memory[len(keep) :]
-    if isinstance(memory, (tuple, list)):
-        pairs = [split_rows(part, keep, gone) for part in memory]
-        return type(memory)(stay for stay, _ in pairs), type(memory)(go for _, go in pairs)
-    if dataclasses.is_dataclass(memory) and not isinstance(memory, type):
-        names = [field.name for field in dataclasses.fields(memory)]
-        pairs = [split_rows(getattr(memory, name), keep, gone) for name in names]
-        return (
-            dataclasses.replace(memory, **{name: stay for name, (stay, _) in zip(names, pairs, strict=True)}),
-            dataclasses.replace(memory, **{name: go for name, (_, go) in zip(names, pairs, strict=True)}),
-        )
-    return memory, memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

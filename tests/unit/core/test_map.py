@@ -10,7 +10,8 @@ from problems import TanhCell, affine
 from torch import Tensor, nn
 
 import equipoise as eq
-from equipoise.core.function_map import DescentMap, FunctionMap, SeededLayer
+from equipoise.core.function_map import DescentMap, FunctionMap
+from equipoise.core.modules import SeededLayer
 from equipoise.gradients.adjoint import AdjointMap
 
 BATCH, SIZE = 4, 6

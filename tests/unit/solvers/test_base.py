@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import equipoise as eq
-from equipoise.solvers.base import split_rows
+from equipoise.solvers.rows import split_rows
 
 
 def scripted(lengths: list[float], solver: eq.Solver, **options: Any) -> eq.Solution[Tensor]:
