@@ -157,7 +157,7 @@ class FunctionMap(Map):
 
     def _tracked_value(self, z: Tensor) -> Tensor:
         """Evaluate the map, tracked to its parameters alone, for two rows if they can be evaluated apart."""
-        with self.counts.paused(), self.solve_context(backward=True), torch.enable_grad():
+        with self.uncounted(), self.solve_context(backward=True), torch.enable_grad():
             places = torch.arange(min(2, self.batch), device=self.device)
             try:
                 return self.detached().select(places).call(z[places].detach())

@@ -97,7 +97,7 @@ def evaluate_apart(point: Point, places: Tensor) -> Tensor | None:
         Their values `(k, D)`; None if the map cannot be evaluated for them alone.
     """
     try:
-        with point.map.counts.paused():
+        with point.map.uncounted():
             return point.map.select(places).call(point.z[places])
     except (IndexError, RuntimeError, TypeError, ValueError):
         return None  # say, an attribute of the map has all rows
@@ -147,7 +147,7 @@ def refuse_randomness(watch: RandomWatch, point: Point) -> None:
     if not watch.advanced:
         return
     places = torch.arange(2, device=point.z.device) % len(point.z)
-    with point.map.counts.paused():
+    with point.map.uncounted():
         again = evaluate_apart(point, places) if point.map.droppable else point.map.call(point.z)[places]
     if again is not None and differ(point, places, again):
         raise refusal(point, places, again) if point.map.droppable else ValueError(RANDOM)

@@ -100,6 +100,10 @@ class Map(abc.ABC):
         self.counts = Counts() if counts is None else counts
         self.droppable, self.blocks, self.precision = droppable, blocks, precision
 
+    def uncounted(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context whose calls are not counted."""
+        return self.counts.paused()
+
     @property
     def copies_rows(self) -> bool:
         """Whether `select` may name a row twice."""

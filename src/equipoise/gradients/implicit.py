@@ -86,7 +86,7 @@ class Implicit(Gradient):
 
         def text() -> str:
             try:
-                with adjoint.counts.paused():
+                with adjoint.uncounted():
                     unsolvable = int((adjoint.unsolvable() & failed).sum())
             except RuntimeError:  # a layer without second derivatives
                 unsolvable = 0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -122,6 +123,11 @@ class JointMap(FunctionMap):
     def step(self) -> Tensor:
         """The step of the input, `(b, 1)`."""
         return self.tensors[-1]
+
+    @contextlib.contextmanager
+    def uncounted(self) -> Iterator[None]:
+        with self.counts.paused(), self.f.counts.paused():
+            yield
 
     def with_step(self, step: Tensor) -> JointMap:
         """Return the map with another step of the input, `(b, 1)`."""

@@ -337,7 +337,7 @@ class _Record:
         converged = solution.converged
         if self.on_host and not (bool(converged.any()) and bool((self.best_step != self.best_step[0]).any())):
             return solution
-        with f.counts.paused():
+        with f.uncounted():
             point = f.evaluate(solution.value, self.rows, self.running)
         sizes, images = self._norms(point)
         allowed = torch.minimum(self.solver.tolerance(images), self.bar)
@@ -349,7 +349,7 @@ class _Record:
         if not self.on_host:
             return dataclasses.replace(solution, status=solution.status.masked_fill(wrong, Status.STALLED))
         if bool(wrong.any()):
-            with f.counts.paused():
+            with f.uncounted():
                 raise ValueError(COUPLED if torch.equal(f.call(point.z), point.fz) else RANDOM)
         return solution
 
