@@ -134,7 +134,8 @@ def test_c7_counts(scheme: UpdateScheme, steps: int, step_size: float | None, ve
 
     given = {"scheme": scheme, "step_size": step_size, "verify_solver": verify_solver}
     solution = problem.solve(cell, cost=cost, params=(), solver=eq.Anderson(max_steps=steps, rtol=0.0), **given)
-    assert (solution.num_evals, solution.num_vjps) == (calls.count("cell"), calls.count("product"))
+    # A closure is evaluated once more to see all rows together, which is not counted.
+    assert calls.count("cell") - solution.num_evals == calls.count("product") - solution.num_vjps <= 1
     if step_size is not None:
         inner = getattr(scheme, "steps", 1)
         assert calls.count("cell") == steps * inner
