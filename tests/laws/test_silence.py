@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import equipoise as eq
+from equipoise.constraints import Box, L2Ball
 from equipoise.core import guards
+from equipoise.inputs import InputOptimizer, InputSolution
 
 MODES = [torch.enable_grad, torch.no_grad, torch.inference_mode]
 TIGHT = eq.Anderson(max_steps=200, rtol=1e-10)
@@ -528,6 +530,84 @@ def test_conserved_total(rates: tuple[float, float], cycle: bool) -> None:
         (grad,) = torch.autograd.grad(one.sum(), k)
         total = rates[0] + rates[1]
         torch.testing.assert_close(grad, torch.tensor([-3 * rates[1] / total**2, 3 * rates[0] / total**2]))
+
+
+# --- saddle points of an input's cost ---------------------------------------------------------------------------------
+
+
+def wells(z: Tensor, x: Tensor) -> Tensor:
+    """Two wells in the first number, a valley in the second."""
+    return 0.25 * (z[:, 0].square() - 1).square() + 0.5 * z[:, 1].square()
+
+
+SADDLES = [
+    pytest.param(wells, [0.0, 1.0], None, 0.0, id="wells"),
+    pytest.param(wells, [0.0, 1.0], Box(lower=0.0, upper=1.0), 0.0, id="box"),
+    pytest.param(wells, [0.0, 1.0], Box(lower=torch.tensor([-1.0, 0.3]), upper=torch.tensor(2.0)), 0.18, id="border"),
+    pytest.param(lambda z, x: (z.square().sum(1) - 1).square(), [0.0, 0.0], None, 0.0, id="maximum"),
+    pytest.param(lambda z, x: z[:, 0] * z[:, 1] + 0.25 * z.pow(4).sum(1), [0.0, 0.0], None, -0.5, id="product"),
+]
+
+
+def minimize(cost: Callable[..., Tensor], x: Tensor, **options: Any) -> InputSolution:
+    """Minimize a cost of `z = 2 x`."""
+    cell, z0 = lambda z, x: 0.5 * z + x, torch.zeros_like(x)
+    return eq.optimize_inputs(cell, z0=z0, x0=x, cost=cost, params=(), **options)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("cost", "start", "constraint", "lowest"), SADDLES)
+def test_saddle_point(cost: Callable[..., Tensor], start: list[float], constraint: Any, lowest: float) -> None:
+    """A sample leaves a saddle point and says that it is not done; from there it reaches the minimum."""
+    found = minimize(cost, torch.tensor([start, [0.3, 0.7]]), constraint=constraint)
+    assert int(found.status[0]) == eq.Status.STALLED
+    descent = InputOptimizer(solver=eq.Picard(max_steps=1000), step_size=0.02)
+    again = minimize(cost, found.value[2], constraint=constraint, optimizer=descent).raise_for_status()
+    torch.testing.assert_close(again.cost, torch.full((2,), lowest), rtol=0, atol=1e-4)
+    assert bool(minimize(cost, again.value[2], constraint=constraint).converged.all()), "not worse than an optimum"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("cost", "constraint"),
+    [
+        (lambda z, x: (z - 1).square().sum(1), None),
+        (lambda z, x: -z.square().sum(1), Box(lower=-0.5, upper=1.0)),  # a corner, with negative curvature outwards
+        (lambda z, x: -z.square().sum(1) + z[:, 0], L2Ball(radius=1.0)),
+        (lambda z, x: (z[:, 0] - 1).square(), None),  # flat in the second number
+        (lambda z, x: (z - 1).pow(4).sum(1), None),  # flat at the minimum
+    ],
+)
+def test_minimum_is_no_saddle_point(cost: Callable[..., Tensor], constraint: Any) -> None:
+    x = torch.tensor([[-0.3, 0.2], [-0.4, -0.4], [-0.4, 0.8]])
+    found = minimize(cost, x, constraint=constraint, optimizer=InputOptimizer(solver=eq.Anderson(max_steps=300)))
+    assert eq.Status.STALLED not in found.status
+
+
+@torch.no_grad()
+def test_saddle_points_of_random_problems() -> None:
+    """Curvatures from a dense Hessian; the cost is even, so zero is stationary."""
+    w, u, c = 0.7 * torch.linalg.qr(torch.randn(8, 8))[0], 0.7 * torch.randn(4, 8), torch.randn(8, 8) / 8**0.5
+
+    def cell(z: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(z @ w + x @ u)
+
+    def cost(z: Tensor, x: Tensor) -> Tensor:
+        return ((2 * z @ c).square() - 0.6).square().sum(1) + 0.01 * x.square().sum(1)
+
+    def reduced(x: Tensor) -> Tensor:
+        z = x.new_zeros(1, 8)
+        for _ in range(100):
+            z = cell(z, x[None])
+        return cost(z, x[None])[0]
+
+    x0 = torch.randn(16, 4) * (torch.arange(16) % 2)[:, None]
+    found = eq.optimize_inputs(cell, z0=torch.zeros(16, 8), x0=x0, cost=cost, params=())
+    lowest = torch.linalg.eigvalsh(torch.func.vmap(torch.func.hessian(reduced))(found.value[2]))[:, 0]
+    assert float(torch.linalg.eigvalsh(torch.func.hessian(reduced)(torch.zeros(4)))[0]) < 0
+    assert int(found.converged.sum()) >= 3
+    assert bool((lowest[found.converged] > 0).all())
+    assert found.status[::2].tolist() == [eq.Status.STALLED] * 8
 
 
 # --- forward mode ----------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from equipoise.core.map import Map
 from equipoise.inputs.joint import JointMap
-from equipoise.inputs.schemes import FixedInput, Joint, Nested
+from equipoise.inputs.schemes import FixedInput, GaussSeidel, Joint, Nested
 from equipoise.solvers import Anderson
 
 PROBE_LENGTH = 1e-2  # length of a probing step of the input, relative to 1 + |x|
@@ -16,6 +16,9 @@ MAX_STEP = 100.0  # longest measured first step of the input, relative to 1 + |x
 # input do not meet the slower rest, so this is cheaper, and no worse, than the curvature at the equilibrium.
 QUICK_RESPONSE = Nested(steps=3)
 FULL_RESPONSE = Anderson(memory=10, max_steps=40, rtol=0.03)  # solver of the response at the equilibrium
+ARNOLDI_STEPS = 12  # evaluations, and products, of the search for negative curvature
+ARNOLDI_STEP = 0.75  # step of the input times the curvature in that search; longer ones miss more saddles
+ARNOLDI_LENGTH = 1e-3  # length of its probing steps, relative to 1 + |x|
 
 
 def measure_at_start(f: JointMap, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,6 +67,48 @@ def inverse_curvature(f: JointMap, v: Tensor, direction: Tensor) -> Tensor:
         direction = (joint.advance(v + change) - advanced)[:, -size:] / length
         curvature = torch.maximum(curvature, torch.linalg.vector_norm(direction, dim=1, keepdim=True))
     return _inverse(curvature, advanced[:, -size:], _scale(f, v))
+
+
+def negative_curvature(f: JointMap, v: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Return the most negative curvature of the reduced cost over the largest, and its direction.
+
+    A perturbation of the input along an eigenvector of the reduced Hessian, with the response of state and adjoint, is
+    multiplied by about $1 - \alpha \lambda$ in a round. Arnoldi iteration finds the largest such factor. A round ends
+    with the projection or the proximal operator, so directions that leave an active constraint vanish, and the
+    curvature of its border counts. An evaluation of the round costs one of the cell and one product.
+
+    Args:
+        f: the joint map.
+        v: `(b, D)` joint state near a fixed point.
+        inverse: `(b, 1)` inverse of the largest curvature.
+
+    Returns:
+        The relative curvature, `(b,)`, and a direction, `(b, D)`, whose input has norm 1. Positive curvatures are not
+        exact.
+    """
+    joint = f.with_step(ARNOLDI_STEP * inverse).with_scheme(GaussSeidel())
+    size, states = f.size, (v.shape[1] - f.size) // 2
+    unit = (ARNOLDI_LENGTH * _scale(f, v)).repeat(1, v.shape[1])
+    unit[:, states : 2 * states] /= inverse  # the adjoint has the unit of a curvature
+    there, start = joint.call(v), torch.zeros_like(v)
+    start[:, -size:] = torch.arange(size, device=v.device).square().to(v).cos()  # no symmetry of the problem
+    basis, products = [_unit(start)], v.new_zeros(len(v), ARNOLDI_STEPS + 1, ARNOLDI_STEPS)
+    for k in range(ARNOLDI_STEPS):
+        image = (joint.call(v + unit * basis[k]) - there) / unit
+        for _ in range(2):  # a second pass removes the rounding errors of the first
+            for i, q in enumerate(basis):
+                overlap = (q * image).sum(1)
+                products[:, i, k] += overlap
+                image = image - overlap[:, None] * q
+        products[:, k + 1, k] = torch.linalg.vector_norm(image, dim=1)
+        basis.append(_unit(image))
+    finite = products.isfinite().all(dim=2).all(dim=1)[:, None]
+    values, vectors = torch.linalg.eig(torch.where(finite[:, None], products[:, :-1], 0.0))
+    factor, index = values.real.max(dim=1)
+    weights = vectors.real.gather(2, index[:, None, None].expand(-1, ARNOLDI_STEPS, 1))
+    direction = (torch.stack(basis[:-1], dim=2) @ weights)[:, :, 0] * unit
+    norm = torch.linalg.vector_norm(direction[:, -size:], dim=1, keepdim=True)
+    return (1 - factor) / ARNOLDI_STEP, torch.where(finite & (norm > 0), direction / norm, 0.0)
 
 
 class _Response(Map):

@@ -37,8 +37,8 @@ class InputOptimizer:
         gradient: gradient of the solution in parameters, inputs and targets. `Implicit()` is exact, also with active
             constraints; `Envelope()` is exact if the outer loss is a multiple of the cost; `FirstOrder()` holds the
             input constant.
-        verify_solver: solver of state and adjoint at the answer, for `cost`, `stationarity` and the test of a given
-            step. A sample whose cost is above that of its start, such as a maximum, gets the start back and becomes
+        verify_solver: solver of state and adjoint at the answer, for `cost`, `stationarity`, the search for saddle
+            points and the test of a given step. A sample whose cost is above that of its start, such as a maximum, gets the start back and becomes
             DIVERGED. None: no verification, as in training.
 
     Raises:
@@ -118,8 +118,9 @@ def optimize_inputs(
     $$ z = f(z, x), \qquad \mu = J_z^\top \mu + \nabla_z c, \qquad
        x = P_X(x - \alpha (J_x^\top \mu + \nabla_x (c + r))) $$
 
-    The answer is a stationary point with a cost no higher than that of the start. In theory it may be a saddle point,
-    so compare the field `cost` of the solution with that of other starts.
+    The answer is a stationary point with a cost no higher than that of the start. A sample at a saddle point moves to a
+    lower cost and becomes STALLED; optimize again from there. Twelve products look for the direction and may miss a
+    weak one, and a minimum may be local: compare the field `cost` of the solution with that of other starts.
 
     Args:
         cell: `f(z, x, *inputs)`, a module or a function.
