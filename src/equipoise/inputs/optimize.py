@@ -38,8 +38,8 @@ class InputOptimizer:
             constraints; `Envelope()` is exact if the outer loss is a multiple of the cost; `FirstOrder()` holds the
             input constant.
         verify_solver: solver of state and adjoint at the answer, for `cost`, `stationarity`, the search for saddle
-            points and the test of a given step. A sample whose cost is above that of its start, such as a maximum, gets the start back and becomes
-            DIVERGED. None: no verification, as in training.
+            points and the test of a given step. A sample whose cost is above that of its start, such as a maximum,
+            gets the start back and becomes DIVERGED. None: no verification, as in training.
 
     Raises:
         TypeError, ValueError: a field is of another kind, or `step_size` is not positive and finite.
