@@ -6,6 +6,7 @@ STAMP := .venv/.installed
 DEMO := .venv/.demo
 RUN := runs/demo
 export OMP_NUM_THREADS ?= 1
+unexport PYTHONDONTWRITEBYTECODE  # pytest compiles each test file once, and not at each start
 
 .PHONY: help demo lint check test test-extended mutants docs clean
 help:  ## show the targets
@@ -37,7 +38,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 check: lint  ## ruff, types, the fast tests (laws, unit) and one run from training to prediction
-	$(BIN)/python -m pytest -n 2 -m 'not (slow or extended or gpu)' tests/laws tests/unit tests/runs/test_journey.py
+	$(BIN)/python -m pytest -n 2 -m 'not (thorough or slow or extended or gpu)' tests/laws tests/unit tests/runs/test_journey.py
 
 test: $(STAMP)  ## run every test that CI runs, each once
 	$(BIN)/python -m pytest -n 2 -m 'not (extended or gpu)'

@@ -22,7 +22,9 @@ except RuntimeError:
 @pytest.fixture(autouse=True)
 def _reproducible() -> Iterator[None]:
     """Seeds fixed, double precision as default; a test that needs float32 says so."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # `torch.manual_seed` formats a stack for each device that is not there
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(0)
     np.random.seed(0)  # noqa: NPY002
     random.seed(0)
     before = torch.get_default_dtype()

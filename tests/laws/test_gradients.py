@@ -139,6 +139,7 @@ def test_finite_differences(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["tensor", "dict"])
+@pytest.mark.thorough
 def test_minimizer(kind: str) -> None:
     """First and second derivatives equal finite differences."""
     solver = eq.LBFGS(max_steps=100, memory=100, rtol=0, atol=1e-11)
@@ -590,6 +591,7 @@ def posed_twice(solver: eq.Solver, gradient: eq.Gradient) -> tuple[list[Tensor],
     ],
     ids=[*SOLVERS, "refined", "warm start", "Unrolled"],
 )
+@pytest.mark.thorough
 def test_hessian_vector_products(solver: eq.Solver, gradient: eq.Gradient) -> None:
     tensors, value = posed_twice(solver, gradient)
     directions = [torch.randn_like(t) for t in tensors]

@@ -180,6 +180,7 @@ def test_map_default_solver() -> None:
         assert line.value == pytest.approx(outer(solved(t), t).item(), rel=1e-4)
 
 
+@pytest.mark.thorough
 def test_folds() -> None:
     inner, outer = problem(4)
     start, hyper = ZERO.expand(4, -1), torch.linspace(-1, 1, SIZE)

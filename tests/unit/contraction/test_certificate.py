@@ -80,6 +80,7 @@ def check_bounds(certificate: eq.Certificate, before: Tensor, after: Tensor) -> 
 
 @contractions
 @pytest.mark.parametrize("trained", [0, 4])
+@pytest.mark.slow
 def test_random_pairs(contraction: Contraction, trained: int) -> None:
     model = make_model(contraction, trained=trained)
     certificate, cell, u, z = eq.certify(model), model.deq.cell, injection(model, 100), states(model, batch=100)
@@ -106,6 +107,7 @@ def ascend(model: MDEQClassifier, pairs: int, steps: int) -> Tensor:
 
 
 @contractions
+@pytest.mark.slow
 def test_searched_pairs(contraction: Contraction) -> None:
     found = ascend(make_model(contraction, trained=5), pairs=8, steps=15)
     assert float(found.amax(dim=0).mean()) > 1.1 * float(found[0].mean())
@@ -128,6 +130,7 @@ def dense_jacobian(solution: eq.Solution) -> Tensor:
 
 
 @contractions
+@pytest.mark.slow
 def test_measured_norm(contraction: Contraction) -> None:
     model = make_model(contraction, config=TINY)
     with torch.no_grad():
@@ -191,6 +194,7 @@ def test_cap_of_the_reshaped_kernel() -> None:
 
 
 @pytest.mark.parametrize("contraction", [*CONTRACTIONS.values(), None], ids=[*CONTRACTIONS, "published"])
+@pytest.mark.slow
 def test_uniqueness_from_two_starts(contraction: Contraction | None) -> None:
     model, solver = make_model(contraction), eq.Picard(max_steps=80, rtol=0, atol=1e-300)
     cell, u = model.deq.cell, injection(model, 2)
@@ -209,6 +213,7 @@ def test_uniqueness_from_two_starts(contraction: Contraction | None) -> None:
 
 
 @contractions
+@pytest.mark.slow
 def test_rate_forward_and_backward(contraction: Contraction) -> None:
     model, observed = make_model(contraction, trained=3), []
     certificate, u = eq.certify(model), injection(model)

@@ -195,7 +195,7 @@ def test_messages(make: Callable[[], nn.Module], message: str) -> None:
 # --- residual blocks and level weights -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize("k", [1, *(pytest.param(k, marks=pytest.mark.slow) for k in (3, 5))])
 def test_sll_constant(k: int) -> None:
     block, largest = SLLBlock(2, 4, k), 0.0
     for _ in range(60 if k == 3 else 20):

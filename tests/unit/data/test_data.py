@@ -436,7 +436,7 @@ def test_random_parts(tmp_path: pathlib.Path) -> None:
     assert not torch.equal(other[other.flatten(1).sum(1).argsort()], expected[expected.flatten(1).sum(1).argsort()])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_streams(workers: int, tmp_path: pathlib.Path) -> None:
     data, images, _ = imagenet(tmp_path)
     data = dataclasses.replace(data, streaming=True, random_resized_crop=False, resize=20, image_size=20)
@@ -494,6 +494,7 @@ def test_folder_per_class(tmp_path: pathlib.Path) -> None:
         ("label", "image 3 has no label; such a split cannot be used"),
     ],
 )
+@pytest.mark.slow
 def test_damaged_images(damage: str, message: str, in_memory: bool, cifar: pathlib.Path) -> None:
     images, labels = rows(7, seed=2)
     raw = [png(picture(image)) for image in images]

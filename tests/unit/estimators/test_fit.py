@@ -33,6 +33,7 @@ def the_split(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return holdout(len(y), 0.25, np.random.RandomState(0), y)
 
 
+@pytest.mark.slow
 def test_validation_rows() -> None:
     X, y = table(columns=8)
     train, out = the_split(y)
@@ -52,6 +53,7 @@ def test_validation_rows() -> None:
 
 
 @pytest.mark.parametrize("kind", ["binary", "multinomial", "ridge", "ridges"])
+@pytest.mark.slow
 def test_observer(kind: str) -> None:
     X, y = table(load_breast_cancer if kind == "binary" else load_wine, 8)
     X, targets = X[:, :4], X[:, 5:7] if kind == "ridges" else X[:, 5]
@@ -77,6 +79,7 @@ def test_one_validation_row() -> None:
     assert math.isnan(model.validation_score_)
 
 
+@pytest.mark.slow
 def test_isolation() -> None:
     """A fit is deterministic and leaves torch's state alone."""
     X, y = table()
@@ -94,6 +97,7 @@ def test_isolation() -> None:
     assert clone(model).get_params() == model.get_params()
 
 
+@pytest.mark.slow
 def test_warm_start() -> None:
     X, y = table(load_diabetes, 10)
     model = BilevelRidge(random_state=0, warm_start=True, gradient=EXACT).fit(X, y)
@@ -111,6 +115,7 @@ def test_convergence_warning() -> None:
     assert np.isfinite(hasty.coef_).all()
 
 
+@pytest.mark.slow
 def test_degenerate_data() -> None:
     rng = np.random.default_rng(0)
     X, y = rng.standard_normal((12, 40)), np.arange(12) % 2  # fewer rows than columns

@@ -167,6 +167,7 @@ def test_preconditioned_cg() -> None:
 
 @pytest.mark.parametrize("start", [None, VANILLA], ids=["g", "shine"])
 @pytest.mark.parametrize("kind", [eq.CG, eq.GMRES])
+@pytest.mark.thorough
 def test_finite_differences(kind: Any, start: eq.Gradient | None) -> None:
     """Of first and second derivatives; for CG the map is a gradient, w^T tanh(w z + x), so that J is symmetric."""
     w = torch.randn(2, 2) / 4

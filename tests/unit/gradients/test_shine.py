@@ -53,6 +53,7 @@ def test_exact() -> None:
 # --- fallback --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_norm_guard() -> None:
     """It acts sample by sample and reports; refinement starts anew where the estimate fell back."""
     problem, solver = toy(3.0, d=60), broyden(1e-4)

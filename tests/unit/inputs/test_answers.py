@@ -73,6 +73,7 @@ def test_c2_linear_quadratic(scheme: UpdateScheme) -> None:
 )
 @pytest.mark.parametrize("step_size", [0.05, None])
 @pytest.mark.parametrize("kind", [L2Ball, LInfBall])
+@pytest.mark.thorough
 def test_c3_linear_cost_in_a_ball(kind: type, step_size: float | None, solver: eq.Solver) -> None:
     cell, a, center = Cell(10, 4, 0.8, linear=True), torch.randn(3, 10), torch.randn(3, 4)
     g = a @ cell.gain @ cell.u.detach()
@@ -126,6 +127,7 @@ def nested(problem: Fitting, steps: int, step: float) -> tuple[Tensor, Tensor, T
     return z, mu, x
 
 
+@pytest.mark.thorough
 def test_c4_joint_is_nested() -> None:
     problem = fitting(n=10, p=3, rows=2)
     exact = nested(problem, steps=800, step=0.3)
@@ -137,6 +139,7 @@ def test_c4_joint_is_nested() -> None:
 
 @schemes
 @pytest.mark.parametrize(("step_size", "memory"), [(0.05, 10), (None, 5)])
+@pytest.mark.thorough
 def test_c6_independence_of_options(scheme: UpdateScheme, step_size: float | None, memory: int) -> None:
     problem, solver = fitting(linear=True), dataclasses.replace(TIGHT, memory=memory, max_steps=800)
     found = problem.solve(x0=torch.randn(3, 4), scheme=scheme, step_size=step_size, solver=solver)

@@ -22,6 +22,7 @@ TIGHT = dataclasses.replace(SOLVER, memory=10, rtol=1e-9)
 
 @pytest.mark.parametrize("rows", [[3, 0, 4, 2, 1], [2]])
 @pytest.mark.parametrize("step_size", [0.1, None])
+@pytest.mark.thorough
 def test_batch_independence(step_size: float | None, rows: list[int]) -> None:
     problem, center = fitting(rows=5), 0.1 * torch.randn(5, 4)
 
@@ -94,6 +95,7 @@ def test_short_steps_stall() -> None:
         (lambda z, x: 1.5 * z + x + 1, eq.Anderson(memory=9, max_steps=200, rtol=1e-9), Status.CONVERGED),
     ],
 )
+@pytest.mark.thorough
 def test_c11_expansive_maps(cell: Callable[..., Tensor], solver: eq.Solver, status: Status | None) -> None:
     found = optimize(
         cell,

@@ -96,11 +96,12 @@ def test_definitions() -> None:
 
 @norms
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.slow
 def test_finite_differences(norm: Norm, training: bool) -> None:
     """Of first and, in evaluation mode, second derivatives; the layer's own parameters are perturbed in place."""
     layer, x = normed(norm, d=3), torch.randn(2, 3, requires_grad=True)
     if norm is eq.nn.spectral_norm:
-        for _ in range(2000):  # in training the power iteration moves on, unless it has converged
+        for _ in range(300):  # in training the power iteration moves on, unless it has converged
             _ = layer.cell.w.weight
     layer.train(training)
     torch.autograd.gradcheck(lambda *_: layer(x), (x, *layer.parameters()), atol=1e-6, fast_mode=True)

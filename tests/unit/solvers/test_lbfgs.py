@@ -47,6 +47,7 @@ def two_loop(pairs: list[tuple[Tensor, Tensor]], scaled: bool, q: Tensor) -> Ten
 
 @pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize("memory", [1, 4, 60])
+@pytest.mark.thorough
 def test_dense_bfgs(memory: int, scaled: bool) -> None:
     start = [-1.2, 1.0, -1.2, 1.0, 0.5, 2.0]
     _, steps, _ = record(rosenbrock, start, memory=memory, scaled=scaled, max_steps=60, atol=1e-9)
@@ -63,6 +64,7 @@ def test_dense_bfgs(memory: int, scaled: bool) -> None:
         assert bool((torch.linalg.eigvalsh(inverse) > 0).all())
 
 
+@pytest.mark.thorough
 def test_evicted_pairs() -> None:
     """Those evicted since the best iterate are lost, and no others."""
     some = 0
@@ -123,6 +125,7 @@ class _Coarse(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("value", ["cancelled", "offset", "coarse"])
+@pytest.mark.thorough
 def test_rounded_values(value: str) -> None:
     """Values that lost their digits to cancellation or to an offset, or that mislead, do not end the descent."""
     h, _, minimizer = quadratic(20, 1e2)
@@ -160,6 +163,7 @@ STARTS = torch.tensor([[-1.2, 1.0], [0.0, 0.0], [2.0, -1.0], [-3.0, 5.0], [0.5, 
 
 @pytest.mark.parametrize("aware", [False, True], ids=["plain", "aware"])
 @pytest.mark.parametrize("mode", ["named", "closure", "unread"])
+@pytest.mark.thorough
 def test_batch_independence(mode: str, aware: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of Rosenbrock's function never wait for each other, nor on a device, where no value is read."""
     plain = eq.LBFGS(max_steps=300, memory=5, rtol=0, atol=1e-8)

@@ -25,6 +25,7 @@ Recorded = recorded(eq.LBFGS)
 
 @pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize("outer_every", [1, 3])
+@pytest.mark.thorough
 def test_definition(outer_every: int, scaled: bool) -> None:
     """Replayed with dense matrices: when probes come, where they are, what they teach, and what they cost."""
     z0, direction = torch.tensor([[-1.2, 1.0, 0.3, 2.0]]), torch.tensor([1.0, -2.0, 0.5, 3.0])
@@ -73,6 +74,7 @@ STARTS = torch.tensor([[-1.2, 1.0], [2.0, -1.0], [-3.0, 5.0], [1.01, 1.0]], dtyp
 
 
 @pytest.mark.parametrize("loss", [None, lambda z, rows: 0 * z[:, 0], lambda z, rows: z[:, 0] * torch.nan])
+@pytest.mark.thorough
 def test_no_direction(loss: Any) -> None:
     """Without one there is no probe."""
     f, plain = DescentMap(rosenbrock, STARTS, params=()), eq.LBFGS(max_steps=300, memory=6, rtol=0, atol=1e-8)
@@ -83,6 +85,7 @@ def test_no_direction(loss: Any) -> None:
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.thorough
 def test_probe_not_finite(poison: float) -> None:
     """It loses only its pair: the steps are those without probes."""
     probes = []
@@ -163,6 +166,7 @@ def test_pairs_in_order() -> None:
 
 
 @pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.thorough
 def test_inverse_from_pairs(scaled: bool) -> None:
     """It is made again from them; rows learned different numbers of pairs, and some left the batch early."""
     solver = dataclasses.replace(COLD, scaled=scaled, memory=8, atol=1e-4)

@@ -124,6 +124,7 @@ def test_real_eigenvalue(stepper: Stepper, alpha: float) -> None:
 
 
 @every_stepper
+@pytest.mark.thorough
 def test_no_steady_state(stepper: Stepper) -> None:
     """An unstable flow, one that ends at a finite time, dz/dt = z^2, and a discontinuous map."""
     solver, x = SteadyState(stepper=stepper, max_steps=500, rtol=0, atol=1e-3), torch.tensor([[1.0], [-2.0]])
@@ -200,6 +201,7 @@ def test_region_of_nan(stepper: Stepper) -> None:
 
 
 @every_stepper
+@pytest.mark.thorough
 def test_no_tolerance(stepper: Stepper) -> None:
     """Errors and residuals become zeros, by which is divided; the start of the last row is its answer already."""
     x, solver = torch.tensor([[1.0], [-20.0], [0.0]]), SteadyState(stepper=stepper, rtol=0.0, atol=0.0, max_steps=200)

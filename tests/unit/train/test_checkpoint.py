@@ -123,6 +123,7 @@ DAMAGED_FACTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 
 
 @pytest.mark.parametrize("damage", [*DAMAGED_BYTES, *DAMAGED_FACTS])
+@pytest.mark.slow
 def test_damage(damage: str, saved: pathlib.Path) -> None:
     if damage in DAMAGED_BYTES:
         cut, reason = DAMAGED_BYTES[damage]
@@ -184,6 +185,7 @@ def no_space(*_: object) -> None:
 
 
 @pytest.mark.parametrize("moment", ["write", "fsync", "replace"])
+@pytest.mark.slow
 def test_failed_write(moment: str, saved: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = saved.read_bytes()
     if moment == "write":
@@ -222,6 +224,7 @@ def test_atomic_write(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -
     assert path.read_bytes() == b"x" * 12345
 
 
+@pytest.mark.slow
 def test_run_on_full_disk(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(OSError, match=r"File exists.*file|Not a directory.*file"):
@@ -286,6 +289,7 @@ def test_models_of_0_1(name: str) -> None:
     assert torch.equal(logits, torch.tensor(checkpoint.describe(path)["about"]["logits"], dtype=torch.float32))
 
 
+@pytest.mark.slow
 def test_files_of_0_1_alone(tmp_path: pathlib.Path) -> None:
     with pytest.raises(CheckpointError, match=r"unknown key 'solver\.guard'; .* Equipoise 0\.1\.0 wrote it; that vers"):
         load(FILES / "broyden-0.1.0.safetensors")
