@@ -162,7 +162,9 @@ def test_noise_group() -> None:
 @pytest.mark.slow
 def test_more_penalties() -> None:
     X, y = table(load_wine)
-    fit = functools.partial(BilevelLogisticRegression, random_state=0, gradient=EXACT, alpha_bounds=(1e-4, 10), cv=3)
+    fit = functools.partial(
+        BilevelLogisticRegression, random_state=0, gradient=EXACT, alpha_bounds=(1e-4, 10), cv=3, max_iter=8
+    )
     shared, each = fit().fit(X, y), fit(groups="output").fit(X, y)
     assert each.alpha_.shape == (3,)
     assert each.validation_loss_ <= shared.validation_loss_ * (1 + 1e-6)

@@ -15,6 +15,7 @@ from equipoise.gradients.adjoint import AdjointMap
 from equipoise.gradients.base import Gradient
 from equipoise.solvers import Anderson, Solver
 
+EXAMINED = 8  # samples of which a warning says whether their equation has a solution
 INEXACT = 1e3  # residual relative to g, in units of the tolerance, above which a gradient is reported as inexact
 
 
@@ -85,14 +86,17 @@ class Implicit(Gradient):
         worst = float(answer.residual[failed].max())
 
         def text() -> str:
+            rows = failed.nonzero()[:EXAMINED, 0]
             try:
                 with adjoint.uncounted():
-                    unsolvable = int((adjoint.unsolvable() & failed).sum())
+                    part, kept = (adjoint.select(rows), slice(None)) if adjoint.droppable else (adjoint, rows)
+                    unsolvable = part.unsolvable()[kept]
             except RuntimeError:  # a layer without second derivatives
-                unsolvable = 0
-            if unsolvable:
+                unsolvable = failed.new_zeros(1)
+            if bool(unsolvable.any()):
                 return (
-                    f"the adjoint equation has no solution for {unsolvable} of {len(failed)} samples: I - J is "
+                    f"the adjoint solve did not converge for {count} of {len(failed)} samples, and for "
+                    f"{int(unsolvable.sum())} of {len(rows)} that were examined its equation has no solution: I - J is "
                     "singular at the equilibrium, so it is no function of the parameters alone; eliminate the "
                     "conserved total, such as the sum of the state, by solving for the other parts"
                 )

@@ -546,7 +546,7 @@ def test_missing_data(cifar: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: 
         nowhere.load()
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_real_cifar10() -> None:
     if not CIFAR.is_dir():
         pytest.skip(f"no {CIFAR}: point EQUIPOISE_DATA at the folder above a copy of uoft-cs/cifar10")
