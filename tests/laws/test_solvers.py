@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import problems
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import equipoise as eq
 from equipoise import solvers
@@ -773,6 +775,41 @@ def test_least_fields(kind: type[eq.Solver], fields: dict[str, Any]) -> None:
     """The ends of the ranges are allowed."""
     solver = kind(**fields)
     assert all(getattr(solver, name) == value for name, value in fields.items())
+
+
+class Operations(TorchDispatchMode):
+    """Counts tensor operations; an operation whose result shares the memory of its argument is a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view and func not in (
+            torch.ops.aten.detach.default,
+            torch.ops.aten._unsafe_view.default,
+        )
+        return func(*args, **kwargs or {})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("solver", "most"),
+    [
+        (eq.Picard, 28), (eq.Anderson, 55), (eq.Broyden, 66), (eq.AdjointBroyden, 85), (eq.SteadyState, 127),
+        (eq.CG, 127), (eq.GMRES, 193),
+    ],
+)  # fmt: skip
+def test_operations_of_a_round(solver: type[eq.Solver], most: int) -> None:
+    w, x, marks = torch.linalg.qr(torch.randn(16, 16))[0] * 0.9, torch.randn(4, 16), []
+    with Operations() as operations:
+
+        def f(z: Tensor, x: Tensor) -> Tensor:
+            marks.append(operations.count)
+            return torch.tanh(z @ w + x)
+
+        eq.fixed_point(f, torch.zeros_like(x), x, params=(), solver=solver(max_steps=25, rtol=0.0, atol=0.0))
+    assert sorted(b - a for a, b in itertools.pairwise(marks))[len(marks) // 2] <= most
 
 
 @pytest.mark.parametrize(
