@@ -8,7 +8,7 @@ from equipoise.core.linalg import InverseEstimate
 from equipoise.core.map import Map, Point
 from equipoise.core.solution import ConvergenceError, ConvergenceWarning, Solution, Status
 from equipoise.fixed_point import fixed_point
-from equipoise.gradients import Gradient, Implicit, JacobianFree, Neumann, Phantom, Shine, Unrolled
+from equipoise.gradients import Gradient, Implicit, JacobianFree, Neumann, Phantom, Reversible, Shine, Unrolled
 from equipoise.inputs import optimize_inputs
 from equipoise.solvers import CG, GMRES, LBFGS, AdjointBroyden, Anderson, Broyden, Picard, Solver, SteadyState
 
@@ -36,6 +36,7 @@ __all__ = [
     "Phantom",
     "Picard",
     "Point",
+    "Reversible",
     "Shine",
     "Solution",
     "Solver",

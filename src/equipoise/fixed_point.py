@@ -72,7 +72,7 @@ def solve_map(f: FunctionMap, z0: S, *, solver: Solver, gradient: Gradient, trac
             "use Broyden or LBFGS as solver, or Implicit() as gradient"
         )
     floor = torch.finfo(f.state_dtype).eps / 2
-    if 0 < solver.rtol < floor and solver.atol == 0:
+    if 0 < solver.rtol < floor and solver.atol == 0 and solver.max_steps > 0:
         warn_once(
             "tolerance",
             lambda: (
@@ -93,3 +93,8 @@ def check_methods(solver: Any, gradient: Any) -> None:
         raise TypeError(f"solver must be a solver such as Anderson(), got {solver!r}")
     if not isinstance(gradient, Gradient):
         raise TypeError(f"gradient must be a gradient such as Implicit(), got {gradient!r}")
+    if gradient.replaces_solver and solver.max_steps > 0:
+        raise ValueError(
+            f"{gradient!r} iterates by itself and takes the place of the solver, got {solver!r}; take "
+            "solver=Picard(max_steps=0) with it, or another gradient"
+        )

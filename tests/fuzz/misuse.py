@@ -185,7 +185,8 @@ TIGHT = eq.Anderson(max_steps=200, rtol=1e-11)
 
 def no_parameters(draw: Draw) -> None:
     """Tensors that are no parameters: attributes, buffers, lists, tensors of an enclosing scope."""
-    theta, x = (0.3 * torch.randn(5, 5)).requires_grad_(), torch.randn(draw.rows(), 5)
+    theta, x = 0.3 * torch.randn(5, 5), torch.randn(draw.rows(), 5)
+    theta = (theta / max(1.0, float(torch.linalg.matrix_norm(theta, 2)) / 0.9)).requires_grad_()  # contracts
     place, generated = draw.rng.choice(["attribute", "buffer", "list", "scope"]), draw.rng.random() < 0.5
 
     def loss(theta: Tensor) -> Tensor:
@@ -448,9 +449,18 @@ def run(cases: int, seed: int = 0) -> collections.Counter[tuple[str, str]]:
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        return collections.Counter(case(number, seed) for number in range(cases))
+        return collections.Counter(_numbered(number, seed) for number in range(cases))
     finally:
         torch.set_default_dtype(default)
+
+
+def _numbered(number: int, seed: int) -> tuple[str, str]:
+    """Run a case; an error says which one it was."""
+    try:
+        return case(number, seed)
+    except Exception as error:
+        error.add_note(f"case {number} of seed {seed}")
+        raise
 
 
 def main() -> None:

@@ -61,6 +61,11 @@ class _Record:
     solution: Solution[Tensor]
     leaf: Tensor | None = None
 
+    @property
+    def residual(self) -> Tensor | None:
+        """The residual of the solve; None if nothing was evaluated."""
+        return self.solution.residual if self.solution.num_evals else None
+
     def trimmed(self) -> _Record:
         """Return a copy without the tensors that autograd saves itself, or that the backward pass does not need."""
         inverse = self.solution.inverse if self.gradient.uses_inverse else None
@@ -107,20 +112,31 @@ def _gradients(
     leaves = [t.detach().requires_grad_(want) for t, want in zip(inputs, wanted, strict=False)]
     f = record.map.with_inputs(leaves)
     leaf, fz = f.call_tracked(z)
-    g = _checked(record, f, fz, z, g, [leaf, *leaves])
+    g = check_map(f, fz, z, record.residual, g, [leaf, *leaves])
     adjoint = AdjointMap(f.detached(), leaf, fz, g)
     w = record.gradient.cotangent(adjoint, g, dataclasses.replace(record.solution, value=z))
     targets = [t for t, want in zip((*leaves, *f.params), wanted, strict=True) if want]
     return torch.autograd.grad(fz, targets, w, materialize_grads=True)
 
 
-def _checked(record: _Record, f: FunctionMap, fz: Tensor, z: Tensor, g: Tensor, known: Sequence[Tensor]) -> Tensor:
-    """Check that the map is that of the solve and depends on known tensors alone; return the cotangent."""
+def check_map(
+    f: FunctionMap, fz: Tensor, z: Tensor, residual: Tensor | None, g: Tensor, known: Sequence[Tensor]
+) -> Tensor:
+    """Check that the map is that of the solve and depends on known tensors alone; return the cotangent.
+
+    Args:
+        f: the map.
+        fz: its tracked value at `z`.
+        z: `(b, D)` state.
+        residual: `(b,)` that was recorded there; None: none was.
+        g: `(b, D)` cotangent.
+        known: tensors beside the parameters that get gradients.
+    """
     if fz.requires_grad and f.owner is not None and not f.makes_leaves:
         refuse_foreign(fz, [*known, *f.params])
-    if record.solution.num_evals == 0:  # nothing was recorded
+    if residual is None:
         return g
-    return refuse_changes(fz.detach(), z.detach(), record.solution.residual, f.rounding(z.dtype), g)
+    return refuse_changes(fz.detach(), z.detach(), residual, f.rounding(z.dtype), g)
 
 
 def _tracked_gradients(
@@ -131,7 +147,7 @@ def _tracked_gradients(
     z_in, *inputs_in = (_Through.apply(t, gate) for t in (z, *inputs))
     f = record.map.with_inputs(inputs_in)
     fz = f.call(z_in)
-    g = _checked(record, f, fz, z, g, [z_in, *inputs_in])
+    g = check_map(f, fz, z, record.residual, g, [z_in, *inputs_in])
     with torch.no_grad():
         plain = AdjointMap(f.detached(), z_in, fz, g.detach())
         w = record.gradient.cotangent(plain, g.detach(), dataclasses.replace(record.solution, value=z.detach()))

@@ -24,6 +24,7 @@ class Gradient(abc.ABC):
 
     exact: ClassVar[bool] = False  # may be differentiated again
     uses_inverse: ClassVar[bool] = False  # the solver must keep its inverse estimate
+    replaces_solver: ClassVar[bool] = False  # it iterates by itself, so the solver must do nothing
 
     @abc.abstractmethod
     def cotangent(self, adjoint: AdjointMap, g: Tensor, solution: Solution[Tensor]) -> Tensor:

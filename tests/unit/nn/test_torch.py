@@ -26,6 +26,7 @@ GRADIENTS = {
     "Shine": (BROYDEN, eq.Shine()),
     "JacobianFree": (TIGHT, eq.JacobianFree()),
     "Unrolled": (TIGHT, eq.Unrolled(steps=3)),
+    "Reversible": (eq.Picard(max_steps=0), eq.Reversible(steps=30)),
 }
 
 
