@@ -68,6 +68,7 @@ class Pretraining:
 COMMON = ("count", "loss", "steps", "converged", "residual", "penalty")
 SCORES = {  # titles of all scores
     "accuracy": "accuracy",
+    "exact": "samples all right",
     "robust_accuracy": "accuracy under attack",
     "psnr": "PSNR in dB",
 }

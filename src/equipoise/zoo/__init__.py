@@ -7,7 +7,17 @@ from collections.abc import Callable
 
 from equipoise import data, gradients, inputs, solvers, train
 from equipoise.train import TrainConfig
-from equipoise.zoo import adversarial, classification, continuous, few_shot, generative, inverse, lipschitz_mdeq, mdeq
+from equipoise.zoo import (
+    adversarial,
+    classification,
+    continuous,
+    few_shot,
+    generative,
+    inverse,
+    lipschitz_mdeq,
+    mdeq,
+    reasoning,
+)
 from equipoise.zoo.adversarial import (
     ATTACK,
     Adversarial,
@@ -81,8 +91,9 @@ from equipoise.zoo.mdeq import (
     mdeq_imagenet_small,
     mdeq_imagenet_xl,
 )
+from equipoise.zoo.reasoning import PrefixSums, Reason, Reasoner, ReasonerConfig, prefix_sums
 
-MEMBERS = (classification, mdeq, lipschitz_mdeq, continuous, generative, inverse, adversarial, few_shot)
+MEMBERS = (classification, mdeq, lipschitz_mdeq, continuous, generative, inverse, adversarial, few_shot, reasoning)
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     recipe.__name__.replace("_", "-"): recipe for member in MEMBERS for recipe in getattr(member, "RECIPES", ())
@@ -140,7 +151,11 @@ __all__ = [
     "Noise",
     "ObservationCost",
     "Omniglot",
+    "PrefixSums",
     "PriorConfig",
+    "Reason",
+    "Reasoner",
+    "ReasonerConfig",
     "Reconstruct",
     "SLLLayers",
     "ScaledLayers",
@@ -167,6 +182,7 @@ __all__ = [
     "mdeq_imagenet_large",
     "mdeq_imagenet_small",
     "mdeq_imagenet_xl",
+    "prefix_sums",
     "psnr",
     "skip_mnist",
     "skip_reg_fashion_mnist",

@@ -2,6 +2,9 @@
 
 import dataclasses
 
+import torch
+from torch import Tensor
+
 from equipoise.core.checks import check_ranges
 from equipoise.data import Data
 from equipoise.gradients import Gradient, Implicit
@@ -43,6 +46,11 @@ def check_shapes(model: ImageModelConfig, data: Data) -> None:
             f"the data has images of shape {data.shape}, the model takes {model.image_shape}; set model.image_size and "
             "model.image_channels, or data.image_size"
         )
+
+
+def precise(logits: Tensor) -> Tensor:
+    """Return logits in single precision at least, for a loss."""
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

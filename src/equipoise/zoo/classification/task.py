@@ -15,7 +15,7 @@ from equipoise.gradients import Gradient, Unrolled
 from equipoise.nn import frozen, jacobian_penalty, skip_penalty
 from equipoise.solvers import AdjointBroyden, Picard
 from equipoise.train import BatchResult, ModelConfig, Objective, Pretraining, StepInfo, Task
-from equipoise.zoo.base import check_shapes
+from equipoise.zoo.base import check_shapes, precise
 from equipoise.zoo.classification.model import ClassifierConfig, EquilibriumClassifier
 
 
@@ -134,7 +134,7 @@ class Classify(ClassifierTask):
     def loss(self, objective: Objective, images: Tensor, labels: Tensor, info: StepInfo | None) -> BatchResult:
         with self._solving(objective, labels, info):
             logits, solution = objective.model.classify(images)
-        logits = _precise(logits)
+        logits = precise(logits)
         smoothing, penalty = (0.0, 0.0) if info is None else (self.label_smoothing, self._penalties(solution, info))
         loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
         return BatchResult(loss, solution, {"accuracy": (logits.argmax(1) == labels).sum()}, penalty)
@@ -161,11 +161,7 @@ class Classify(ClassifierTask):
 
         def outer(z: Any, rows: Tensor) -> Tensor:
             with frozen(head):
-                logits = _precise(head(z))
+                logits = precise(head(z))
             return F.cross_entropy(logits, labels[rows], label_smoothing=self.label_smoothing, reduction="none")
 
         return deq.using(solver=dataclasses.replace(deq.solver, outer_loss=outer))
-
-
-def _precise(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits

@@ -1,0 +1,205 @@
+"""Prefix sums of strings longer than any in training: an equilibrium beside a plain and a weight-tied network.
+
+    python -m benchmarks reasoning [--quick] [--seeds N] [--workers N]
+
+Claim: a map trained on strings of 32 bits has an equilibrium that answers strings of 512 bits exactly, and no rival of
+equal size and training time does both, to answer them and to stop by itself.
+Evidence: `results/2026-12-01.json`.
+
+    equilibrium   the recipe `prefix-sums`: random counts of free and unrolled steps. At test Picard iteration solves to
+                  rtol 1e-3
+    tied          the same map and head as a network of depth 30 with the progressive loss of Bansal et al. (2022). At
+                  test it is applied 30 n / 32 times to n bits
+    plain         a feed-forward network of residual blocks of equal size, with dilated convolutions
+
+The equilibrium trains for the steps of its recipe. A rival then trains for as many processor seconds, with batches of
+the same size, Adam, warm-up and cosine by time, clipped gradients; its learning rate is the one of two that has the
+least loss on validation strings of 32 bits with seed 0.
+
+    exact/n           share of 500 test strings of n bits whose answer is right at every place
+    exact/512-twice   of 100 of them after 320 steps without a tolerance, twice as many as an answer takes (tied: 960)
+    exact/512-random  of 200 of them from a random start; converged/512-random: share CONVERGED
+    exact/512-first   of 100 of them after one step from zero
+    converged/512     share of samples CONVERGED; steps/512: mean number of steps
+    curve/s           exact of 100 strings of 512 bits after s steps
+    auc               of the residual after 96 steps as a sign of a wrong answer; None where all are right or all wrong
+"""
+
+import dataclasses
+import functools
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import equipoise as eq
+from benchmarks import harness
+from benchmarks.reasoning.report import summary, table
+from benchmarks.reasoning.rivals import Plain, Tied
+from equipoise import zoo
+from equipoise.data.base import Split, generator
+from equipoise.train import TrainConfig, fit
+from equipoise.zoo import PrefixSums, Reasoner
+
+LENGTHS = (32, 64, 128, 256, 512)
+CURVE = (8, 32, 64, 96, 128, 160, 320)  # the last are twice as many as an answer takes
+CUT = 96
+RATES = (1e-3, 3e-3)
+
+
+def recipe(quick: bool, seed: int) -> TrainConfig:
+    """The recipe; in the quick setting a few steps of short strings."""
+    config = dataclasses.replace(zoo.prefix_sums(), seed=seed, tensorboard=False)
+    if not quick:
+        return config
+    data = PrefixSums(length=32, test_length=64, num_train=400, num_validation=20, num_test=20)
+    return dataclasses.replace(config, data=data, stop_after=3)
+
+
+def strings(length: int, quick: bool) -> tuple[Tensor, Tensor]:
+    """Test strings of a length, and their answers."""
+    data = PrefixSums(test_length=length, num_test=20 if quick else 500, num_train=1, num_validation=0)
+    bits, answers = next(data.load().test.batches(500))
+    return data.prepare(bits), answers
+
+
+def exact(logits: Tensor, answers: Tensor) -> float:
+    return float((logits.argmax(1) == answers).all(1).double().mean())
+
+
+@torch.no_grad()
+def examine(model: Reasoner, quick: bool) -> dict[str, Any]:
+    """Figures of the equilibrium, beside those of the test split."""
+    found: dict[str, Any] = {}
+    last = LENGTHS[1] if quick else LENGTHS[-1]
+
+    def exact_at(length: int, count: int, steps: int, rtol: float, start: bool = False) -> tuple[float, Any, Tensor]:
+        x, y = (t[:count] for t in strings(length, quick))
+        z0 = torch.randn(len(x), model.config.channels, length) if start else None
+        with model.deq.using(solver=eq.Picard(max_steps=steps, rtol=rtol)):
+            logits, solution = model.answer(x, z0=z0)
+        return exact(logits, y), solution, (logits.argmax(1) != y).any(1)
+
+    for length in LENGTHS[:1] if quick else LENGTHS[:-1]:
+        found[f"exact/{length}"] = exact_at(length, 500, 1000, 1e-3)[0]
+    torch.manual_seed(1)
+    found[f"exact/{last}-random"], solution, _ = exact_at(last, 200, 1000, 1e-3, start=True)
+    found[f"converged/{last}-random"] = float(solution.converged.double().mean())
+    found[f"exact/{last}-first"] = exact_at(last, 100, 1, 0.0)[0]
+    for steps in CURVE[:2] if quick else CURVE:
+        found[f"curve/{steps}"], solution, wrong = exact_at(last, 100, steps, 0.0)
+        if steps == CUT:
+            found["auc"] = area(solution.residual, wrong)
+    found[f"exact/{last}-twice"] = found[f"curve/{steps}"]
+    return found
+
+
+def area(residual: Tensor, wrong: Tensor) -> float | None:
+    """Area under the curve of a residual as a sign of wrong answers."""
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(wrong, residual)) if 0 < int(wrong.sum()) < len(wrong) else None
+
+
+def train(seed: int, folder: pathlib.Path, quick: bool) -> dict[str, Any]:
+    """Train the recipe, and examine its equilibria."""
+    start = time.process_time()
+    result = fit(recipe(quick, seed), run_dir=folder, resume=True)
+    tested = result.test
+    length = LENGTHS[1] if quick else LENGTHS[-1]
+    trained = [line for line in result.history if line["split"] == "train"]
+    return {
+        "parameters": tested["parameters"],
+        "seconds": sum(line["seconds"] for line in trained) if trained else time.process_time() - start,
+        f"exact/{length}": tested["test_exact"],
+        f"converged/{length}": tested["converged"],
+        f"steps/{length}": tested["mean_steps"],
+        **examine(result.model, quick),
+    }
+
+
+def train_rival(name: str, seed: int, seconds: float, rates: Sequence[float], quick: bool) -> dict[str, Any]:
+    """Train a rival for some processor seconds, and examine it."""
+    splits = recipe(quick, seed).data.load()
+    assert splits.validation is not None
+    tried = [descend(name, seed, seconds, rate, splits.train) for rate in rates]
+    x, y = batch(splits.validation, 500)
+    with torch.no_grad():
+        losses = [float(F.cross_entropy(model(x), y)) for model in tried]
+    best = min(range(len(rates)), key=losses.__getitem__)
+    return {
+        "rate": rates[best],
+        "parameters": sum(p.numel() for p in tried[best].parameters()),
+        "seconds": seconds,
+        **examine_rival(tried[best], quick),
+    }
+
+
+def batch(split: Split, size: int) -> tuple[Tensor, Tensor]:
+    bits, answers = next(split.batches(size))
+    return bits.float() * 2 - 1, answers
+
+
+def descend(name: str, seed: int, seconds: float, rate: float, split: Split) -> Plain | Tied:
+    """Train by time: a tenth of it warms up, then a cosine."""
+    torch.manual_seed(seed)
+    model: Plain | Tied = Tied() if name == "tied" else Plain()
+    optimizer, source, start = torch.optim.Adam(model.parameters(), lr=rate), generator(seed, 6), time.process_time()
+    for *_, (bits, answers) in harness.endless(split, 100, seed):
+        done = (time.process_time() - start) / seconds
+        if done >= 1:
+            break
+        x = bits.float() * 2 - 1
+        loss = model.loss(x, answers, source) if isinstance(model, Tied) else F.cross_entropy(model(x), answers)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(done / 0.05, 0.5 + 0.5 * float(torch.cos(torch.tensor(done * torch.pi))))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def examine_rival(model: Plain | Tied, quick: bool) -> dict[str, Any]:
+    """Figures of a rival."""
+    found = {}
+    for length in LENGTHS[:2] if quick else LENGTHS:
+        x, y = strings(length, quick)
+        steps = Tied.depth * length // 32
+        found[f"exact/{length}"] = exact(model(x, steps=steps) if isinstance(model, Tied) else model(x), y)
+    if isinstance(model, Tied):
+        found[f"exact/{length}-twice"] = exact(model(x, steps=2 * steps), y)
+        found[f"steps/{length}"] = float(steps)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    record = harness.Record(
+        __name__, argv, quick="three steps, one seed: seconds", seeds=3, workers=2, packages=("scikit-learn",),
+        summary=summary,
+    )  # fmt: skip
+    quick, seeds = record.args.quick, range(record.args.seeds)
+    folders = {seed: record.folder / str(seed) for seed in seeds}
+    for folder in folders.values():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    record.measure_all({("runs", "equilibrium", s): functools.partial(train, s, folders[s], quick) for s in seeds})
+    budget = 1.0 if quick else record.find("runs", "equilibrium", 0, "seconds")
+    names = ("tied", "plain")
+    record.measure_all(
+        {("runs", name, 0): functools.partial(train_rival, name, 0, budget, RATES, quick) for name in names}
+    )
+    record.measure_all(
+        {
+            ("runs", name, seed): functools.partial(
+                train_rival, name, seed, budget, [record.find("runs", name, 0, "rate")], quick
+            )
+            for name in names
+            for seed in seeds[1:]
+        }
+    )
+    record.finish(table)
