@@ -15,7 +15,7 @@ class Plain(nn.Module):
         blocks: number of blocks; the dilation doubles from one to the next, up to 16.
     """
 
-    def __init__(self, width: int = 26, blocks: int = 6) -> None:
+    def __init__(self, width: int = 27, blocks: int = 6) -> None:
         super().__init__()
         self.stem = nn.Conv1d(1, width, 3, padding=1)
         dilations = [min(2**i, 16) for i in range(blocks)]

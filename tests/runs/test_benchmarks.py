@@ -202,6 +202,15 @@ def test_few_shot(run: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
+def test_reasoning(run: Run) -> None:
+    figures = run("reasoning", needs=("sklearn", "lightning_fabric"))["figures"]
+    assert_figures(figures, ("equilibrium", "tied", "plain"), "exact/32", "exact/64", "parameters", "seconds")
+    assert_figures(figures, ["equilibrium"], "exact/64-random", "exact/64-first", "converged/64", "curve/32")
+    sizes = [figures[f"{name}/parameters"] for name in ("equilibrium", "tied", "plain")]
+    assert max(sizes) < 1.1 * min(sizes)
+
+
+@pytest.mark.slow
 def test_input_optimization(run: Run) -> None:
     record = run("input_optimization", "--problem", "generative", needs=("sklearn",))
     figures = record["figures"]

@@ -71,7 +71,7 @@ def test_evaluate(run: str, console: Console) -> None:
     ]
     assert found["loss"] == pytest.approx(result["test_loss"], rel=1e-6)
     table = console.out("evaluate", run)
-    words = (f"{result['test_accuracy']:.4f}", "mean solver steps per sample", "test images")
+    words = (f"{result['test_accuracy']:.4f}", "mean solver steps per sample", "test samples")
     assert all(part in table for part in words)
     (double,) = console.json("evaluate", run, "--precision", "64-true")
     assert 0 < abs(double["loss"] / found["loss"] - 1) < 1e-4
@@ -87,7 +87,7 @@ def test_evaluate_by_another_solver(flags: list[str], steps: int, run: str, cons
 
 
 def test_missing_splits(run: str, console: Console) -> None:
-    assert "set no validation images aside" in console.error("evaluate", run, "--split", "validation")
+    assert "set no validation samples aside" in console.error("evaluate", run, "--split", "validation")
     assert "dev" in console.error("evaluate", run, "--split", "dev", code=2)
 
 

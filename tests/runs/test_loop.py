@@ -249,7 +249,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, at: int, kind: str) -> None:
         ("loss", r"the loss of batch 2 of epoch 1 \(step 6\) is not finite", 6),
         ("penalty", r"the loss of batch 2 of epoch 1 \(step 6\) is not finite", 6),
         ("gradient", r"one of the weights after 7 steps is not finite", 6),
-        ("evaluation", r"the loss of the validation images after 4 steps is not finite", 3),
+        ("evaluation", r"the loss of the validation samples after 4 steps is not finite", 3),
     ],
 )
 def test_breakdown(
@@ -276,7 +276,7 @@ def test_large_learning_rate(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"batch_size": 37}, "batch_size=37 exceeds the 36 training images; lower it"),
+        ({"batch_size": 37}, "batch_size=37 exceeds the 36 training samples; lower it"),
         ({"model": dataclasses.replace(MODEL, num_classes=4)}, "the data has 3 classes and model.num_classes=4"),
     ],
 )

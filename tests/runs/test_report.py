@@ -124,8 +124,8 @@ def test_cards(run: Path) -> None:
     assert shown == {
         "test accuracy": pytest.approx(100 * result["test_accuracy"], abs=0.00501),
         "test loss": pytest.approx(result["test_loss"], abs=0.0000501),
-        "solver steps per test image": pytest.approx(result["mean_steps"], abs=0.0501),
-        "of the test images converged": pytest.approx(100 * result["converged"], abs=0.0501),
+        "solver steps per test sample": pytest.approx(result["mean_steps"], abs=0.0501),
+        "of the test samples converged": pytest.approx(100 * result["converged"], abs=0.0501),
         "parameters": result["parameters"],
         "seconds of training and test": pytest.approx(result["seconds"], abs=0.501),
     }

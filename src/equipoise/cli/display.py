@@ -87,7 +87,7 @@ class LiveDisplay(PlainDisplay):
         )
 
     def evaluating(self, split: str, done: int, total: int) -> None:
-        self.progress.update(self.task, figures=f"{split} images: {done:,} of {total:,}")
+        self.progress.update(self.task, figures=f"{split} samples: {done:,} of {total:,}")
 
     def finished(self, result: Result) -> None:
         self.stop()

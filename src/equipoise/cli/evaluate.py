@@ -33,7 +33,7 @@ def evaluate(arguments: list[str], classes: Sequence[type] = CLASSES) -> int:
         classes,
         recipe="mdeq-digits",
         own=[
-            ("--split", {"choices": ["test", "validation", "train"], "default": "test", "help": "images [test]"}),
+            ("--split", {"choices": ["test", "validation", "train"], "default": "test", "help": "samples [test]"}),
             ("--json", {"action": "store_true", "help": "print JSON"}),
         ],
         fields=("data", "solver", "eval_batch_size", "precision", "accelerator", "channels_last"),
@@ -45,7 +45,7 @@ def evaluate(arguments: list[str], classes: Sequence[type] = CLASSES) -> int:
     model, _ = run_model(Path(options.run), classes, console, quiet=options.json)
     split = getattr(config.data.load(), options.split)
     if split is None:
-        raise RunError("the run set no validation images aside; evaluate --split test")
+        raise RunError("the run set no validation samples aside; evaluate --split test")
     model.to(torch.float64 if config.precision == "64-true" else torch.float32)
     start = time.perf_counter()
     found = evaluate_split(model, split, config, solver=config.solver)
@@ -55,7 +55,7 @@ def evaluate(arguments: list[str], classes: Sequence[type] = CLASSES) -> int:
         return 0
     rows = {
         "run": options.run,
-        f"{options.split} images": f"{found['count']:,}",
+        f"{options.split} samples": f"{found['count']:,}",
         **{SCORES[name]: f"{found[name]:.4f}" for name in config.task.scores},
         "loss": f"{found['loss']:.4f}",
         "mean solver steps per sample": f"{found['mean_steps']:.1f}",

@@ -164,7 +164,7 @@ def _learning(config: TrainConfig, lines: Sequence[Mapping[str, Any]], result: M
     end, fixed = _last_epoch(lines), config.task.pretraining.steps
     figures = [
         _titled(
-            f"Loss: {end['loss']:.3f} in the last epoch of training, {result['test_loss']:.3f} on the test images",
+            f"Loss: {end['loss']:.3f} in the last epoch of training, {result['test_loss']:.3f} on the test samples",
             curve(lines, "loss", "loss", fixed),
         )
     ]
@@ -173,7 +173,7 @@ def _learning(config: TrainConfig, lines: Sequence[Mapping[str, Any]], result: M
         title = SCORES[name] if name == "psnr" else SCORES[name].capitalize()
         figures.append(
             _titled(
-                f"{title}: {trained}{format_score(name, result[f'test_{name}'])} on the test images",
+                f"{title}: {trained}{format_score(name, result[f'test_{name}'])} on the test samples",
                 curve(lines, name, SCORES[name], fixed, "linear" if name == "psnr" else "percent"),
             )
         )

@@ -114,7 +114,7 @@ class TrainConfig:
     name: str = "custom"
     """Name of the recipe, and of new run folders."""
     data: Data
-    """Images and labels: source, split, augmentation."""
+    """Samples and labels: source, split, augmentation."""
     model: ModelConfig
     """Shape of the model."""
     task: Task
@@ -130,19 +130,19 @@ class TrainConfig:
     schedule: LRSchedule = LRSchedule()
     """Learning rate over the run."""
     epochs: int = 10
-    """Passes over the training images."""
+    """Passes over the training samples."""
     stop_after: int | None = None
     """Optimizer steps after which training ends if the epochs are not over; the schedule is shortened accordingly."""
     batch_size: int = 64
-    """Images per optimizer step, over all devices together."""
+    """Samples per optimizer step, over all devices together."""
     eval_batch_size: int = 250
-    """Images per evaluation batch, over all devices together."""
+    """Samples per evaluation batch, over all devices together."""
     clip_norm: float | None = None
     """Largest norm of the gradient; None: not clipped."""
     ema_decay: float | None = None
     """Decay of the moving average of the weights that is evaluated and saved; None: no average."""
     seed: int = 0
-    """Seed of the initial weights, the order of the images, augmentation, dropout and probes."""
+    """Seed of the initial weights, the order of the samples, augmentation, dropout and probes."""
     precision: Literal["32-true", "bf16-mixed", "64-true"] = "32-true"
     """Arithmetic: 32-bit, bfloat16 inside the map with 32-bit weights, or 64-bit."""
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"

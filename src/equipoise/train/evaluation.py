@@ -21,7 +21,7 @@ def evaluate(model: Any, split: Split, config: TrainConfig, *, solver: Solver | 
 
     Args:
         model: of a run.
-        split: images, from `config.data.load()`.
+        split: samples, from `config.data.load()`.
         config: of its run: batch size, precision and device are read from it.
         solver: replaces the configured one.
 
@@ -68,7 +68,7 @@ def certified(model: Any, split: Split, config: TrainConfig, device: torch.devic
 def evaluate_sums(
     fabric: Any, objective: Objective, split: Split, config: TrainConfig, report: Callable[[int], object] | None = None
 ) -> Tensor:
-    """Return the sums of an objective over a split and all processes; `report` is called with the number of images."""
+    """Return the sums of an objective over a split and all processes; `report` is called with the number of samples."""
     objective.eval()
     done = 0
     total = torch.zeros(len(objective.names), dtype=torch.float64, device=fabric.device)
@@ -85,7 +85,7 @@ def evaluate_sums(
 
 
 def means(names: tuple[str, ...], sums: Tensor) -> dict[str, Any]:
-    """Turn the sums of an objective into means over the images; `steps` becomes `mean_steps`."""
+    """Turn the sums of an objective into means over the samples; `steps` becomes `mean_steps`."""
     values = dict(zip(names, sums.tolist(), strict=True))
     count, steps = values.pop("count"), values.pop("steps")
     found = {name: value / max(1.0, count) for name, value in {**values, "mean_steps": steps}.items()}
@@ -105,14 +105,14 @@ def summary(
     device: torch.device,
     world_size: int,
 ) -> dict[str, Any]:
-    """Return the content of `result.json`: results on the test images, and facts about the run.
+    """Return the content of `result.json`: results on the test samples, and facts about the run.
 
     Args:
         config: of the run.
-        tested: means over the test images, from `means`.
+        tested: means over the test samples, from `means`.
         proved: certificate of the map, from `certified`.
         steps: optimizer steps made.
-        steps_per_epoch: optimizer steps that pass over the training images once.
+        steps_per_epoch: optimizer steps that pass over the training samples once.
         seconds: of training and test.
         backward_share: share of the training time that went into gradients.
         parameters: number of trained numbers.

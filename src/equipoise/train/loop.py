@@ -84,7 +84,7 @@ def fit(
     overwrite: bool = False,
     observer: Observer = Observer(),
 ) -> Result:
-    """Train the model of a configuration, and evaluate it on the test images at the end.
+    """Train the model of a configuration, and evaluate it on the test samples at the end.
 
     Everything random is a function of seed and step, so a resumed run equals an uninterrupted one bit for bit.
 
@@ -272,13 +272,13 @@ class _Trainer:
         report = functools.partial(self.observer.evaluating, name, total=len(split))
         sums = evaluate_sums(self.fabric, self.objective, split, self.config, report)
         if not sums.isfinite().all():
-            self._stop(f"the loss of the {name} images after {self.progress.step} steps")
+            self._stop(f"the loss of the {name} samples after {self.progress.step} steps")
         line = self._line("epoch", name, sums, self.progress.meter(sums))
         del line["backward_seconds"], line["lr"], line["penalty"]
         return {**line, "seconds": time.perf_counter() - start}
 
     def _line(self, kind: str, split: str, sums: Tensor, start: Meter) -> dict[str, Any]:
-        """Return a line of the log: means over the images of all processes, and the time since the start."""
+        """Return a line of the log: means over the samples of all processes, and the time since the start."""
         progress = self.progress
         return {
             "kind": kind,
@@ -361,5 +361,5 @@ def _check(config: TrainConfig, splits: Splits, world_size: int) -> None:
     if config.batch_size % world_size:
         raise ValueError(f"batch_size={config.batch_size} must be a multiple of the number of devices, {world_size}")
     if len(splits.train) < config.batch_size:
-        raise ValueError(f"batch_size={config.batch_size} exceeds the {len(splits.train)} training images; lower it")
+        raise ValueError(f"batch_size={config.batch_size} exceeds the {len(splits.train)} training samples; lower it")
     config.task.check_data(config.model, splits)

@@ -14,7 +14,7 @@ from equipoise.gradients import Gradient, Unrolled
 from equipoise.solvers import Picard
 from equipoise.train import BatchResult, ModelConfig, Objective, StepInfo, Task
 from equipoise.zoo.base import precise
-from equipoise.zoo.reasoning.model import ReasonerConfig
+from equipoise.zoo.reasoning.model import Reasoner, ReasonerConfig
 from equipoise.zoo.reasoning.puzzles import PrefixSums
 
 NONE = Picard(max_steps=0)
@@ -75,35 +75,31 @@ class Reason(Task):
             labels: `(B, n)` answers.
             info: position in the training; None in evaluation.
         """
-        model, z0 = objective.model, None
+        model = objective.model
         if info is None:
-            method = model.deq.using(solver=objective.solver_at(info))
+            with model.deq.using(solver=objective.solver_at(info)):
+                logits, solution = model.answer(images)
+            penalty: Tensor | float = 0.0
         else:
-            source = generator(info.seed, info.step, 5)
-            free, unrolled = (
-                int(torch.randint(low, high + 1, (), generator=source))
-                for low, high in ((0, self.free), (1, self.unrolled))
-            )
-            z0 = model.start(images)
-            z0 = torch.where(
-                torch.rand(len(z0), 1, 1, generator=source).to(z0) < self.random_starts,
-                torch.randn(z0.shape, generator=source).to(z0),
-                z0,
-            )
-            # The last iterate and not the best, as a solver would give: an oscillation must cost something.
-            if free:
-                with torch.no_grad(), model.deq.using(solver=NONE, gradient=Unrolled(steps=free)):
-                    z0 = model.deq(images, z0=z0)
-            method = model.deq.using(solver=NONE, gradient=Unrolled(steps=unrolled))
-        with method:
-            logits, solution = model.answer(images, z0=z0)
-        penalty: Tensor | float = 0.0
-        if info is not None and self.settling:
+            z0, steps = self._begin(model, images, info)
+            with model.deq.using(solver=NONE, gradient=Unrolled(steps=steps)):
+                logits, solution = model.answer(images, z0=z0)
             z = solution.value
             penalty = self.settling * (model.deq.cell(z, images) - z).square().mean()
         right = logits.argmax(1) == labels
         scores = {"exact": right.all(1).sum(), "accuracy": right.double().mean(1).sum()}
         return BatchResult(F.cross_entropy(precise(logits), labels), solution, scores, penalty)
 
-    def solve(self, model: torch.nn.Module, samples: Tensor) -> None:
-        return None  # the certificate needs no norm: the map is not contracting by construction
+    def _begin(self, model: Reasoner, puzzles: Tensor, info: StepInfo) -> tuple[Tensor, int]:
+        """Return the state after the free steps of a batch, and its number of steps with gradient."""
+        source = generator(info.seed, info.step, 5)
+        ranges = (0, self.free), (1, self.unrolled)
+        free, unrolled = (int(torch.randint(low, high + 1, (), generator=source)) for low, high in ranges)
+        z0 = model.start(puzzles)
+        chosen = torch.rand(len(z0), 1, 1, generator=source).to(z0) < self.random_starts
+        z0 = torch.where(chosen, torch.randn(z0.shape, generator=source).to(z0), z0)
+        if free:
+            # The last iterate and not the best, as a solver would give: an oscillation must cost something.
+            with torch.no_grad(), model.deq.using(solver=NONE, gradient=Unrolled(steps=free)):
+                z0 = model.deq(puzzles, z0=z0)
+        return z0, unrolled
