@@ -138,8 +138,16 @@ class DEQ(nn.Module):
 
     @contextlib.contextmanager
     def using(self, *, solver: Solver | None = None, gradient: Gradient | None = None) -> Iterator[DEQ]:
-        """Context with another solver or gradient."""
+        """Context with another solver or gradient.
+
+        Args:
+            solver: None: the layer's.
+            gradient: None: the layer's; `Implicit()` where that takes the place of a solver, as `Reversible` does, and
+                a solver is given.
+        """
         before = self.solver, self.gradient
+        if gradient is None and solver is not None and self.gradient.replaces_solver and solver.max_steps > 0:
+            gradient = Implicit()
         self.solver, self.gradient = solver or self.solver, gradient or self.gradient
         try:
             self._check()

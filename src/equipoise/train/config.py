@@ -184,6 +184,11 @@ class TrainConfig:
                 f"gradient {type(self.gradient).__name__} reads the inverse estimate of the forward solver, and "
                 f"{type(self.solver).__name__} keeps none; use the solver Broyden, or the gradient Implicit"
             )
+        if self.gradient.replaces_solver and self.solver.max_steps > 0:
+            raise ValueError(
+                f"gradient {type(self.gradient).__name__} iterates by itself, and the solver would be idle; use the "
+                "solver Picard with solver.max_steps=0, and eval_solver to solve to a tolerance in evaluation"
+            )
         self.task.check(self.model, self.data, self.gradient)
 
     @property

@@ -1,5 +1,7 @@
 """The reversible iteration: its gradient equals that of the same iteration unrolled by autograd."""
 
+import dataclasses
+import pathlib
 from typing import Any
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import equipoise as eq
+from equipoise import train, zoo
 
 ALONE = eq.Picard(max_steps=0)
 
@@ -82,7 +85,8 @@ def test_same_function_without_gradients() -> None:
     assert torch.equal(plain.value, layer(x))
     residual = (cell(plain.value, x) - plain.value).norm(dim=1)
     torch.testing.assert_close(plain.residual, residual, rtol=0.5, atol=1e-10)
-    with layer.using(solver=eq.Anderson(rtol=1e-10, max_steps=100), gradient=eq.Implicit()):
+    with layer.using(solver=eq.Anderson(rtol=1e-10, max_steps=100)):
+        assert isinstance(layer.gradient, eq.Implicit)
         torch.testing.assert_close(layer(x), plain.value, rtol=0, atol=1e-4)
 
 
@@ -127,3 +131,16 @@ def test_refusals() -> None:
     cell.u.register_forward_hook(lambda module, args, out: out + torch.rand_like(out))
     with pytest.raises(RuntimeError, match="changed since the solve"):
         eq.fixed_point(cell, torch.zeros(2, 12), x, **options).value.sum().backward()
+
+
+@pytest.mark.slow
+def test_training(tmp_path: pathlib.Path) -> None:
+    """A recipe trains with it, and evaluation solves to a tolerance."""
+    base = dataclasses.replace(zoo.mdeq_digits(), stop_after=2, tensorboard=False, gradient=eq.Implicit())
+    with pytest.raises(ValueError, match=r"solver Picard with solver.max_steps=0"):
+        dataclasses.replace(base, gradient=eq.Reversible(steps=3))
+    solver = eq.Anderson(max_steps=60, rtol=1e-2)
+    config = dataclasses.replace(base, solver=ALONE, gradient=eq.Reversible(steps=3), eval_solver=solver)
+    result = train.fit(config, run_dir=tmp_path)
+    assert result.test["mean_steps"] > 10
+    assert result.history[0]["mean_steps"] == 3

@@ -192,7 +192,9 @@ def test_compiled_cell(backend: str, name: str, make: type[nn.Module]) -> None:
         solution = layer.solve(x)
         torch.manual_seed(4)
         found.append((solution.value, solution.num_steps, *gradients(layer, x)))
-    assert name == "Reversible" or found[0][1].unique().numel() > 1, "rows must leave the batch for this test to tell something"
+    assert name == "Reversible" or found[0][1].unique().numel() > 1, (
+        "rows must leave the batch for this test to tell something"
+    )
     torch.testing.assert_close(*found, rtol=1e-7, atol=1e-9)
     if make is NoisyCell:
         with pytest.raises(ValueError, match="BatchNorm1d with batch statistics"):
