@@ -136,7 +136,9 @@ def test_refusals() -> None:
 @pytest.mark.slow
 def test_training(tmp_path: pathlib.Path) -> None:
     """A recipe trains with it, and evaluation solves to a tolerance."""
-    base = dataclasses.replace(zoo.mdeq_digits(), stop_after=2, tensorboard=False, gradient=eq.Implicit())
+    base = dataclasses.replace(
+        zoo.mdeq_digits(), stop_after=2, tensorboard=False, gradient=eq.Implicit(), task=zoo.Classify()
+    )
     with pytest.raises(ValueError, match=r"solver Picard with solver.max_steps=0"):
         dataclasses.replace(base, gradient=eq.Reversible(steps=3))
     solver = eq.Anderson(max_steps=60, rtol=1e-2)
