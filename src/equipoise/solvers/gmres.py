@@ -154,9 +154,11 @@ class GMRES(Solver):
         u = torch.addcmul(-point.true_residual, size, basis[:, 0]) / scale
         column, rest = torch.zeros_like(memory.along), torch.zeros_like(memory.size)
         for again in (False, True):
-            # One pass of Gram-Schmidt is enough if little cancels.
-            if again and can_branch_on(rest) and not bool((point.running & ~(rest > ORTHOGONAL * norms(column))).any()):
-                break
+            if again:  # one pass of Gram-Schmidt is enough if little cancels, which each row decides for itself
+                cancels = ~(rest > ORTHOGONAL * norms(column))
+                if can_branch_on(rest) and not bool((point.running & cancels).any()):
+                    break
+                held = held & cancels[:, None]
             products = row_dots(u, basis) * held
             u = u - row_sums(products, basis)
             column[:, :used] += products
