@@ -4,7 +4,7 @@
 
 Claim: a map trained on strings of 32 bits has an equilibrium that answers strings of 512 bits exactly, and no rival of
 equal size and training time does both, to answer them and to stop by itself.
-Evidence: `results/2026-12-01.json`.
+Evidence: `results/2026-12-01.json`: three seeds of the equilibrium, one of each rival.
 
     equilibrium   the recipe `prefix-sums`: random counts of free and unrolled steps. At test Picard iteration solves to
                   rtol 1e-3
