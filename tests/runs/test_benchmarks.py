@@ -258,7 +258,7 @@ def test_committed_record(
     else:
         assert len(numbers(report)) > 20
     picture = tmp_path / "figure.png"
-    if path.parts[-3] in ("backward_cost", "bilevel", "continuous", "lipschitz"):
+    if path.parts[-3] in ("backward_cost", "bilevel", "continuous", "lipschitz", "reasoning"):
         harness.report([str(path), "--plot", str(picture)])
         assert picture.stat().st_size > 10_000
     elif path.parts[-3] != "inversion_quality":  # its figure shows single runs, which old records do not hold
