@@ -8,7 +8,7 @@ from equipoise.zoo.reasoning.task import Reason
 
 
 def prefix_sums() -> TrainConfig:
-    """Prefix sums of 32 bits, tested on 512: about two minutes of a CPU core."""
+    """Prefix sums of 32 bits, tested on 512: about three minutes of a CPU core."""
     return TrainConfig(
         name="prefix-sums",
         data=PrefixSums(),
