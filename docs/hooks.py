@@ -11,7 +11,7 @@ from latex2mathml.converter import convert
 
 LOG = logging.getLogger("mkdocs.hooks.math")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
-# What the converter does not know, in words that it does.
+# The converter does not know the commands on the left.
 WORDS = ((r"\arg\min", r"\mathrm{argmin}"), (r"\Bigl\|", r"\|"), (r"\Bigr\|", r"\|"))
 
 

@@ -70,7 +70,7 @@ class Ours(Method):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
-    """How a gradient moves the input: `gd`, `adam`, or `pgd` with gradients scaled to length one."""
+    """Step of the input along a gradient: `gd`, `adam`, or `pgd` with gradients scaled to length one."""
 
     name: str
 

@@ -18,12 +18,16 @@ COLUMNS = {
     "exact/512-first": ("first step", ".1%"),
     "converged/512": ("converged", ".1%"),
     "steps/512": ("steps", ".0f"),
+    "auc": ("AUC of the residual", ".3f"),
 }
 
 
 def summary(content: dict[str, Any]) -> tuple[dict[str, float | None], dict[str, float]]:
     """Means over seeds as `<model>/<figure>`, and their standard deviations."""
-    return harness.summarize({name: list(seeds.values()) for name, seeds in content.get("runs", {}).items()})
+    doubts, runs = content.get("doubts", {}), content.get("runs", {})
+    rows = {name: list(seeds.values()) for name, seeds in runs.items()}
+    rows["equilibrium"] = [run | doubts.get(seed, {}) for seed, run in runs.get("equilibrium", {}).items()]
+    return harness.summarize(rows)
 
 
 def table(content: dict[str, Any]) -> str:

@@ -1,4 +1,6 @@
-"""What a user would otherwise take: a plain network of equal size, and a weight-tied one of fixed depth."""
+"""Rivals of equal size: a plain network, a recurrent one, and a weight-tied one of fixed depth."""
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -62,3 +64,21 @@ class Tied(nn.Module):
         steps = int(torch.randint(1, self.depth - free + 1, (), generator=source))
         full, part = self(x), self(x, steps=steps, free=free)
         return 0.5 * (F.cross_entropy(full, y) + F.cross_entropy(part, y))
+
+
+class Recurrent(nn.Module):
+    """A recurrent network with gates that reads the string from left to right: the order is built in.
+
+    Args:
+        width: numbers of its memory.
+    """
+
+    def __init__(self, width: int = 93) -> None:
+        super().__init__()
+        self.body, self.head = nn.GRU(1, width, batch_first=True), nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x.mT)[0]).mT
+
+
+RIVALS: dict[str, Callable[[], nn.Module]] = {"tied": Tied, "plain": Plain, "recurrent": Recurrent}

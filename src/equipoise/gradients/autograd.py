@@ -14,6 +14,12 @@ from equipoise.core.guards import refuse_changes, refuse_foreign, sources
 from equipoise.core.solution import Solution
 from equipoise.gradients.adjoint import AdjointMap
 
+HIGHER = "use Implicit() or Unrolled() where second derivatives are needed"
+DECLARE = (
+    "pass the module itself, or a function with its row-aligned tensors as inputs and the others as params, "
+    "fixed_point(f, z0, *inputs, params=[...])"
+)
+
 
 class Estimator(Protocol):
     """The part of a `Gradient` that a backward pass uses."""
@@ -96,8 +102,7 @@ class _Equilibrium(torch.autograd.Function):
         higher = torch.is_grad_enabled()
         if higher and not record.gradient.exact:
             raise RuntimeError(
-                f"{type(record.gradient).__name__} estimates the gradient and cannot be differentiated again; use "
-                "Implicit() or Unrolled() where second derivatives are needed"
+                f"{type(record.gradient).__name__} estimates the gradient and cannot be differentiated again; {HIGHER}"
             )
         gradients = _tracked_gradients if higher else _gradients
         with record.map.solve_context(backward=True):
@@ -214,10 +219,7 @@ class _ClosureEquilibrium(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         record: _Record = ctx.record
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the fixed point of a closure has first derivatives only: pass the module itself, or a function with "
-                "its row-aligned tensors as inputs and the others as params, fixed_point(f, z0, *inputs, params=[...])"
-            )
+            raise RuntimeError(f"the fixed point of a closure has first derivatives only: {DECLARE}")
         assert record.leaf is not None
         with record.map.solve_context(backward=True):
             adjoint = AdjointMap(record.map, record.leaf, ctx.fz, g)

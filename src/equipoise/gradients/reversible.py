@@ -11,7 +11,7 @@ from equipoise.core.checks import check_ranges
 from equipoise.core.function_map import FunctionMap
 from equipoise.core.solution import Solution
 from equipoise.gradients.adjoint import AdjointMap
-from equipoise.gradients.autograd import check_map
+from equipoise.gradients.autograd import DECLARE, HIGHER, check_map
 from equipoise.gradients.base import Gradient
 
 AMPLIFICATION = 1e3  # growth of a rounding error that is allowed before the next pair that is kept
@@ -72,10 +72,7 @@ class Reversible(Gradient):
     def attach(self, f: FunctionMap, z0: Tensor, solution: Solution[Tensor]) -> Solution[Tensor]:
         if torch.is_grad_enabled():
             if not f.declared:
-                raise ValueError(
-                    "Reversible differentiates no closure: pass the module itself, or a function with its row-aligned "
-                    "tensors as inputs and the others as params, fixed_point(f, z0, *inputs, params=[...])"
-                )
+                raise ValueError(f"Reversible differentiates no closure: {DECLARE}")
             f.adopt(z0)
         z, residual = _ReversibleIteration.apply(self, f, z0, *f.tensors, *f.params)
         if not z.requires_grad and torch.is_grad_enabled():
@@ -96,15 +93,16 @@ class _ReversibleIteration(torch.autograd.Function):
     def forward(ctx: Any, method: Reversible, f: FunctionMap, z0: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         f, beta = f.detached(), method.relaxation
         y = z = z0.detach().double()
-        kept, fy = [], y
+        kept, fy, tracked = [], y, any(ctx.needs_input_grad)
         with f.solve_context():
             for step in range(method.steps):
-                if step % method.kept_every == 0 and any(ctx.needs_input_grad):
+                if tracked and step % method.kept_every == 0:
                     kept += [y, z]
                 y = torch.lerp(y, f.call(z.to(f.dtype)).double(), beta)
                 fy = f.call(y.to(f.dtype)).double()
                 z = torch.lerp(z, fy, beta)
-        f.keep_buffers()
+        if tracked:
+            f.keep_buffers()
         residual = torch.linalg.vector_norm(fy - y, dim=1)
         ctx.method, ctx.map, ctx.count = method, f.with_inputs([]), len(kept) + 3
         ctx.save_for_backward(residual, y, z, *kept, *tensors)
@@ -118,10 +116,7 @@ class _ReversibleIteration(torch.autograd.Function):
         if g is None:
             return (None,) * (3 + len(wanted))
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "Reversible cannot be differentiated again; use Implicit() or Unrolled() where second derivatives are "
-                "needed"
-            )
+            raise RuntimeError(f"Reversible cannot be differentiated again; {HIGHER}")
         residual, y, z, *rest = ctx.saved_tensors
         kept, tensors = rest[: ctx.count - 3], rest[ctx.count - 3 :]
         method, beta = ctx.method, ctx.method.relaxation
@@ -148,7 +143,7 @@ class _ReversibleIteration(torch.autograd.Function):
                 saved = None if step % method.kept_every else step // method.kept_every
                 leaf, value = f.call_tracked(y.to(f.dtype))
                 if step == method.steps - 1:  # the one evaluation at a point that the forward pass recorded
-                    gz = check_map(f, value, y.to(f.dtype), residual, gz, [leaf, *leaves])
+                    gz = check_map(f, value, leaf, residual, gz, [leaf, *leaves])
                 z = kept[2 * saved + 1] if saved is not None else (z - beta * value.detach()) / (1 - beta)
                 gy, gz = gy + pull(leaf, value, gz), (1 - beta) * gz
                 leaf, value = f.call_tracked(z.to(f.dtype))

@@ -5,6 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from equipoise.core.linalg import can_branch_on
 from equipoise.core.solution import Solution, Status
 from equipoise.inputs.curvature import inverse_curvature, negative_curvature
 from equipoise.inputs.joint import JointMap
@@ -65,7 +66,7 @@ def verify(
         status = torch.where(claimed & far, int(Status.STALLED), status)
     claimed = status == Status.CONVERGED
     cost = torch.where(worse, before, cost)
-    if bool(claimed.any()):
+    if not can_branch_on(claimed) or bool(claimed.any()):
         settled, cost, escaped = _escape(f, settled, cost, inverse, claimed=claimed, solver=verify_solver)
         value = torch.where(escaped[:, None], settled, value)
         status = torch.where(escaped, int(Status.STALLED), status)

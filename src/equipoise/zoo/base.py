@@ -48,6 +48,20 @@ def check_shapes(model: ImageModelConfig, data: Data) -> None:
         )
 
 
+def check_kinds(task: Task, model: ModelConfig, model_kind: type, data: Data, data_kind: type) -> None:
+    """Check that a task has a model and data of its own kinds.
+
+    Raises:
+        ValueError: one is of another kind.
+    """
+    for value, kind, field in ((model, model_kind, "model"), (data, data_kind, "data")):
+        if not isinstance(value, kind):
+            raise ValueError(
+                f"the task {type(task).__name__} needs a {field} of kind {kind.__name__}, and {type(value).__name__} "
+                "is none"
+            )
+
+
 def precise(logits: Tensor) -> Tensor:
     """Return logits in single precision at least, for a loss."""
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits

@@ -11,7 +11,7 @@ from equipoise.gradients import Gradient
 from equipoise.inputs import Envelope, Joint, UpdateScheme
 from equipoise.solvers import Anderson, Solver
 from equipoise.train import BatchResult, ModelConfig, Objective, StepInfo
-from equipoise.zoo.base import InputTask, check_shapes
+from equipoise.zoo.base import InputTask, check_kinds, check_shapes
 from equipoise.zoo.few_shot.model import FewShotConfig
 from equipoise.zoo.few_shot.omniglot import Omniglot
 
@@ -36,11 +36,7 @@ class FewShot(InputTask):
     """Finds the equilibrium of the queries."""
 
     def check(self, model: ModelConfig, data: Data, gradient: Gradient) -> None:
-        for value, kind, field in ((model, FewShotConfig, "model"), (data, Omniglot, "data")):
-            if not isinstance(value, kind):
-                raise ValueError(
-                    f"the task FewShot needs a {field} of kind {kind.__name__}, and {type(value).__name__} is none"
-                )
+        check_kinds(self, model, FewShotConfig, data, Omniglot)
         assert isinstance(model, FewShotConfig)
         check_shapes(model, data)
         if isinstance(gradient, Envelope):

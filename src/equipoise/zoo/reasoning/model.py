@@ -1,7 +1,6 @@
 """A convolutional equilibrium that reads its puzzle at every step."""
 
 import dataclasses
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -130,7 +129,7 @@ class Reasoner(nn.Module):
         """
         return self.answer(puzzles)[0]
 
-    def answer(self, puzzles: Tensor, z0: Any = None) -> tuple[Tensor, Solution[Tensor]]:
+    def answer(self, puzzles: Tensor, z0: Tensor | None = None) -> tuple[Tensor, Solution[Tensor]]:
         """Solve puzzles, and return the equilibria.
 
         Args:

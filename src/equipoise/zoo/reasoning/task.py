@@ -13,7 +13,7 @@ from equipoise.data.base import generator
 from equipoise.gradients import Gradient, Unrolled
 from equipoise.solvers import Picard
 from equipoise.train import BatchResult, ModelConfig, Objective, StepInfo, Task
-from equipoise.zoo.base import precise
+from equipoise.zoo.base import check_kinds, precise
 from equipoise.zoo.reasoning.model import Reasoner, ReasonerConfig
 from equipoise.zoo.reasoning.puzzles import PrefixSums
 
@@ -54,11 +54,7 @@ class Reason(Task):
         check_ranges(self, "task.", free=">= 0", unrolled=">= 1", random_starts=">= 0 and <= 1", settling=">= 0")
 
     def check(self, model: ModelConfig, data: Data, gradient: Gradient) -> None:
-        for value, kind, field in ((model, ReasonerConfig, "model"), (data, PrefixSums, "data")):
-            if not isinstance(value, kind):
-                raise ValueError(
-                    f"the task Reason needs a {field} of kind {kind.__name__}, and {type(value).__name__} is none"
-                )
+        check_kinds(self, model, ReasonerConfig, data, PrefixSums)
         assert isinstance(model, ReasonerConfig)
         if data.shape != (model.input_channels, model.length):
             raise ValueError(
@@ -76,16 +72,17 @@ class Reason(Task):
             info: position in the training; None in evaluation.
         """
         model = objective.model
+        penalty: Tensor | float = 0.0
         if info is None:
             with model.deq.using(solver=objective.solver_at(info)):
                 logits, solution = model.answer(images)
-            penalty: Tensor | float = 0.0
         else:
             z0, steps = self._begin(model, images, info)
             with model.deq.using(solver=NONE, gradient=Unrolled(steps=steps)):
                 logits, solution = model.answer(images, z0=z0)
-            z = solution.value
-            penalty = self.settling * (model.deq.cell(z, images) - z).square().mean()
+            if self.settling:
+                z = solution.value
+                penalty = self.settling * (model.deq.cell(z, images) - z).square().mean()
         right = logits.argmax(1) == labels
         scores = {"exact": right.all(1).sum(), "accuracy": right.double().mean(1).sum()}
         return BatchResult(F.cross_entropy(precise(logits), labels), solution, scores, penalty)
