@@ -409,7 +409,9 @@ def good(draw: Draw) -> None:
     solution = layer.solve(x)
     require(bool(solution.converged.all()) or not isinstance(solver, eq.Anderson), "not converged", solver)
     if solution.value.requires_grad:
-        solution.value.sum().backward()
+        leaves = [p for p in cell.parameters() if p.requires_grad]
+        first = torch.autograd.grad(solution.value.square().sum(), leaves, create_graph=True, materialize_grads=True)
+        sum(g.square().sum() for g in first).backward()
 
 
 KINDS = (coupled, writes, draws, no_parameters, changes, power_iteration, extremes, half, never_falls, parts, adjoint,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import equipoise as eq
 from equipoise.constraints import Box, L2Ball
 from equipoise.core import guards
+from equipoise.gradients import implicit
 from equipoise.inputs import InputOptimizer, InputSolution
 
 MODES = [torch.enable_grad, torch.no_grad, torch.inference_mode]
@@ -482,13 +483,42 @@ def test_default_adjoint(kind: str) -> None:
     }[kind]
     b, products = torch.randn(3, d, requires_grad=True), []
     exact = torch.linalg.solve(torch.eye(d) - jacobian.T, torch.ones(d))
-    default = eq.Implicit(observe=lambda solution: products.append((solution.num_evals, solution.converged.tolist())))
+    default = eq.Implicit(observe=lambda solution: products.append((solution.num_vjps, solution.converged.tolist())))
     gmres = eq.Implicit(solver=eq.GMRES(max_steps=50, memory=50, rtol=1e-5), observe=default.observe)
     for gradient in (gmres, default):
         (grad,) = torch.autograd.grad(affine(jacobian, b, gradient).sum(), b)
         torch.testing.assert_close(grad, exact.expand(3, d), rtol=1e-3, atol=1e-3 * float(exact.abs().max()))
     assert all(all(converged) for _, converged in products)
     assert products[1][0] <= 1.05 * products[0][0] + 1
+
+
+@pytest.mark.parametrize(("steps", "warns"), [(5, True), (60, False)])
+def test_adjoint_warning_on_a_device(steps: int, warns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host reads the record, and warns, only after an adjoint that used all its steps."""
+    monkeypatch.setattr(implicit, "can_branch_on", lambda x: False)
+    read: list[Any] = []
+    monkeypatch.setattr(eq.Implicit, "_warn", lambda self, adjoint, answer: read.append(answer))
+    jacobian = torch.linalg.qr(torch.randn(40, 40))[0] * 30
+    b = torch.randn(3, 40, requires_grad=True)
+    affine(jacobian, b, eq.Implicit(solver=eq.GMRES(max_steps=steps, memory=steps))).sum().backward()
+    assert bool(read) == warns
+
+
+@pytest.mark.parametrize("rtol", [1e-1, 1e-3, 1e-6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_second_derivatives_of_a_loose_solve(dtype: torch.dtype, rtol: float) -> None:
+    """The residual of the solve is not that of its adjoint: nothing has changed, and nothing is refused."""
+    torch.manual_seed(0)
+    cell = Cell(lambda self, z, x: torch.tanh(0.9 * z @ self.w + x)).to(dtype)
+    x = torch.randn(4, 6, dtype=dtype, requires_grad=True)
+
+    def second(solver: eq.Solver) -> Tensor:
+        value = eq.fixed_point(cell, torch.zeros(4, 6, dtype=dtype), x, solver=solver).value
+        (first,) = torch.autograd.grad(value.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.sum(), x)[0]
+
+    exact = second(eq.Anderson(max_steps=200, rtol=1e-6))
+    assert float((second(eq.Anderson(max_steps=200, rtol=rtol)) - exact).norm()) <= 20 * rtol * float(exact.norm())
 
 
 def test_adjoint_warning() -> None:

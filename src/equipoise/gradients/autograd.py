@@ -173,7 +173,12 @@ def _tracked_gradients(
     )
     # The Jacobian of this map is J^T, and its inverse estimate the transposed one.
     inverse = record.solution.inverse
-    transposed = dataclasses.replace(record.solution, value=w, inverse=None if inverse is None else inverse.mT)
+    transposed = dataclasses.replace(
+        record.solution,
+        value=w,
+        residual=torch.full_like(record.solution.residual, torch.nan),  # that of the solve is none of the adjoint
+        inverse=None if inverse is None else inverse.mT,
+    )
     w = attach(adjoint_map, transposed, record.gradient).value
     targets = [t for t, want in zip((*inputs_in, *f.params), wanted, strict=True) if want]
     return gate.closed_grad(fz, targets, w)

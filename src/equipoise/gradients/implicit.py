@@ -67,7 +67,7 @@ class Implicit(Gradient):
         adjoint = adjoint.with_cotangent(unit)
         w, preconditioner = self._start(adjoint, unit, norm, solution)
         answer = self.solver.solve(adjoint, w, preconditioner=preconditioner)
-        if can_branch_on(g) or answer.num_evals >= self.solver.max_steps:  # else the host does not wait for a device
+        if can_branch_on(g) or answer.num_vjps >= self.solver.max_steps:  # else the host does not wait for a device
             self._warn(adjoint, answer)
         w = answer.value * scale
         if self.observe is not None:
